@@ -1,0 +1,1 @@
+"""Sources of guest memory, one file each; :func:`xenmapcache.open_backend` loads them by name."""

@@ -1,0 +1,450 @@
+"""A small Xen without Xen: domains with a p2m, real memory, ballooning, and faults on demand.
+
+Frames live in a memfd and are mapped with real ``mmap``: a hole really faults, a
+frame that was ballooned out lives on under old mappings as an orphan, and a gfn that
+was ballooned in again has a new frame, so that DMA through a stale mapping is really
+lost. All of it can be seen from the guest's side.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import threading
+import time
+import weakref
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import ClassVar, NamedTuple
+
+from ..address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, check_range, page_span, parse_size
+from ..backend import Backend, Capability
+from ..binding import libc
+from ..errors import ClosedError, FaultError, MappingLostError, XenCallError
+from ..mapping import Mapping
+
+_ABSENT = -1
+_CALLS = ("map", "remap", "mark_dirty")
+_LOG_LENGTH = 1 << 16
+
+PAGES_PER_INVALIDATE = 84
+"""How many pages a guest gives up between two INVALIDATE requests, as seen on Xen 4.17."""
+
+
+class Call(NamedTuple):
+    """A call that the mock received. ``errno`` is 0 if it succeeded; gfn is None for an unmap."""
+
+    name: str
+    gfn: int | None
+    count: int
+    errno: int
+
+
+class _ArmedFault:
+    def __init__(
+        self, call: str, errno: int, nth: int, gfn: int | None, delay: float, repeat: bool
+    ) -> None:
+        self.call, self.errno, self.gfn = call, errno, gfn
+        self.delay, self.repeat = delay, repeat
+        self.calls_to_pass = nth - 1
+
+
+class MockDomain:
+    """A guest. Make it with :meth:`MockHypervisor.create_domain`.
+
+    Attributes:
+        domid: its number.
+        calls: the last 65,536 :class:`Call` s about it, in order.
+        dirty: frame numbers that were reported as written, until you clear it.
+        invalidations: how many INVALIDATE requests it has sent.
+
+    Synchronization: all methods may be called in any threads. Listeners run in the
+    thread that balloons, which waits for them as a vCPU waits for its device model.
+    """
+
+    def __init__(
+        self, hypervisor: MockHypervisor, domid: int, pages: int, holes: Iterable[tuple[int, int]]
+    ) -> None:
+        self.domid = domid
+        self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
+        self.dirty: set[int] = set()
+        self.invalidations = 0
+        self._hypervisor = hypervisor
+        self._lock = threading.RLock()
+        self._listeners: list[Callable[[], object]] = []
+        self._faults: list[_ArmedFault] = []
+        self._destroyed = False
+        first = hypervisor.allocate(pages)
+        self._p2m = array("q", range(first, first + pages))
+        for address, length in holes:
+            gfn, count = self._pages(address, length)
+            self._p2m[gfn : gfn + count] = array("q", [_ABSENT]) * count
+
+    @property
+    def memory_end(self) -> int:
+        """One past the highest guest address that can be there, in bytes."""
+        return len(self._p2m) << PAGE_SHIFT
+
+    # --- the guest's side -------------------------------------------------------
+
+    def read(self, address: int, length: int) -> bytes:
+        """Return what the guest sees, never through a mapping.
+
+        Raises:
+            FaultError: a page is not there.
+        """
+        spans = self._spans(address, length)
+        return b"".join(os.pread(self._hypervisor.fd, size, offset) for offset, size in spans)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write as the guest does.
+
+        Raises:
+            FaultError: a page is not there; nothing has changed.
+        """
+        position = 0
+        for offset, size in self._spans(address, len(data)):
+            os.pwrite(self._hypervisor.fd, data[position : position + size], offset)
+            position += size
+
+    def balloon_out(self, address: int, length: int) -> None:
+        """Give pages up, as a guest's balloon driver does, with Xen's burst of INVALIDATEs.
+
+        Pages that are not there are passed over. Every listener is called after each
+        84 pages, and for what remains.
+
+        Args:
+            address: guest-physical, page-aligned.
+            length: in bytes, whole pages.
+        """
+        gfn, count = self._pages(address, length)
+        pending = 0
+        for page in range(gfn, gfn + count):
+            with self._lock:
+                present = self._p2m[page] != _ABSENT
+                self._p2m[page] = _ABSENT
+            pending += present
+            if pending == PAGES_PER_INVALIDATE:
+                self.send_invalidate()
+                pending = 0
+        if pending:
+            self.send_invalidate()
+
+    def balloon_in(self, address: int, length: int) -> None:
+        """Get new, zeroed frames for pages that are not there. Sends no INVALIDATE, as Xen.
+
+        Args:
+            address: guest-physical, page-aligned; may lie beyond the end.
+            length: in bytes, whole pages.
+        """
+        gfn, count = self._pages(address, length, grow=True)
+        with self._lock:
+            for page in range(gfn, gfn + count):
+                if self._p2m[page] == _ABSENT:
+                    self._p2m[page] = self._hypervisor.allocate(1)
+
+    def send_invalidate(self) -> None:
+        """Ask every listener to drop its mappings, and wait for them."""
+        self.invalidations += 1
+        for listener in list(self._listeners):
+            listener()
+
+    def destroy(self) -> None:
+        """End the domain. Its memory lives on where it is mapped."""
+        self._destroyed = True
+
+    # --- the tester's side ------------------------------------------------------
+
+    def on_invalidate(self, listener: Callable[[], object]) -> None:
+        """Have ``listener()`` called on each INVALIDATE, for example ``cache.invalidate``."""
+        self._listeners.append(listener)
+
+    def arm(
+        self,
+        call: str,
+        *,
+        errno: int = 0,
+        nth: int = 1,
+        gfn: int | None = None,
+        delay: float = 0.0,
+        repeat: bool = False,
+    ) -> None:
+        """Make a call fail, or slow.
+
+        Args:
+            call: ``"map"``, ``"remap"`` or ``"mark_dirty"``.
+            errno: what it fails with; 0 makes it succeed (slowly).
+            nth: which such call from now on, counted from 1.
+            gfn: only calls about this frame; for ``"map"`` only this page of it fails.
+            delay: seconds that the call takes before anything else.
+            repeat: every such call from then on, not just one.
+
+        Raises:
+            ValueError: there is no such call.
+        """
+        if call not in _CALLS:
+            raise ValueError(f"call {call!r} is none of {_CALLS}")
+        self._faults.append(_ArmedFault(call, errno, nth, gfn, delay, repeat))
+
+    def disarm(self) -> None:
+        """Forget all armed faults."""
+        self._faults.clear()
+
+    # --- the hypervisor's side, for the backend -----------------------------------
+
+    def map(self, gfn: int, count: int, writable: bool) -> tuple[int, bytes | None]:
+        """Map pages as ``xenforeignmemory_map`` does; returns address and errnos."""
+        page_errors = self._enter("map", gfn, count)
+        with self._lock:
+            frames = self._p2m[gfn : gfn + count]
+            frames.extend([_ABSENT] * (count - len(frames)))
+            for page in page_errors:
+                frames[page - gfn] = _ABSENT
+            address = self._map_frames(frames, writable, None)
+        self.calls.append(Call("map", gfn, count, 0))
+        if _ABSENT not in frames:
+            return address, None
+        errors = bytearray(_errno.EINVAL if frame == _ABSENT else 0 for frame in frames)
+        for page, errno in page_errors.items():
+            errors[page - gfn] = errno
+        return address, bytes(errors)
+
+    def remap(self, mapping: Mapping, gfn: int) -> None:
+        """Map other pages over a mapping; a failure loses its memory, as with Xen."""
+        with self._lock:
+            frames = self._p2m[gfn : gfn + mapping.count]
+            if len(frames) < mapping.count or _ABSENT in frames:
+                position = frames.index(_ABSENT) if _ABSENT in frames else len(frames)
+                raise FaultError(
+                    (gfn + position) << PAGE_SHIFT,
+                    (mapping.count - position) << PAGE_SHIFT,
+                    _errno.EINVAL,
+                )
+            try:
+                self._enter("remap", gfn, mapping.count)
+            except XenCallError as error:
+                libc.unmap(mapping.address, mapping.length)
+                libc.cover(mapping.address, mapping.length)
+                raise MappingLostError(error.call, self.domid, error.errno, "injected") from None
+            self._map_frames(frames, mapping.writable, mapping.address)
+        self.calls.append(Call("remap", gfn, mapping.count, 0))
+
+    def unmap(self, address: int, length: int) -> None:
+        """Unmap, and note it. Takes no lock: finalizers call it."""
+        libc.unmap(address, length)
+        self.calls.append(Call("unmap", None, length >> PAGE_SHIFT, 0))
+
+    def mark_dirty(self, gfn: int, count: int) -> None:
+        """Note that pages were written."""
+        if self._faults:
+            self._enter("mark_dirty", gfn, count)
+        self.dirty.update(range(gfn, gfn + count))
+        self.calls.append(Call("mark_dirty", gfn, count, 0))
+
+    def _enter(self, call: str, gfn: int, count: int) -> dict[int, int]:
+        """Apply armed faults to a call: be slow, raise, or return the errno of single pages."""
+        page_errors = {}
+        errno = delay = 0
+        with self._lock:
+            for fault in list(self._faults):
+                if fault.call != call or not (
+                    fault.gfn is None or gfn <= fault.gfn < gfn + count
+                ):
+                    continue
+                if fault.calls_to_pass:
+                    fault.calls_to_pass -= 1
+                    continue
+                if not fault.repeat:
+                    self._faults.remove(fault)
+                delay += fault.delay
+                if fault.gfn is not None and call == "map" and fault.errno:
+                    page_errors[fault.gfn] = fault.errno
+                else:
+                    errno = errno or fault.errno
+        if delay:
+            time.sleep(delay)
+        hint = "injected"
+        if self._destroyed and call == "map":
+            errno, hint = _errno.ESRCH, "there is no such domain"
+        if errno:
+            self.calls.append(Call(call, gfn, count, errno))
+            raise XenCallError(f"mock_{call}", self.domid, errno, hint)
+        return page_errors
+
+    def _map_frames(self, frames: array[int], writable: bool, address: int | None) -> int:
+        fd = self._hypervisor.fd
+        runs = list(_runs(frames))
+        length = len(frames) << PAGE_SHIFT
+        if len(runs) == 1 and runs[0][1] != _ABSENT:
+            offset = runs[0][1] << PAGE_SHIFT
+            address = libc.map_file(fd, offset, length, writable=writable, address=address)
+        else:
+            address = libc.reserve(length, address=address)
+            try:
+                for position, frame, count in runs:
+                    if frame != _ABSENT:
+                        libc.map_file(
+                            fd,
+                            frame << PAGE_SHIFT,
+                            count << PAGE_SHIFT,
+                            writable=writable,
+                            address=address + (position << PAGE_SHIFT),
+                        )
+            except XenCallError:
+                libc.unmap(address, length)
+                raise
+        libc.dont_fork(address, length)
+        return address
+
+    def _pages(self, address: int, length: int, *, grow: bool = False) -> tuple[int, int]:
+        address, length = check_range(address, length)
+        if (address | length) & PAGE_MASK:
+            raise ValueError(f"{address:#x}, {length:#x}: the mock's pages are whole, of 4 KiB")
+        gfn, count = page_span(address, length)
+        missing = gfn + count - len(self._p2m)
+        if missing > 0 and not grow:
+            raise ValueError(
+                f"{address:#x}..{address + length:#x} ends beyond the domain's memory, "
+                f"{self.memory_end:#x}"
+            )
+        if missing > 0:
+            self._p2m.extend([_ABSENT] * missing)
+        return gfn, count
+
+    def _spans(self, address: int, length: int) -> list[tuple[int, int]]:
+        """Return ``(offset in the memfd, size)`` for each page of a range."""
+        address, length = check_range(address, length, empty=True)
+        spans = []
+        end = address + length
+        with self._lock:
+            while address < end:
+                gfn = address >> PAGE_SHIFT
+                frame = self._p2m[gfn] if gfn < len(self._p2m) else _ABSENT
+                if frame == _ABSENT:
+                    raise FaultError(address, end - address, _errno.EINVAL)
+                size = min(PAGE_SIZE - (address & PAGE_MASK), end - address)
+                spans.append(((frame << PAGE_SHIFT) + (address & PAGE_MASK), size))
+                address += size
+        return spans
+
+
+def _runs(frames: array[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield ``(position, first frame, count)`` of consecutive or consecutively absent frames."""
+    first, total = frames[0], len(frames)
+    if first != _ABSENT and frames == array("q", range(first, first + total)):
+        yield 0, first, total
+        return
+    start = 0
+    for position in range(1, total + 1):
+        if position < total:
+            previous, frame = frames[position - 1], frames[position]
+            if frame == (_ABSENT if previous == _ABSENT else previous + 1):
+                continue
+        yield start, frames[start], position - start
+        start = position
+
+
+class MockHypervisor:
+    """The machine: frames in a memfd, and domains. Its memory goes when nothing shows it.
+
+    Attributes:
+        fd: the memfd that holds all frames.
+        domains: by domid.
+    """
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("xenmapcache-mock", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
+        self.domains: dict[int, MockDomain] = {}
+        self._frames = 0
+        self._lock = threading.Lock()
+
+    def create_domain(
+        self, *, memory: int | str = "64M", holes: Iterable[tuple[int, int]] = ()
+    ) -> MockDomain:
+        """Create a guest, its memory zeroed.
+
+        Args:
+            memory: its size in bytes, whole pages, or as ``"256M"``.
+            holes: ``(address, length)`` pairs, page-aligned, that are not there.
+
+        Raises:
+            ValueError: not whole pages, or a hole beyond the end.
+        """
+        size = parse_size(memory)
+        if not size or size & PAGE_MASK:
+            raise ValueError(f"memory {size:#x} is not a number of whole pages of 4 KiB")
+        domid = len(self.domains) + 1
+        domain = MockDomain(self, domid, size >> PAGE_SHIFT, holes)
+        self.domains[domid] = domain
+        return domain
+
+    def allocate(self, count: int) -> int:
+        """Return the first of ``count`` new frames. Frames are never used again."""
+        with self._lock:
+            first = self._frames
+            self._frames += count
+            os.ftruncate(self.fd, self._frames << PAGE_SHIFT)
+        return first
+
+
+class MockBackend(Backend):
+    """The backend ``"mock"``.
+
+    Args:
+        domain: a guest of a :class:`MockHypervisor`; or else
+        memory: the size of one that is made for the purpose.
+
+    Attributes:
+        domain: the guest.
+
+    Raises:
+        TypeError: neither was given, or both.
+    """
+
+    name: ClassVar[str] = "mock"
+    capabilities = Capability.WRITE | Capability.REMAP | Capability.DIRTY
+
+    def __init__(
+        self, *, domain: MockDomain | None = None, memory: int | str | None = None
+    ) -> None:
+        if (domain is None) == (memory is None):
+            raise TypeError("the mock takes either domain= or memory=")
+        if domain is None:
+            assert memory is not None  # noqa: S101 - or the line above had raised
+            domain = MockHypervisor().create_domain(memory=memory)
+        if not isinstance(domain, MockDomain):
+            raise TypeError(f"domain must be a MockDomain, not {type(domain).__name__}")
+        self.domain = domain
+        self._closed = False
+
+    @property
+    def memory_end(self) -> int:  # type: ignore[override] # it grows
+        """One past the highest guest address that can be there, in bytes."""
+        return self.domain.memory_end
+
+    def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
+        """Map guest pages; see :meth:`Backend.map`."""
+        self._check_open()
+        address, errors = self.domain.map(gfn, count, writable)
+        return Mapping(
+            address, gfn, count, writable=writable, errors=errors, unmap=self.domain.unmap
+        )
+
+    def remap(self, mapping: Mapping, gfn: int) -> None:
+        """Let a mapping show other pages; see :meth:`Backend.remap`."""
+        self._check_open()
+        self.domain.remap(mapping, gfn)
+
+    def mark_dirty(self, gfn: int, count: int) -> None:
+        """Note written pages in ``domain.dirty``; see :meth:`Backend.mark_dirty`."""
+        self.domain.mark_dirty(gfn, count)
+
+    def close(self) -> None:
+        """Map no more; see :meth:`Backend.close`."""
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this mock backend is closed")

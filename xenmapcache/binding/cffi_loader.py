@@ -1,0 +1,70 @@
+"""The cffi loader: out-of-line ABI mode, so no compiler and no Xen where it is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._cffi import ffi
+from .declarations import Library, Prototype, prototypes
+from .loader import Argument, Function
+
+_cast, _from_buffer = ffi.cast, ffi.from_buffer
+
+# Never emptied: a function does not keep its library loaded, and one that is
+# unloaded crashes whoever still calls it. ctypes never unloads either.
+_libraries: dict[str, Any] = {}
+
+
+class CffiLoader:
+    """Binds through the generated module ``_cffi``; calls release the interpreter lock."""
+
+    name = "cffi"
+
+    def open(self, library: Library, path: str) -> dict[str, Function]:
+        """Load a library; see :class:`.loader.Loader`."""
+        handle = _libraries.get(path)
+        if handle is None:
+            handle = _libraries[path] = ffi.dlopen(path or None)
+        functions = {}
+        for prototype in prototypes(library).values():
+            try:
+                function = getattr(handle, prototype.name)
+            except AttributeError:
+                continue
+            functions[prototype.name] = _bind(function, prototype)
+        return functions
+
+
+def _pointer(argument: Argument) -> Any:
+    """Return what cffi takes for ``void *``: an address, NULL, bytes or a writable buffer."""
+    if argument is None:
+        return ffi.NULL
+    if isinstance(argument, int):
+        return _cast("void *", argument)
+    return _from_buffer(argument)
+
+
+def _bind(function: Any, prototype: Prototype) -> Function:
+    types = ffi.typeof(function)
+    pointers = [
+        (position, types.args[position])
+        for position, kind in enumerate(prototype.parameters)
+        if kind == "*"
+    ]
+    returns_pointer = prototype.result == "*"
+
+    def call(*arguments: Argument) -> tuple[int, int]:
+        values = list(arguments)
+        held = []  # a cast does not keep the buffer behind it alive
+        for position, kind in pointers:
+            pointer = _pointer(values[position])
+            held.append(pointer)
+            values[position] = _cast(kind, pointer)
+        ffi.errno = 0
+        result = function(*values)
+        errno = ffi.errno
+        if returns_pointer:
+            result = int(_cast("uintptr_t", result))
+        return result or 0, errno
+
+    return call

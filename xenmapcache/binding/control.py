@@ -1,0 +1,46 @@
+"""libxenctrl's legacy foreign mapping, for hosts whose tools still use it.
+
+Follows ``xenctrl.h`` and ``xenctrl_compat.h``.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from .declarations import CONTROL
+from .handle import Handle, positive_errors
+
+MAP_BULK = "xc_map_foreign_bulk"
+
+
+class Control(Handle):
+    """An ``xc_interface``; see :class:`.handle.Handle` for arguments and errors."""
+
+    declared = CONTROL
+    open_call = "xc_interface_open"
+    close_call = "xc_interface_close"
+    required = (MAP_BULK,)
+
+    def _open(self) -> tuple[int, int]:
+        return self._functions[self.open_call](self._log.pointer, self._log.pointer, 0)
+
+    def map(self, domid: int, prot: int, gfns: array[int]) -> tuple[int, bytes | None]:
+        """Map pages of a domain; the caller unmaps them with ``munmap``.
+
+        Args:
+            domid: the domain.
+            prot: PROT_ flags.
+            gfns: an ``array("Q")`` of frame numbers.
+
+        Returns:
+            The host address, and one errno a page (0: valid) or None if all are valid.
+
+        Raises:
+            XenCallError: the call failed as a whole.
+        """
+        errors = array("i", bytes(4 * len(gfns)))
+        # Mind the order: frames, errors, count.
+        result, errno = self.call(MAP_BULK, domid, prot, gfns, errors, len(gfns))
+        if not result:
+            raise self.fail(MAP_BULK, domid, errno)
+        return result, positive_errors(errors)

@@ -1,0 +1,62 @@
+"""The ctypes loader: the same declarations without cffi."""
+
+from __future__ import annotations
+
+import ctypes
+
+from .declarations import Library, Prototype, prototypes
+from .loader import Argument, Function
+
+_TYPES: dict[str, type[ctypes._SimpleCData[int]] | None] = {
+    "void": None,
+    "int": ctypes.c_int,
+    "unsigned": ctypes.c_uint,
+    "long": ctypes.c_long,
+    "unsigned long": ctypes.c_ulong,
+    "size_t": ctypes.c_size_t,
+    "uint32_t": ctypes.c_uint32,
+    "domid_t": ctypes.c_uint16,
+    "xentoollog_level": ctypes.c_int,
+}
+
+
+class CtypesLoader:
+    """Binds through :class:`ctypes.CDLL`, which releases the interpreter lock during calls."""
+
+    name = "ctypes"
+
+    def open(self, library: Library, path: str) -> dict[str, Function]:
+        """Load a library; see :class:`.loader.Loader`."""
+        handle = ctypes.CDLL(path or None, use_errno=True)
+        return {
+            prototype.name: _bind(handle, prototype)
+            for prototype in prototypes(library).values()
+            if hasattr(handle, prototype.name)
+        }
+
+
+def _pointer(argument: Argument) -> object:
+    """Return what a ``c_void_p`` parameter takes for an address, bytes or a writable buffer."""
+    if argument is None or isinstance(argument, int | bytes):
+        return argument
+    # ctypes keeps the array, and it the buffer, until the call has returned.
+    return (ctypes.c_char * memoryview(argument).nbytes).from_buffer(argument)
+
+
+def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
+    function = handle[prototype.name]
+    kinds = prototype.parameters
+    function.argtypes = [ctypes.c_void_p if kind == "*" else _TYPES[kind] for kind in kinds]
+    function.restype = ctypes.c_void_p if prototype.result == "*" else _TYPES[prototype.result]
+    pointers = [position for position, kind in enumerate(kinds) if kind == "*"]
+    get_errno, set_errno = ctypes.get_errno, ctypes.set_errno
+
+    def call(*arguments: Argument) -> tuple[int, int]:
+        values = list(arguments)
+        for position in pointers:
+            values[position] = _pointer(values[position])
+        set_errno(0)
+        result = function(*values)
+        return result or 0, get_errno()
+
+    return call

@@ -1,0 +1,156 @@
+"""The C that this package calls, written down once.
+
+Each library's ``source`` is plain C, in the words of the header it names.
+``build_ffi.py`` hands it to cffi, :mod:`.ctypes_loader` reads it with
+:func:`prototypes`, and a test compiles it against the real headers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+TYPES = """
+typedef uint64_t xen_pfn_t;
+typedef uint16_t domid_t;
+typedef struct xentoollog_logger xentoollog_logger;
+"""
+
+
+class Library(NamedTuple):
+    """One shared library: how it is found, and what is called in it.
+
+    Attributes:
+        name: as people call it.
+        soname: what the dynamic linker is asked for; with a ``*`` where the name
+            carries Xen's release and has to be searched for; empty for libc.
+        package: Debian's package, for messages.
+        includes: the C lines that bring the real declarations.
+        source: our copy of them.
+    """
+
+    name: str
+    soname: str
+    package: str
+    includes: str
+    source: str
+
+
+FOREIGN_MEMORY = Library(
+    name="libxenforeignmemory",
+    soname="libxenforeignmemory.so.1",
+    package="libxenforeignmemory1",
+    includes="#include <xenforeignmemory.h>",
+    source="""
+typedef struct xenforeignmemory_handle xenforeignmemory_handle;
+typedef struct xenforeignmemory_resource_handle xenforeignmemory_resource_handle;
+/* VERS_1.0, Xen 4.7 */
+xenforeignmemory_handle *xenforeignmemory_open(xentoollog_logger *logger, unsigned open_flags);
+int xenforeignmemory_close(xenforeignmemory_handle *fmem);
+void *xenforeignmemory_map(xenforeignmemory_handle *fmem, uint32_t dom, int prot, size_t pages,
+                           const xen_pfn_t arr[], int err[]);
+int xenforeignmemory_unmap(xenforeignmemory_handle *fmem, void *addr, size_t pages);
+/* VERS_1.1, Xen 4.9 */
+int xenforeignmemory_restrict(xenforeignmemory_handle *fmem, domid_t domid);
+/* VERS_1.2, Xen 4.10 */
+void *xenforeignmemory_map2(xenforeignmemory_handle *fmem, uint32_t dom, void *addr, int prot,
+                            int flags, size_t pages, const xen_pfn_t arr[], int err[]);
+/* VERS_1.3, Xen 4.11 */
+xenforeignmemory_resource_handle *xenforeignmemory_map_resource(
+    xenforeignmemory_handle *fmem, domid_t domid, unsigned type, unsigned id,
+    unsigned long frame, unsigned long nr_frames, void **paddr, int prot, int flags);
+int xenforeignmemory_unmap_resource(xenforeignmemory_handle *fmem,
+                                    xenforeignmemory_resource_handle *fres);
+/* VERS_1.4, Xen 4.15 */
+int xenforeignmemory_resource_size(xenforeignmemory_handle *fmem, domid_t domid, unsigned type,
+                                   unsigned id, size_t *size);
+""",
+)
+
+CONTROL = Library(
+    name="libxenctrl",
+    soname="libxenctrl.so.*",
+    package="libxenmisc4.17 (the number is Xen's release)",
+    includes="#define XC_WANT_COMPAT_MAP_FOREIGN_API\n#include <xenctrl.h>",
+    source="""
+typedef struct xc_interface_core xc_interface;
+xc_interface *xc_interface_open(xentoollog_logger *logger, xentoollog_logger *dombuild_logger,
+                                unsigned open_flags);
+int xc_interface_close(xc_interface *xch);
+void *xc_map_foreign_bulk(xc_interface *xch, uint32_t dom, int prot, const xen_pfn_t *arr,
+                          int *err, unsigned num);
+""",
+)
+
+TOOL_LOG = Library(
+    name="libxentoollog",
+    soname="libxentoollog.so.1",
+    package="libxentoollog1",
+    includes="#include <stdio.h>\n#include <xentoollog.h>",
+    source="""
+typedef struct xentoollog_logger_stdiostream xentoollog_logger_stdiostream;
+xentoollog_logger_stdiostream *xtl_createlogger_stdiostream(FILE *f, xentoollog_level min_level,
+                                                            unsigned flags);
+void xtl_logger_destroy(xentoollog_logger *logger);
+""",
+)
+
+LIBC = Library(
+    name="libc",
+    soname="",
+    package="libc6",
+    includes="#include <stdio.h>\n#include <sys/mman.h>",
+    source="""
+void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
+int munmap(void *addr, size_t length);
+int madvise(void *addr, size_t length, int advice);
+FILE *fdopen(int fd, const char *mode);
+int setvbuf(FILE *stream, char *buf, int mode, size_t size);
+int fclose(FILE *stream);
+""",
+)
+
+LIBRARIES = (FOREIGN_MEMORY, CONTROL, TOOL_LOG, LIBC)
+
+# Types that the real headers define and our sources only use.
+OPAQUE = """
+typedef struct _IO_FILE FILE;
+typedef int xentoollog_level;
+"""
+
+
+class Prototype(NamedTuple):
+    """A C function: the types of its result and parameters as text, ``*`` for any pointer."""
+
+    name: str
+    result: str
+    parameters: tuple[str, ...]
+
+
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_FUNCTION = re.compile(r"(?P<result>[\w\s]+?[\s*]+)(?P<name>\w+)\s*\((?P<parameters>[^()]*)\)")
+_NAME_LAST = re.compile(r"\s*\w+$")
+
+
+def _type(text: str) -> str:
+    text = text.replace("const ", "").strip()
+    return "*" if "*" in text or "[" in text else _NAME_LAST.sub("", text)
+
+
+def prototypes(library: Library) -> dict[str, Prototype]:
+    """Read a library's functions out of its C source.
+
+    It understands what :data:`LIBRARIES` holds and raises ValueError for anything else.
+    """
+    found = {}
+    for statement in _COMMENT.sub("", library.source).split(";"):
+        declaration = " ".join(statement.split())
+        if not declaration or declaration.startswith("typedef "):
+            continue
+        match = _FUNCTION.fullmatch(declaration)
+        if match is None:
+            raise ValueError(f"{library.name}: cannot read the declaration {declaration!r}")
+        result = "*" if "*" in match["result"] else match["result"].strip()
+        parameters = tuple(_type(each) for each in match["parameters"].split(","))
+        found[match["name"]] = Prototype(match["name"], result, parameters)
+    return found

@@ -1,0 +1,286 @@
+"""Leases of guest memory: the handle, and the lessor who gives them out and takes them back."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from typing import Literal, Self, get_args
+
+from .address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, page_span
+from .backend import Backend, Capability
+from .errors import ClosedError, FaultError, LeaseError, UnsupportedOperationError, XenMapCacheError
+from .ledger import DmaDirection, LeaseInfo, LeaseKind, LeaseRecord, Ledger, call_stack
+from .mapping import Mapping
+
+logger = logging.getLogger("xenmapcache")
+
+OnStale = Literal["warn", "raise", "copy"]
+
+
+class Lease(LeaseRecord):
+    """Guest memory that stays mapped until it is released. Also a context manager.
+
+    Take one from :meth:`MapCache.map_device` or :meth:`MapCache.map_dma`. The cache
+    keeps it: one that is dropped without a release stays in ``leases()``, with its
+    owner and age, and keeps its memory.
+
+    Attributes:
+        kind: DEVICE or DMA.
+        address: guest-physical, in bytes; :meth:`MapCache.replace` changes it.
+        length: in bytes; the range is half-open.
+        owner: who took it.
+        direction: of a DMA lease, or None.
+
+    Synchronization: any thread may release it, finalizers too; exactly one release
+    succeeds. The bytes themselves are shared with the guest.
+    """
+
+    __slots__ = ("_lessor", "_mapping", "_released_at", "_view")
+
+    def __init__(
+        self,
+        lessor: Lessor,
+        mapping: Mapping,
+        kind: LeaseKind,
+        address: int,
+        length: int,
+        owner: str,
+        direction: DmaDirection | None,
+        writable: bool,
+        origin: tuple[str, ...] | None,
+    ) -> None:
+        view = mapping.view(address - (mapping.gfn << PAGE_SHIFT), length)
+        super().__init__(kind, address, length, owner, direction, lessor.sequence, origin)
+        self._lessor = lessor
+        self._mapping: Mapping | None = mapping
+        self._view: memoryview | None = view if writable else view.toreadonly()
+        self._released_at: int | None = None
+
+    def __repr__(self) -> str:
+        state = "released " if self.released else "stale " if self.stale else ""
+        return f"<{state}{self.info(self._lessor.sequence)}>"
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes; read-only for TO_DEVICE and for memory that was not mapped for writing.
+
+        It stays safe for ever, whatever becomes of lease, cache and guest. (Leave its
+        ``obj`` alone: that is the whole mapping, unguarded.)
+
+        Raises:
+            LeaseError: the lease was released.
+            ClosedError: this process was forked off the one that took it.
+        """
+        view = self._view
+        if view is None:
+            raise LeaseError(f"{self.info(self._lessor.sequence)} was released")
+        self._lessor.check_process()
+        return view
+
+    @property
+    def host_address(self) -> int:
+        """Where the first byte is in this process.
+
+        Raises:
+            LeaseError: the lease was released.
+        """
+        mapping = self._mapping
+        if mapping is None:
+            raise LeaseError(f"{self.info(self._lessor.sequence)} was released")
+        return mapping.address + self.address - (mapping.gfn << PAGE_SHIFT)
+
+    @property
+    def stale(self) -> bool:
+        """Whether an invalidation has passed while it was held: the guest may not see it now."""
+        sequence = self._lessor.sequence if self._released_at is None else self._released_at
+        return self.stale_at(sequence)
+
+    @property
+    def released(self) -> bool:
+        """Whether it was given back."""
+        return self._view is None
+
+    def release(self) -> None:
+        """Give the memory back. DMA that wrote is marked dirty first.
+
+        A DMA lease that went stale is reported, as the cache's ``on_stale`` says:
+
+        - ``"warn"``: a WARNING is logged;
+        - ``"raise"``: LeaseError; the lease is given back all the same;
+        - ``"copy"``: what the device wrote is copied to the pages that the guest sees now.
+
+        Raises:
+            LeaseError: it was released before, or is stale where that is refused.
+            FaultError: ``"copy"`` found pages that the guest gave up and did not get
+                back; the others were copied, and the lease is given back.
+            XenCallError: Xen failed; the lease is still held, and can be released again.
+        """
+        self._lessor.take_back(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.released:
+            self.release()
+
+
+class Lessor:
+    """Gives out leases and takes them back; knows what an invalidation means to them.
+
+    Attributes:
+        sequence: the number of invalidations so far.
+        forked: set by the cache in a child process, where nothing of this may be used.
+        returned: buckets whose lease ended; the cache unpins them when it next holds
+            its lock.
+        returned_stale: appended to once per DMA lease that was stale when it came back.
+
+    Synchronization: takes no lock, so that any thread and any finalizer may release;
+    the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
+    """
+
+    def __init__(self, backend: Backend, on_stale: OnStale, record_origin: bool) -> None:
+        if on_stale not in get_args(OnStale):
+            raise ValueError(f"on_stale {on_stale!r} is none of {get_args(OnStale)}")
+        if on_stale == "copy" and Capability.WRITE not in backend.capabilities:
+            raise UnsupportedOperationError(
+                f"on_stale='copy' writes, and the backend {backend.name!r} is read-only"
+            )
+        self._backend = backend
+        self._on_stale = on_stale
+        self._record_origin = record_origin
+        self._tracks_dirty = Capability.DIRTY in backend.capabilities
+        self.owner_pid = os.getpid()
+        self.forked = False
+        self.ledger: Ledger[Lease] = Ledger()
+        self.sequence = 0
+        self.returned: deque[Mapping] = deque()
+        self.returned_stale: deque[int] = deque()
+
+    def check_process(self) -> None:
+        """Raise ClosedError in a process that was forked off the one that made the cache."""
+        if self.forked:
+            raise ClosedError(
+                f"this map cache belongs to process {self.owner_pid}, which forked this one: open "
+                "a backend and a cache of your own after the fork"
+            )
+
+    def grant(
+        self,
+        mapping: Mapping,
+        kind: LeaseKind,
+        address: int,
+        length: int,
+        owner: str,
+        direction: DmaDirection | None,
+        writable: bool,
+    ) -> Lease:
+        """Make a lease of a part of a mapping and note it; called under the cache's lock."""
+        origin = call_stack(skip=3) if self._record_origin else None
+        lease = Lease(self, mapping, kind, address, length, owner, direction, writable, origin)
+        self.ledger.add(lease)
+        return lease
+
+    def infos(self) -> tuple[LeaseInfo, ...]:
+        """Return what is known of every lease that is held, oldest first."""
+        sequence = self.sequence
+        return tuple(lease.info(sequence) for lease in self.ledger.held())
+
+    def survivors(self) -> tuple[tuple[LeaseInfo, ...], tuple[LeaseInfo, ...]]:
+        """Return the device and the DMA leases held over an invalidation; warn of DMA, once each."""
+        device, dma = [], []
+        sequence = self.sequence
+        for lease in self.ledger.held():
+            info = lease.info(sequence)
+            if lease.kind is LeaseKind.DEVICE:
+                device.append(info)
+                continue
+            dma.append(info)
+            if not lease.warned:
+                lease.warned = True
+                logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
+        return tuple(device), tuple(dma)
+
+    def take_back(self, lease: Lease) -> None:
+        """End a lease; see :meth:`Lease.release`."""
+        if self.forked:
+            self._end(lease)  # the parent's lease, dirty pages and memory are the parent's
+            return
+        if not self.ledger.remove(lease):
+            raise LeaseError(f"{lease.info(self.sequence)} was released before")
+        try:
+            report = self._settle(lease)
+        except BaseException:
+            self.ledger.add(lease)
+            raise
+        self._end(lease)
+        if report is not None:
+            raise report
+
+    def drop(self, lease: Lease) -> None:
+        """End a lease without its consequences: the cache is closed by force."""
+        if self.ledger.remove(lease):
+            logger.warning("closed by force, still held: %s", lease.info(self.sequence))
+            self._end(lease)
+
+    def _end(self, lease: Lease) -> None:
+        mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
+        lease._released_at = self.sequence  # noqa: SLF001
+        lease._view = None  # noqa: SLF001
+        # An invalidation has already taken a stale lease's bucket out of the books.
+        if mapping is not None and mapping.pins and not lease.stale:
+            self.returned.append(mapping)
+
+    def _settle(self, lease: Lease) -> XenMapCacheError | None:
+        """Mark what was written and deliver what is stale; return what is to be raised after."""
+        view = lease.view
+        stale = lease.kind is LeaseKind.DMA and lease.stale
+        report: XenMapCacheError | None = None
+        if not view.readonly:
+            if stale and self._on_stale == "copy":
+                report = self._deliver(lease, view)
+            if self._tracks_dirty:
+                self._backend.mark_dirty(*page_span(lease.address, lease.length))
+        if not stale:
+            return None
+        self.returned_stale.append(lease.id)
+        info = lease.info(self.sequence)
+        if self._on_stale == "raise":
+            return LeaseError(f"released stale: {info}: {self._loss(lease)}")
+        if self._on_stale == "warn":
+            logger.warning("released stale: %s: %s", info, self._loss(lease))
+        return report
+
+    @staticmethod
+    def _loss(lease: Lease) -> str:
+        if lease.direction is DmaDirection.TO_DEVICE:
+            return "the device may have read pages that the guest has given up"
+        return "what the device wrote may be lost"
+
+    def _deliver(self, lease: Lease, written: memoryview) -> FaultError | None:
+        """Copy a stale lease to the pages that the guest sees now, where they differ.
+
+        A page that is still the same is left alone: the guest may be writing it.
+        """
+        gfn, count = page_span(lease.address, lease.length)
+        fresh = self._backend.map(gfn, count, writable=True)
+        fault = None
+        copied = 0
+        position = 0
+        while position < lease.length:
+            address = lease.address + position
+            step = min(PAGE_SIZE - (address & PAGE_MASK), lease.length - position)
+            try:
+                now = fresh.view(address - (gfn << PAGE_SHIFT), step)
+            except FaultError as error:
+                fault = fault or FaultError(error.address, lease.length - position, error.errno)
+            else:
+                if now != written[position : position + step]:
+                    now[:] = written[position : position + step]
+                    copied += 1
+            position += step
+        logger.info(
+            "stale: %s: copied %d of %d pages to the guest", lease.info(self.sequence), copied, count
+        )
+        return fault

@@ -1,0 +1,165 @@
+"""The ledger: who holds which guest memory, since when and what for. It knows no pointers."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import threading
+import time
+import traceback
+from typing import Generic, NamedTuple, TypeVar
+
+
+class LeaseKind(enum.Enum):
+    """Why memory is locked: the two kinds that QEMU's map cache could not tell apart."""
+
+    DEVICE = "device"
+    """Memory of a device, for long (option ROM, video memory). Ballooning does not touch it."""
+    DMA = "dma"
+    """A transfer under way. Still held at an invalidation, it may be lost."""
+
+
+class DmaDirection(enum.Enum):
+    """Which way the data goes, in the kernel's words."""
+
+    TO_DEVICE = "to-device"
+    """The device reads guest memory; the view is read-only."""
+    FROM_DEVICE = "from-device"
+    """The device writes guest memory."""
+    BIDIRECTIONAL = "bidirectional"
+    """Both, or not known."""
+
+
+class LeaseInfo(NamedTuple):
+    """What is known of a lease, at one moment. Immutable.
+
+    Attributes:
+        id: unique in its cache, never used again.
+        kind: DEVICE or DMA.
+        address: guest-physical, in bytes.
+        length: in bytes.
+        owner: who took it, in the words of the one who did.
+        direction: of a DMA lease; None for DEVICE.
+        age: seconds since it was taken.
+        thread: name of the thread that took it.
+        stale: whether an invalidation has passed since (DMA), or its memory was lost.
+        origin: the stack where it was taken, innermost last, if the cache records that.
+    """
+
+    id: int
+    kind: LeaseKind
+    address: int
+    length: int
+    owner: str
+    direction: DmaDirection | None
+    age: float
+    thread: str
+    stale: bool
+    origin: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        direction = f", direction {self.direction.value}" if self.direction else ""
+        return (
+            f"{self.kind.name} lease of {self.owner!r}: address {self.address:#x}, "
+            f"length {self.length:#x}{direction}, age {self.age:.3f} s"
+        )
+
+
+class LeaseRecord:
+    """A lease as the ledger keeps it. Made by the cache; the handle people use derives from it."""
+
+    __slots__ = (
+        "address",
+        "direction",
+        "id",
+        "kind",
+        "length",
+        "lost",
+        "origin",
+        "owner",
+        "sequence",
+        "since",
+        "thread",
+        "warned",
+    )
+
+    _ids = itertools.count(1)
+
+    def __init__(
+        self,
+        kind: LeaseKind,
+        address: int,
+        length: int,
+        owner: str,
+        direction: DmaDirection | None,
+        sequence: int,
+        origin: tuple[str, ...] | None = None,
+    ) -> None:
+        self.id = next(self._ids)
+        self.kind = kind
+        self.address = address
+        self.length = length
+        self.owner = owner
+        self.direction = direction
+        self.sequence = sequence
+        self.origin = origin
+        self.since = time.monotonic()
+        self.thread = threading.current_thread()
+        self.warned = False
+        self.lost = False
+
+    def stale_at(self, sequence: int) -> bool:
+        """Tell whether the invalidation of that number has made it stale."""
+        return self.lost or (self.kind is LeaseKind.DMA and self.sequence < sequence)
+
+    def info(self, sequence: int) -> LeaseInfo:
+        """Return what is known of it, as seen after the invalidation of that number."""
+        return LeaseInfo(
+            self.id,
+            self.kind,
+            self.address,
+            self.length,
+            self.owner,
+            self.direction,
+            time.monotonic() - self.since,
+            self.thread.name,
+            self.stale_at(sequence),
+            self.origin,
+        )
+
+
+Record = TypeVar("Record", bound=LeaseRecord)
+
+
+class Ledger(Generic[Record]):
+    """All leases that are held.
+
+    Synchronization: every method may be called in any thread and from finalizers;
+    each is one atomic dictionary operation, or works on a copy.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held: dict[int, Record] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(self, record: Record) -> None:
+        """Note that a lease is held."""
+        self._held[record.id] = record
+
+    def remove(self, record: Record) -> bool:
+        """Note that it is not; False if that was noted before: exactly one caller gets True."""
+        return self._held.pop(record.id, None) is not None
+
+    def held(self) -> list[Record]:
+        """Return what is held, oldest first."""
+        return list(self._held.values())
+
+
+def call_stack(skip: int) -> tuple[str, ...]:
+    """Return the caller's stack as ``file:line in function``, without its ``skip`` innermost."""
+    frames = traceback.extract_stack()[: -skip - 1]
+    return tuple(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)

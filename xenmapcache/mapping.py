@@ -1,0 +1,185 @@
+"""Mapping: guest memory in this process, which lives as long as somebody can see it.
+
+The memory is a ctypes array placed over the foreign mapping. Every memoryview,
+slice, numpy array or ctypes structure over it keeps that array alive, and when
+the array dies the mapping is unmapped: whole, once, by the process that made it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .address import PAGE_MASK, PAGE_SHIFT
+from .binding import libc
+from .errors import FaultError
+
+if TYPE_CHECKING:
+    Memory = ctypes.Array[ctypes.c_char]
+
+Unmap = Callable[[int, int], None]
+"""Unmaps ``(host address, length)``. Runs in whatever thread drops the last reference."""
+
+
+class _Finalizer(weakref.ref["Memory"]):
+    """Unmaps when the memory dies. ``weakref.finalize`` would need three times the memory."""
+
+    __slots__ = ("address", "length", "on_unmap", "pid", "unmap")
+
+    address: int
+    length: int
+    pid: int
+    unmap: Unmap
+    on_unmap: Callable[[int], object] | None
+
+
+# Keeps the finalizers, by host address. At exit it is emptied: nothing is called
+# in an interpreter that falls apart, and the kernel unmaps.
+_live: dict[int, _Finalizer] = {}
+atexit.register(_live.clear)
+
+
+def _finalize(finalizer: _Finalizer) -> None:
+    # Before the unmap: after it another thread may be given the same address.
+    _live.pop(finalizer.address, None)
+    if finalizer.pid == os.getpid():
+        finalizer.unmap(finalizer.address, finalizer.length)
+        if finalizer.on_unmap is not None:
+            finalizer.on_unmap(finalizer.length)
+
+
+def _after_fork_in_child() -> None:
+    # The kernel keeps foreign mappings out of a child, where a kept view would
+    # crash. Private zeros take their place: the child neither sees nor changes the guest.
+    for finalizer in list(_live.values()):
+        libc.cover(finalizer.address, finalizer.length)
+    _live.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def live_mappings() -> int:
+    """Return how many mappings this process holds."""
+    return len(_live)
+
+
+class Mapping:
+    """Consecutive guest pages, mapped in one piece.
+
+    A backend makes it right after it has mapped the memory, and hands over the duty
+    to unmap. Everyone else looks: nothing here can be closed.
+
+    Args:
+        address: host address, page-aligned.
+        gfn: the first guest frame number.
+        count: pages.
+        writable: whether the memory was mapped for writing.
+        errors: one positive errno a page, 0 for a valid one; None if all are valid.
+        unmap: how to unmap it.
+
+    Attributes:
+        memory: the exporter, a ctypes array of ``length`` bytes. Touching it where
+            a page is not valid crashes; :meth:`view` does not let you.
+        address, gfn, count, writable, errors: as given.
+        length: bytes.
+        pins: how many leases the cache has given out of it; kept by the cache.
+
+    Synchronization: immutable but for ``gfn`` and ``pins``, which the cache changes
+    under its lock.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_bytes",
+        "address",
+        "count",
+        "errors",
+        "gfn",
+        "length",
+        "memory",
+        "pins",
+        "writable",
+    )
+
+    def __init__(
+        self,
+        address: int,
+        gfn: int,
+        count: int,
+        *,
+        writable: bool,
+        errors: bytes | None,
+        unmap: Unmap,
+    ) -> None:
+        length = count << PAGE_SHIFT
+        # SAFETY: the backend has mapped [address, address + length), and nobody
+        # unmaps it before the finalizer below does.
+        self.memory: Memory = (ctypes.c_char * length).from_address(address)
+        finalizer = _Finalizer(self.memory, _finalize)
+        finalizer.address, finalizer.length = address, length
+        finalizer.unmap, finalizer.pid = unmap, os.getpid()
+        finalizer.on_unmap = None
+        _live[address] = finalizer
+        view = memoryview(self.memory).cast("B")
+        self._bytes = view if writable else view.toreadonly()
+        self.address = address
+        self.gfn = gfn
+        self.count = count
+        self.length = length
+        self.writable = writable
+        self.errors = errors
+        self.pins = 0
+
+    def __repr__(self) -> str:
+        start = self.gfn << PAGE_SHIFT
+        holes = f", {self.holes} holes" if self.errors else ""
+        return f"<Mapping of {start:#x}..{start + self.length:#x} at {self.address:#x}{holes}>"
+
+    @property
+    def holes(self) -> int:
+        """How many of its pages are not there."""
+        return self.count - self.errors.count(0) if self.errors else 0
+
+    def valid(self, offset: int, length: int) -> bool:
+        """Tell whether all pages of a range are there; offset and length in bytes."""
+        if self.errors is None:
+            return True
+        first = offset >> PAGE_SHIFT
+        end = (offset + length + PAGE_MASK) >> PAGE_SHIFT
+        return self.errors.count(0, first, end) == end - first
+
+    def check(self, offset: int, length: int) -> None:
+        """Raise FaultError, naming the first guest address that is not there, if one is not."""
+        if self.valid(offset, length):
+            return
+        assert self.errors is not None  # noqa: S101 - valid() said so
+        page = offset >> PAGE_SHIFT
+        while not self.errors[page]:
+            page += 1
+        bad = max(offset, page << PAGE_SHIFT)
+        raise FaultError((self.gfn << PAGE_SHIFT) + bad, offset + length - bad, self.errors[page])
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """Return bytes of it, read-only if it was mapped so, that stay safe for ever.
+
+        Args:
+            offset: bytes into the mapping.
+            length: bytes; the range is half-open and inside the mapping.
+
+        Raises:
+            FaultError: a page of the range is not there.
+        """
+        self.check(offset, length)
+        return self._bytes[offset : offset + length]
+
+    def on_unmap(self, callback: Callable[[int], object]) -> None:
+        """Have ``callback(length)`` called once after the unmap, in whatever thread that happens.
+
+        It must not take a lock that the thread may already hold.
+        """
+        _live[self.address].on_unmap = callback
