@@ -63,7 +63,7 @@ def page_span(address: int, length: int) -> tuple[int, int]:
 
 
 def parse_size(size: int | str) -> int:
-    """Return a size in bytes, given as an int or as people write it: ``4k``, ``0x1000``, ``256MiB``.
+    """Return a size in bytes, given as an int or as people write it: ``4k``, ``0x1000``, ``1GiB``.
 
     Units are powers of 1024 with or without ``i`` and ``B``, in any case.
 

@@ -56,7 +56,7 @@ class Backend(abc.ABC):
             ClosedError: the backend is closed.
         """
 
-    def remap(self, mapping: Mapping, gfn: int) -> None:
+    def remap(self, mapping: Mapping, gfn: int) -> None:  # noqa: ARG002 - a contract
         """Let a mapping show other guest pages, at the host address that it has.
 
         All pages must be there. On an error the mapping shows what it showed before,
@@ -75,12 +75,14 @@ class Backend(abc.ABC):
             f"the backend {self.name!r} cannot move a mapping at a fixed host address"
         )
 
-    def mark_dirty(self, gfn: int, count: int) -> None:
+    def mark_dirty(self, gfn: int, count: int) -> None:  # noqa: ARG002 - a contract
         """Take note that guest pages were written; only with :attr:`Capability.DIRTY`.
 
         Raises:
+            UnsupportedOperationError: it has no :attr:`Capability.DIRTY`.
             XenCallError: it could not be noted.
         """
+        raise UnsupportedOperationError(f"the backend {self.name!r} keeps no dirty pages")
 
     @abc.abstractmethod
     def close(self) -> None:

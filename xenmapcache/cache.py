@@ -151,9 +151,7 @@ class MapCache:
             )
         self._backend = backend
         self._writes = Capability.WRITE in backend.capabilities
-        self._mark_dirty = (
-            backend.mark_dirty if Capability.DIRTY in backend.capabilities else None
-        )
+        self._mark_dirty = backend.mark_dirty if Capability.DIRTY in backend.capabilities else None
         self._lessor = Lessor(backend, on_stale, record_origin)
         # Reentrant: a signal handler or finalizer may use the cache while its own
         # thread is in here. Statements that change counters are atomic between calls.
@@ -222,7 +220,9 @@ class MapCache:
         """
         target = _bytes_of("buffer", buffer)
         if target.readonly:
-            raise TypeError(f"buffer ({type(buffer).__name__}) is read-only: nothing can be read into it")
+            raise TypeError(
+                f"buffer ({type(buffer).__name__}) is read-only: nothing can be read into it"
+            )
         position = 0
         for mapping, start, count in self._hold(address, target.nbytes):
             target[position : position + count] = mapping.view(start, count)
@@ -248,7 +248,7 @@ class MapCache:
             start = address & self._mask
             length = len(data)  # type: ignore[arg-type] # a TypeError is dealt with
             # Refuses what is not just so many bytes, and what does not fit.
-            self._writable[address >> self._shift][start : start + length] = data  # type: ignore[assignment]
+            self._writable[address >> self._shift][start : start + length] = data
         except (KeyError, TypeError, ValueError):
             self._write_slowly(address, data)
             return
@@ -409,7 +409,10 @@ class MapCache:
 
     def _find_device(self, address: int, length: int) -> Lease:
         for lease in self._lessor.ledger.held():
-            if lease.kind is LeaseKind.DEVICE and (lease.address, lease.length) == (address, length):
+            if lease.kind is LeaseKind.DEVICE and (lease.address, lease.length) == (
+                address,
+                length,
+            ):
                 return lease
         raise LeaseError(f"no device lease covers just {address:#x}..{address + length:#x}")
 
@@ -535,7 +538,8 @@ class MapCache:
                 names = "; ".join(str(info) for info in self.leases()[:10])
                 more = f"; and {len(held) - 10} more" if len(held) > 10 else ""
                 raise LeaseError(
-                    f"{len(held)} leases are held: {names}{more}. Release them, or close(force=True)"
+                    f"{len(held)} leases are held: {names}{more}. "
+                    "Release them, or close(force=True)"
                 )
             self._closed = True
             buckets = self._buckets
@@ -749,7 +753,9 @@ def _bytes_of(name: str, buffer: Buffer) -> memoryview:
     try:
         view = memoryview(buffer)
     except TypeError:
-        raise TypeError(f"{name} must be bytes or another buffer, not {type(buffer).__name__}") from None
+        raise TypeError(
+            f"{name} must be bytes or another buffer, not {type(buffer).__name__}"
+        ) from None
     if not view.c_contiguous:
         raise ValueError(f"{name} ({type(buffer).__name__}) is not contiguous: copy it first")
     return view.cast("B")

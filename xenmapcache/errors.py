@@ -51,6 +51,8 @@ class XenCallError(XenMapCacheError, OSError):
         hint: what it means and what to do, or an empty string.
     """
 
+    errno: int
+
     def __init__(self, call: str, domid: int | None, errno: int, hint: str = "") -> None:
         super().__init__(call, domid, errno, hint)
         self.call = call
@@ -96,7 +98,7 @@ class FaultError(XenMapCacheError):
 
 
 class LeaseError(XenMapCacheError):
-    """A lease was used after its release, released twice, unknown, or stale where that is refused."""
+    """A lease is unknown, was released before, or is stale where that is refused."""
 
 
 class CacheFullError(XenMapCacheError):

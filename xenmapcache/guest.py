@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from .address import MiB, PAGE_MASK, as_int, check_range
+from .address import PAGE_MASK, MiB, as_int, check_range
 from .cache import MapCache
 from .ledger import DmaDirection
 
@@ -164,7 +164,9 @@ class GuestMemory:
         *,
         max_match: int = 4096,
     ) -> Iterator[tuple[int, bytes]]:
-        """Return an iterator of ``(address, match)`` of what does not overlap, in order. Holes are passed over.
+        """Search memory, passing over holes; return an iterator of ``(address, match)``.
+
+        Matches come in order and do not overlap.
 
         Args:
             pattern: bytes, or a regular expression compiled from bytes.

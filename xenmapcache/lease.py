@@ -188,7 +188,7 @@ class Lessor:
         return tuple(lease.info(sequence) for lease in self.ledger.held())
 
     def survivors(self) -> tuple[tuple[LeaseInfo, ...], tuple[LeaseInfo, ...]]:
-        """Return the device and the DMA leases held over an invalidation; warn of DMA, once each."""
+        """Return the device and the DMA leases that are held; warn of each DMA lease, once."""
         device, dma = [], []
         sequence = self.sequence
         for lease in self.ledger.held():
@@ -281,6 +281,9 @@ class Lessor:
                     copied += 1
             position += step
         logger.info(
-            "stale: %s: copied %d of %d pages to the guest", lease.info(self.sequence), copied, count
+            "stale: %s: copied %d of %d pages to the guest",
+            lease.info(self.sequence),
+            copied,
+            count,
         )
         return fault

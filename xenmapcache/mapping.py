@@ -12,14 +12,20 @@ import ctypes
 import os
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .address import PAGE_MASK, PAGE_SHIFT
 from .binding import libc
 from .errors import FaultError
 
 if TYPE_CHECKING:
-    Memory = ctypes.Array[ctypes.c_char]
+
+    class Memory(ctypes.Array[ctypes.c_char]):
+        """Such an array; typeshed does not know that its slices are bytes."""
+
+        def __getitem__(self, part: slice) -> bytes:  # type: ignore[override]
+            ...
+
 
 Unmap = Callable[[int, int], None]
 """Unmaps ``(host address, length)``. Runs in whatever thread drops the last reference."""
@@ -119,7 +125,7 @@ class Mapping:
         length = count << PAGE_SHIFT
         # SAFETY: the backend has mapped [address, address + length), and nobody
         # unmaps it before the finalizer below does.
-        self.memory: Memory = (ctypes.c_char * length).from_address(address)
+        self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
         finalizer = _Finalizer(self.memory, _finalize)
         finalizer.address, finalizer.length = address, length
         finalizer.unmap, finalizer.pid = unmap, os.getpid()

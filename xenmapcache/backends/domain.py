@@ -69,9 +69,7 @@ class DomainBackend(Backend):
         """Map guest pages; see :meth:`Backend.map`."""
         gfns = array("Q", range(gfn, gfn + count))
         address, errors = self._map_pages(libc.protection(writable), gfns)
-        mapping = Mapping(
-            address, gfn, count, writable=writable, errors=errors, unmap=libc.unmap
-        )
+        mapping = Mapping(address, gfn, count, writable=writable, errors=errors, unmap=libc.unmap)
         # Xen does not fail the call for a domain that is not there: it fails each page.
         if errors is not None and errors.count(_errno.ESRCH) == count:
             raise self._no_domain()

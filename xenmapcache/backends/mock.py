@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
     name: str
     gfn: int | None
-    count: int
+    pages: int
     errno: int
 
 
@@ -245,12 +245,11 @@ class MockDomain:
     def _enter(self, call: str, gfn: int, count: int) -> dict[int, int]:
         """Apply armed faults to a call: be slow, raise, or return the errno of single pages."""
         page_errors = {}
-        errno = delay = 0
+        errno = 0
+        delay = 0.0
         with self._lock:
             for fault in list(self._faults):
-                if fault.call != call or not (
-                    fault.gfn is None or gfn <= fault.gfn < gfn + count
-                ):
+                if fault.call != call or not (fault.gfn is None or gfn <= fault.gfn < gfn + count):
                     continue
                 if fault.calls_to_pass:
                     fault.calls_to_pass -= 1

@@ -35,7 +35,7 @@ class CffiLoader:
         return functions
 
 
-def _pointer(argument: Argument) -> Any:
+def _pointer(argument: Argument) -> Argument:
     """Return what cffi takes for ``void *``: an address, NULL, bytes or a writable buffer."""
     if argument is None:
         return ffi.NULL
@@ -44,7 +44,7 @@ def _pointer(argument: Argument) -> Any:
     return _from_buffer(argument)
 
 
-def _bind(function: Any, prototype: Prototype) -> Function:
+def _bind(function: Argument, prototype: Prototype) -> Function:
     types = ffi.typeof(function)
     pointers = [
         (position, types.args[position])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 from .declarations import Library, Prototype, prototypes
 from .loader import Argument, Function
 
-_TYPES: dict[str, type[ctypes._SimpleCData[int]] | None] = {
+_TYPES: dict[str, Any] = {
+    "*": ctypes.c_void_p,
     "void": None,
     "int": ctypes.c_int,
     "unsigned": ctypes.c_uint,
@@ -46,8 +48,8 @@ def _pointer(argument: Argument) -> object:
 def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
     function = handle[prototype.name]
     kinds = prototype.parameters
-    function.argtypes = [ctypes.c_void_p if kind == "*" else _TYPES[kind] for kind in kinds]
-    function.restype = ctypes.c_void_p if prototype.result == "*" else _TYPES[prototype.result]
+    function.argtypes = [_TYPES[kind] for kind in kinds]
+    function.restype = _TYPES[prototype.result]
     pointers = [position for position, kind in enumerate(kinds) if kind == "*"]
     get_errno, set_errno = ctypes.get_errno, ctypes.set_errno
 

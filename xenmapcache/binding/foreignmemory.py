@@ -90,9 +90,7 @@ class ForeignMemory(Handle):
         """
         name = "xenforeignmemory_map_resource"
         address = array("Q", [0])
-        handle, errno = self.call(
-            name, domid, kind, identifier, frame, frames, address, prot, 0
-        )
+        handle, errno = self.call(name, domid, kind, identifier, frame, frames, address, prot, 0)
         if not handle:
             raise self.fail(name, domid, errno)
         return handle, address[0]

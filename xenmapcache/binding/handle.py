@@ -179,11 +179,14 @@ class Handle:
         try:
             return target(self._pointer, *arguments)
         finally:
-            with self._gate:
-                self._calls_under_way -= 1
-                free = self._closed and not self._calls_under_way
-            if free:
-                self._free()
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._calls_under_way -= 1
+            free = self._closed and not self._calls_under_way
+        if free:
+            self._free()
 
     def fail(self, function: str, domid: int | None, errno: int) -> XenCallError:
         """Return the exception for a failed call, after Xen's complaint has been logged."""
