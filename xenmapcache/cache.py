@@ -5,12 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from .address import PAGE_MASK, PAGE_SHIFT, GiB, as_int, check_range, page_span, parse_size
+from .address import (
+    ADDRESS_LIMIT,
+    PAGE_MASK,
+    PAGE_SHIFT,
+    GiB,
+    as_int,
+    check_range,
+    page_span,
+    parse_size,
+)
 from .backend import Backend, Capability
 from .errors import (
     CacheFullError,
@@ -30,6 +40,8 @@ if TYPE_CHECKING:
 
     from .mapping import Memory
 
+_PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
+_EMERGENCY = 64  # buckets to give back when the kernel has no room
 _BUCKET_SHIFTS = range(PAGE_SHIFT, 31)
 
 
@@ -167,6 +179,7 @@ class MapCache:
         self._touched: set[int] = set()  # accessed since the last sweep, but not by the above
         self._clock: deque[int] = deque()  # bucket indexes in the order of the sweep
         self._freed: deque[int] = deque()  # lengths of mappings that died, not yet counted
+        self._on_unmap = self._freed.append
         self._resident = 0
         self._hits = self._misses = self._maps = self._unmaps = 0
         self._evictions = self._holes = 0
@@ -219,10 +232,9 @@ class MapCache:
             Others as :meth:`read`.
         """
         target = _bytes_of("buffer", buffer)
-        if target.readonly:
-            raise TypeError(
-                f"buffer ({type(buffer).__name__}) is read-only: nothing can be read into it"
-            )
+        if target.readonly or not target.c_contiguous:
+            error, what = (TypeError, "read-only") if target.readonly else (ValueError, "scattered")
+            raise error(f"buffer ({type(buffer).__name__}) is {what}: it cannot be read into")
         position = 0
         for mapping, start, count in self._hold(address, target.nbytes):
             target[position : position + count] = mapping.view(start, count)
@@ -235,12 +247,12 @@ class MapCache:
 
         Args:
             address: guest-physical, in bytes.
-            data: contiguous; its size in bytes is the length.
+            data: any buffer; its size in bytes is the length.
 
         Raises:
             UnsupportedOperationError: the source is read-only.
             TypeError: ``data`` is not a buffer.
-            ValueError: not contiguous, or no range of guest memory.
+            ValueError: that is no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
             Others as :meth:`read`.
         """
@@ -257,6 +269,8 @@ class MapCache:
 
     def _write_slowly(self, address: int, data: Buffer) -> None:
         source = _bytes_of("data", data)
+        if not source.c_contiguous:
+            source = memoryview(source.tobytes())
         if not self._writes:
             raise UnsupportedOperationError(f"the backend {self._backend.name!r} is read-only")
         pieces = self._hold(address, source.nbytes)
@@ -328,7 +342,11 @@ class MapCache:
     ) -> Lease:
         if not isinstance(owner, str):
             raise TypeError(f"owner must be a str, not {type(owner).__name__}")
-        address, length = check_range(address, length)
+        # What check_range() would find right, in a third of the time.
+        if not (
+            type(address) is type(length) is int and 0 <= address < address + length < ADDRESS_LIMIT
+        ):
+            address, length = check_range(address, length)
         if writable and not self._writes:
             raise UnsupportedOperationError(
                 f"the backend {self._backend.name!r} is read-only: map with "
@@ -358,8 +376,9 @@ class MapCache:
         while True:
             with self._lock:
                 mapping = self._buckets.get(index)
-                if mapping is not None and mapping.valid(start, length):
-                    self._count()
+                if mapping is not None and (mapping.errors is None or mapping.valid(start, length)):
+                    if self._lessor.returned:
+                        self._count()
                     self._hits += 1
                     self._touched.add(index)
                     lease = self._lessor.grant(
@@ -629,7 +648,9 @@ class MapCache:
                 # A bucket that was mapped before an invalidation serves this access,
                 # which had begun by then, and no other.
                 if sequence == self._lessor.sequence and (usable or mapping is None):
-                    self._admit(index, fresh)
+                    if index not in self._buckets:
+                        self._clock.append(index)
+                    self._buckets[index] = fresh
         finally:
             with self._lock:
                 if self._pending.get(index) is mine:
@@ -640,14 +661,14 @@ class MapCache:
         return fresh
 
     def _admit(self, index: int, mapping: Mapping) -> None:
-        """Put a bucket where accesses find it; called under the lock."""
-        if index not in self._buckets:
-            self._clock.append(index)
-        self._buckets[index] = mapping
+        """Let accesses find a bucket without coming here; called under the lock.
+
+        That begins with the second access: what is touched once, by a scan, goes first.
+        """
         if mapping.errors is None:
             self._readable[index] = mapping.memory
             if self._writes:
-                self._writable[index] = mapping.view(0, self._size)
+                self._writable[index] = mapping.bytes
         else:
             self._touched.add(index)
 
@@ -657,18 +678,21 @@ class MapCache:
         writable = self._writes if writable is None else writable
         self._make_room(gfn, length)
         try:
-            try:
-                mapping = self._backend.map(gfn, count, writable=writable)
-            except XenCallError as error:
-                # The kernel's limits may be lower than ours: give back what we can, once.
-                if error.errno != errno.ENOMEM or not self._evict(self._max_resident):
-                    raise
-                mapping = self._backend.map(gfn, count, writable=writable)
+            while True:
+                try:
+                    mapping = self._backend.map(gfn, count, writable=writable)
+                    break
+                except XenCallError as error:
+                    # The kernel's limits may be lower than ours. A little at a time:
+                    # at its limit on mappings Python can hardly allocate either.
+                    wanted = max(length, _EMERGENCY * self._size)
+                    if error.errno != errno.ENOMEM or not self._evict(wanted):
+                        raise
         except BaseException:
             with self._lock:
                 self._resident -= length
             raise
-        mapping.on_unmap(self._freed.append)
+        mapping.on_unmap(self._on_unmap)
         with self._lock:
             self._maps += 1
         return mapping
@@ -680,6 +704,7 @@ class MapCache:
                 f"{length:#x} bytes at {gfn << PAGE_SHIFT:#x} are more than max_resident "
                 f"{self._max_resident:#x}"
             )
+        patience = _PATIENCE
         while True:
             with self._lock:
                 self._check_open()
@@ -688,12 +713,23 @@ class MapCache:
                 if excess <= 0:
                     self._resident += length
                     return
-            if not self._evict(excess):
+            if self._evict(excess):
+                continue
+            # What is not leased may be on its way: mapped by another thread just now, or
+            # evicted but still being read. A view that is kept will not go away.
+            if not patience or self._leased() + length > self._max_resident:
                 raise CacheFullError(
                     f"no room for {length:#x} bytes at {gfn << PAGE_SHIFT:#x}: {self._resident:#x} "
                     f"of max_resident {self._max_resident:#x} bytes are leased or in views that "
                     "are kept; release leases, or raise max_resident"
                 )
+            patience -= 1
+            time.sleep(0.001)
+
+    def _leased(self) -> int:
+        """Return how many bytes are mapped that leases hold."""
+        mappings = {lease._mapping for lease in self._lessor.ledger.held()}  # noqa: SLF001
+        return sum(mapping.length for mapping in mappings if mapping is not None)
 
     def _evict(self, wanted: int) -> bool:
         """Drop buckets of so many bytes, least recently used first, nearly; False if none can go.
@@ -705,7 +741,7 @@ class MapCache:
         with self._lock:
             self._count()
             for _ in range(2 * len(self._clock)):
-                if wanted <= 0:
+                if wanted <= 0 or not self._clock:
                     break
                 index = self._clock.popleft()
                 mapping = self._buckets[index]
@@ -729,7 +765,9 @@ class MapCache:
             self._resident -= freed.popleft()
             self._unmaps += 1
         while returned:
-            returned.popleft().pins -= 1
+            mapping = returned.popleft()()
+            if mapping is not None:
+                mapping.pins -= 1
 
     def _forget_parent(self) -> None:
         """In a forked child: nothing here may be used or unmapped."""
@@ -756,6 +794,4 @@ def _bytes_of(name: str, buffer: Buffer) -> memoryview:
         raise TypeError(
             f"{name} must be bytes or another buffer, not {type(buffer).__name__}"
         ) from None
-    if not view.c_contiguous:
-        raise ValueError(f"{name} ({type(buffer).__name__}) is not contiguous: copy it first")
-    return view.cast("B")
+    return view.cast("B") if view.c_contiguous else view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections import deque
 from typing import Literal, Self, get_args
 
@@ -51,7 +52,7 @@ class Lease(LeaseRecord):
         origin: tuple[str, ...] | None,
     ) -> None:
         view = mapping.view(address - (mapping.gfn << PAGE_SHIFT), length)
-        super().__init__(kind, address, length, owner, direction, lessor.sequence, origin)
+        LeaseRecord.__init__(self, kind, address, length, owner, direction, lessor.sequence, origin)
         self._lessor = lessor
         self._mapping: Mapping | None = mapping
         self._view: memoryview | None = view if writable else view.toreadonly()
@@ -155,7 +156,7 @@ class Lessor:
         self.forked = False
         self.ledger: Ledger[Lease] = Ledger()
         self.sequence = 0
-        self.returned: deque[Mapping] = deque()
+        self.returned: deque[weakref.ref[Mapping]] = deque()
         self.returned_stale: deque[int] = deque()
 
     def check_process(self) -> None:
@@ -177,7 +178,7 @@ class Lessor:
         writable: bool,
     ) -> Lease:
         """Make a lease of a part of a mapping and note it; called under the cache's lock."""
-        origin = call_stack(skip=3) if self._record_origin else None
+        origin = call_stack() if self._record_origin else None
         lease = Lease(self, mapping, kind, address, length, owner, direction, writable, origin)
         self.ledger.add(lease)
         return lease
@@ -228,16 +229,15 @@ class Lessor:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
         lease._released_at = self.sequence  # noqa: SLF001
         lease._view = None  # noqa: SLF001
-        # An invalidation has already taken a stale lease's bucket out of the books.
-        if mapping is not None and mapping.pins and not lease.stale:
-            self.returned.append(mapping)
+        if mapping is not None and mapping.pins:
+            self.returned.append(weakref.ref(mapping))
 
     def _settle(self, lease: Lease) -> XenMapCacheError | None:
         """Mark what was written and deliver what is stale; return what is to be raised after."""
-        view = lease.view
-        stale = lease.kind is LeaseKind.DMA and lease.stale
+        view = lease._view  # noqa: SLF001
+        stale = lease.sequence != self.sequence and lease.kind is LeaseKind.DMA
         report: XenMapCacheError | None = None
-        if not view.readonly:
+        if view is not None and not view.readonly:
             if stale and self._on_stale == "copy":
                 report = self._deliver(lease, view)
             if self._tracks_dirty:

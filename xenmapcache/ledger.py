@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import enum
 import itertools
+import os
 import threading
 import time
 import traceback
 from typing import Generic, NamedTuple, TypeVar
+
+_PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120 - pathlib at import is slow
+_next_id = itertools.count(1).__next__
+_current_thread = threading.current_thread
+_monotonic = time.monotonic
 
 
 class LeaseKind(enum.Enum):
@@ -83,8 +89,6 @@ class LeaseRecord:
         "warned",
     )
 
-    _ids = itertools.count(1)
-
     def __init__(
         self,
         kind: LeaseKind,
@@ -95,7 +99,7 @@ class LeaseRecord:
         sequence: int,
         origin: tuple[str, ...] | None = None,
     ) -> None:
-        self.id = next(self._ids)
+        self.id = _next_id()
         self.kind = kind
         self.address = address
         self.length = length
@@ -103,8 +107,8 @@ class LeaseRecord:
         self.direction = direction
         self.sequence = sequence
         self.origin = origin
-        self.since = time.monotonic()
-        self.thread = threading.current_thread()
+        self.since = _monotonic()
+        self.thread = _current_thread()
         self.warned = False
         self.lost = False
 
@@ -159,7 +163,9 @@ class Ledger(Generic[Record]):
         return list(self._held.values())
 
 
-def call_stack(skip: int) -> tuple[str, ...]:
-    """Return the caller's stack as ``file:line in function``, without its ``skip`` innermost."""
-    frames = traceback.extract_stack()[: -skip - 1]
+def call_stack() -> tuple[str, ...]:
+    """Return the stack as ``file:line in function``, up to who called this package."""
+    frames = traceback.extract_stack()
+    while frames and frames[-1].filename.startswith(_PACKAGE):
+        frames.pop()
     return tuple(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)

@@ -89,7 +89,8 @@ class Mapping:
         unmap: how to unmap it.
 
     Attributes:
-        memory: the exporter, a ctypes array of ``length`` bytes. Touching it where
+        memory: the exporter, a ctypes array of ``length`` bytes.
+        bytes: a memoryview of it, read-only if it was mapped so. Touching either where
             a page is not valid crashes; :meth:`view` does not let you.
         address, gfn, count, writable, errors: as given.
         length: bytes.
@@ -101,8 +102,8 @@ class Mapping:
 
     __slots__ = (
         "__weakref__",
-        "_bytes",
         "address",
+        "bytes",
         "count",
         "errors",
         "gfn",
@@ -125,14 +126,14 @@ class Mapping:
         length = count << PAGE_SHIFT
         # SAFETY: the backend has mapped [address, address + length), and nobody
         # unmaps it before the finalizer below does.
-        self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
-        finalizer = _Finalizer(self.memory, _finalize)
+        memory = self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
+        finalizer = _Finalizer(memory, _finalize)
         finalizer.address, finalizer.length = address, length
         finalizer.unmap, finalizer.pid = unmap, os.getpid()
         finalizer.on_unmap = None
         _live[address] = finalizer
-        view = memoryview(self.memory).cast("B")
-        self._bytes = view if writable else view.toreadonly()
+        view = memoryview(memory).cast("B")
+        self.bytes = view if writable else view.toreadonly()
         self.address = address
         self.gfn = gfn
         self.count = count
@@ -180,8 +181,9 @@ class Mapping:
         Raises:
             FaultError: a page of the range is not there.
         """
-        self.check(offset, length)
-        return self._bytes[offset : offset + length]
+        if self.errors is not None:
+            self.check(offset, length)
+        return self.bytes[offset : offset + length]
 
     def on_unmap(self, callback: Callable[[int], object]) -> None:
         """Have ``callback(length)`` called once after the unmap, in whatever thread that happens.

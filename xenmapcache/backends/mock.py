@@ -55,7 +55,6 @@ class MockDomain:
 
     Attributes:
         domid: its number.
-        calls: the last 65,536 :class:`Call` s about it, in order.
         dirty: frame numbers that were reported as written, until you clear it.
         invalidations: how many INVALIDATE requests it has sent.
 
@@ -67,7 +66,7 @@ class MockDomain:
         self, hypervisor: MockHypervisor, domid: int, pages: int, holes: Iterable[tuple[int, int]]
     ) -> None:
         self.domid = domid
-        self.calls: deque[Call] = deque(maxlen=_LOG_LENGTH)
+        self._calls: deque[tuple[str, int | None, int, int]] = deque(maxlen=_LOG_LENGTH)
         self.dirty: set[int] = set()
         self.invalidations = 0
         self._hypervisor = hypervisor
@@ -80,6 +79,11 @@ class MockDomain:
         for address, length in holes:
             gfn, count = self._pages(address, length)
             self._p2m[gfn : gfn + count] = array("q", [_ABSENT]) * count
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The last 65,536 calls about it, in order."""
+        return tuple(map(Call._make, self._calls.copy()))
 
     @property
     def memory_end(self) -> int:
@@ -202,7 +206,7 @@ class MockDomain:
             for page in page_errors:
                 frames[page - gfn] = _ABSENT
             address = self._map_frames(frames, writable, None)
-        self.calls.append(Call("map", gfn, count, 0))
+        self._calls.append(("map", gfn, count, 0))
         if _ABSENT not in frames:
             return address, None
         errors = bytearray(_errno.EINVAL if frame == _ABSENT else 0 for frame in frames)
@@ -228,19 +232,19 @@ class MockDomain:
                 libc.cover(mapping.address, mapping.length)
                 raise MappingLostError(error.call, self.domid, error.errno, "injected") from None
             self._map_frames(frames, mapping.writable, mapping.address)
-        self.calls.append(Call("remap", gfn, mapping.count, 0))
+        self._calls.append(("remap", gfn, mapping.count, 0))
 
     def unmap(self, address: int, length: int) -> None:
         """Unmap, and note it. Takes no lock: finalizers call it."""
         libc.unmap(address, length)
-        self.calls.append(Call("unmap", None, length >> PAGE_SHIFT, 0))
+        self._calls.append(("unmap", None, length >> PAGE_SHIFT, 0))
 
     def mark_dirty(self, gfn: int, count: int) -> None:
         """Note that pages were written."""
         if self._faults:
             self._enter("mark_dirty", gfn, count)
         self.dirty.update(range(gfn, gfn + count))
-        self.calls.append(Call("mark_dirty", gfn, count, 0))
+        self._calls.append(("mark_dirty", gfn, count, 0))
 
     def _enter(self, call: str, gfn: int, count: int) -> dict[int, int]:
         """Apply armed faults to a call: be slow, raise, or return the errno of single pages."""
@@ -267,7 +271,7 @@ class MockDomain:
         if self._destroyed and call == "map":
             errno, hint = _errno.ESRCH, "there is no such domain"
         if errno:
-            self.calls.append(Call(call, gfn, count, errno))
+            self._calls.append((call, gfn, count, errno))
             raise XenCallError(f"mock_{call}", self.domid, errno, hint)
         return page_errors
 
@@ -416,6 +420,7 @@ class MockBackend(Backend):
         if not isinstance(domain, MockDomain):
             raise TypeError(f"domain must be a MockDomain, not {type(domain).__name__}")
         self.domain = domain
+        self._unmap = domain.unmap
         self._closed = False
 
     @property
@@ -427,9 +432,7 @@ class MockBackend(Backend):
         """Map guest pages; see :meth:`Backend.map`."""
         self._check_open()
         address, errors = self.domain.map(gfn, count, writable)
-        return Mapping(
-            address, gfn, count, writable=writable, errors=errors, unmap=self.domain.unmap
-        )
+        return Mapping(address, gfn, count, writable=writable, errors=errors, unmap=self._unmap)
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
         """Let a mapping show other pages; see :meth:`Backend.remap`."""

@@ -29,7 +29,7 @@ class CffiLoader:
         for prototype in prototypes(library).values():
             try:
                 function = getattr(handle, prototype.name)
-            except AttributeError:
+            except ffi.error:  # no such symbol
                 continue
             functions[prototype.name] = _bind(function, prototype)
         return functions

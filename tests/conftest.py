@@ -1,0 +1,33 @@
+"""Fixtures for tests over the mock: a guest of 16 MiB with a hole, its backend, and a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from xenmapcache import Backend, MapCache, MockDomain, MockHypervisor, open_backend
+
+pytest_plugins = ["tests.xen.plugin"]
+
+HOLE = (0xA0000, 0x20000)
+"""Address and length of the hole that the guest has, as every PC has."""
+
+
+@pytest.fixture
+def domain() -> MockDomain:
+    return MockHypervisor().create_domain(memory="16M", holes=[HOLE])
+
+
+@pytest.fixture
+def backend(domain: MockDomain) -> Iterator[Backend]:
+    with open_backend("mock", domain=domain) as backend:
+        yield backend
+
+
+@pytest.fixture
+def cache(backend: Backend) -> Iterator[MapCache]:
+    """A cache of 64 KiB buckets, so that edges are near."""
+    cache = MapCache(backend, bucket_shift=16)
+    yield cache
+    cache.close(force=True)

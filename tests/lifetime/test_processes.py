@@ -1,0 +1,282 @@
+"""Each script runs in a process of its own, must end with status 0 and say nothing on stderr."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PRELUDE = """
+import gc, os, signal, sys, threading, errno
+from pathlib import Path
+from xenmapcache import *
+domain = MockHypervisor().create_domain(memory="16M")
+backend = open_backend("mock", domain=domain)
+cache = MapCache(backend, bucket_shift=16)
+
+def in_child(work):
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+
+def refused(error, call):
+    try:
+        call()
+    except error as caught:
+        return str(caught)
+    raise AssertionError(f"{call} did not raise {error}")
+
+def mappings():
+    return Path("/proc/self/maps").read_text().count("xenmapcache-mock")
+"""
+
+
+def run(script: str) -> None:
+    code = PRELUDE + textwrap.dedent(script)
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_the_harness_sees_failures() -> None:
+    """A script that fails, or crashes, fails its test."""
+    for script in ("assert False", "import ctypes; ctypes.string_at(0)"):
+        with pytest.raises(AssertionError):
+            run(script)
+
+
+def test_a_forked_child_is_kept_out() -> None:
+    """In a child the cache, its leases and its backend refuse; kept views are private zeros."""
+    run("""
+        lease = cache.map_dma(0x2000, 8, owner="disk0")
+        wide = cache.map_device(0x20000, 0x40000, owner="vram")
+        view = lease.view
+        view[:] = b"guest's!"
+        def child():
+            for call in (lambda: cache.read(0x2000, 8), lambda: cache.write(0x2000, b"x"),
+                         lambda: cache.map_dma(0, 8, owner="t"), cache.invalidate,
+                         lambda: lease.view):
+                assert "forked this one" in refused(ClosedError, call)
+            assert bytes(view) == bytes(8)
+            view[:] = b"child's!"
+            wide_view = None
+            lease.release()
+            cache.close()
+            gc.collect()
+        in_child(child)
+        assert cache.read(0x2000, 8) == b"guest's!"
+        assert bytes(wide.view[:8]) == bytes(8)
+        assert not lease.released
+        lease.release(); wide.release(); cache.close()
+        assert mappings() == 1, mappings()  # the view that is kept
+    """)
+
+
+def test_a_child_of_a_busy_parent_is_not_stuck() -> None:
+    """A lock that another thread held at the fork does not block the child's refusal."""
+    run("""
+        domain.arm("map", delay=0.2)
+        thread = threading.Thread(target=lambda: cache.read(0x2000, 1))
+        locked = threading.Event()
+        done = threading.Event()
+        def hold():
+            with cache._lock:
+                locked.set()
+                done.wait()
+        holder = threading.Thread(target=hold)
+        holder.start(); locked.wait()
+        in_child(lambda: refused(ClosedError, lambda: cache.read(0x2000, 1)))
+        done.set(); holder.join()
+    """)
+
+
+def test_exit_is_quiet_with_everything_held() -> None:
+    """Leases, views and caches that live at exit do nothing at exit."""
+    run("""
+        lease = cache.map_dma(0x2000, 8, owner="t")
+        view = lease.view
+        cache.read(0x100000, 1)
+        sys.modules["keep"] = (lease, view, cache, backend)
+    """)
+
+
+def test_exit_in_a_thread_and_through_sys_exit() -> None:
+    """The same from a daemon thread's mappings, and when the main thread raises SystemExit."""
+    run("""
+        held = []
+        ready = threading.Event()
+        def work():
+            held.append(cache.map_device(0x2000, 8, owner="t"))
+            ready.set()
+            threading.Event().wait()
+        threading.Thread(target=work, daemon=True).start()
+        ready.wait()
+        sys.exit(0)
+    """)
+
+
+def test_views_kept_over_everything() -> None:
+    """A view, a slice of it and a structure over it outlive eviction, invalidation and close."""
+    run("""
+        import ctypes
+        small = MapCache(backend, bucket_shift=16, max_resident=0x20000)
+        lease = small.map_dma(0x2000, 8, owner="t")
+        number = ctypes.c_uint64.from_buffer(lease.view)
+        part = lease.view[2:4].cast("H")
+        lease.release()
+        small.invalidate()
+        for address in range(0x100000, 0x200000, 0x10000):
+            try: small.read(address, 1)
+            except CacheFullError: raise
+        small.close(); backend.close(); domain.destroy()
+        gc.collect()
+        number.value = 0x1122334455667788
+        assert part[0] == 0x5566
+        assert mappings() == 1
+        del number, part, lease
+        gc.collect()
+        assert mappings() == 0
+    """)
+
+
+def test_a_limit_on_address_space_is_an_error() -> None:
+    """RLIMIT_AS: resident buckets are given back, then XenCallError with ENOMEM says what to do."""
+    run("""
+        import resource
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), resource.RLIM_INFINITY))
+        for address in range(0, 16 << 20, 0x10000):
+            cache.read(address, 1)
+        assert cache.stats().evictions > 0
+        lease = cache.map_device(0, 4 << 20, owner="t")
+        message = refused(XenCallError, lambda: cache.map_device(0, 12 << 20, owner="t"))
+        assert "ENOMEM" in message and "ulimit -v" in message, message
+        assert len(cache.leases()) == 1
+        lease.view[:4] = b"safe"
+        assert domain.read(0, 4) == b"safe"
+        lease.release(); cache.close()
+    """)
+
+
+def test_the_kernels_limit_on_mappings_is_an_error() -> None:
+    """vm.max_map_count: the cache gives back and goes on; what is leased cannot, and it says so."""
+    run("""
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        if limit > 100_000:
+            limit = None  # too many to reach in a test; RLIMIT_AS is the same path
+        else:
+            guest = MockHypervisor().create_domain(memory=(limit + 1000) << 12)
+            source = open_backend("mock", domain=guest)
+            pages = MapCache(source, bucket_shift=12)
+            for gfn in range(limit + 500):
+                pages.read(gfn << 12, 1)
+            assert pages.stats().evictions > 0
+            pages.close()
+            held = MapCache(source, bucket_shift=12)
+            try:
+                for gfn in range(limit + 500):
+                    held.map_dma(gfn << 12, 1, owner="t")
+            except XenCallError as error:
+                assert error.errno == errno.ENOMEM and "max_map_count" in str(error)
+            else:
+                raise AssertionError("no limit was reached")
+            import logging
+            logging.disable()
+            held.close(force=True)
+    """)
+
+
+def test_a_signal_handler_may_use_the_cache() -> None:
+    """A handler that runs in the middle of a miss reads, leases and invalidates: no deadlock."""
+    run("""
+        seen = []
+        def handler(*_):
+            seen.append(cache.read(0x300000, 1))
+            cache.map_dma(0x300000, 8, owner="signal").release()
+            cache.invalidate()
+        signal.signal(signal.SIGALRM, handler)
+        original = backend.map
+        def interrupted(*arguments, **options):
+            backend.map = original
+            signal.raise_signal(signal.SIGALRM)
+            return original(*arguments, **options)
+        backend.map = interrupted
+        assert cache.read(0x300000, 1) == b"\\0"
+        assert seen == [b"\\0"]
+        with cache._lock:
+            signal.raise_signal(signal.SIGALRM)
+        assert len(seen) == 2
+    """)
+
+
+def test_threads_hammer_and_nothing_tears() -> None:
+    """Readers, writers, leases, eviction and invalidation at once: whole values, no crash."""
+    run("""
+        import random
+        small = MapCache(backend, bucket_shift=16, max_resident=0x60000, on_stale="copy")
+        domain.on_invalidate(small.invalidate)
+        errors, stop = [], threading.Event()
+        def guarded(work):
+            def loop():
+                rng = random.Random(threading.get_ident())
+                try:
+                    while not stop.is_set():
+                        work(rng)
+                except BaseException as error:
+                    errors.append(error); stop.set(); raise
+            return threading.Thread(target=loop)
+        def address(rng):
+            return rng.randrange(0, 1 << 20, 8)
+        def read(rng):
+            data = small.read(address(rng), 8)
+            assert len(set(data)) == 1, data
+        def write(rng):
+            small.write(address(rng), bytes([rng.randrange(256)]) * 8)
+        def lease(rng):
+            with small.map_dma(address(rng), 8, owner="t") as held:
+                held.view[:] = bytes([rng.randrange(256)]) * 8
+        threads = [guarded(work) for work in (read, read, write, lease)]
+        for thread in threads: thread.start()
+        for _ in range(100):
+            if stop.is_set(): break
+            domain.balloon_out(0x800000, 0x4000); domain.balloon_in(0x800000, 0x4000)
+        stop.set()
+        for thread in threads: thread.join()
+        assert not errors, errors
+        assert small.leases() == ()
+        small.close(); gc.collect()
+        assert small.stats().resident_bytes == 0
+        assert mappings() == 0, mappings()
+    """)
+
+
+def test_long_use_leaves_nothing_behind() -> None:
+    """No lock, mapping or descriptor is left by reads, leases and invalidations."""
+    run("""
+        def state():
+            gc.collect()
+            return mappings(), len(os.listdir("/proc/self/fd")), len(cache.leases())
+        before = state()
+        for _ in range(300_000):
+            cache.read(0x2000, 8)
+        for number in range(10_000):
+            cache.map_dma(0x2000 + number, 8, owner="t").release()
+            if not number % 100:
+                cache.invalidate()
+        cache.invalidate()
+        assert state() == before, (state(), before)
+    """)

@@ -1,0 +1,1 @@
+"""Properties, found by hypothesis against plain models."""

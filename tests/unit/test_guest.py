@@ -1,0 +1,178 @@
+"""GuestMemory: typed access, strings, structures, scatter-gather, search."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import HOLE
+from xenmapcache import (
+    Backend,
+    DmaDirection,
+    FaultError,
+    GuestMemory,
+    LeaseError,
+    MapCache,
+    MockDomain,
+)
+
+AT = 0x200000
+BUCKET = 1 << 16
+
+
+@pytest.fixture
+def memory(cache: MapCache) -> GuestMemory:
+    return GuestMemory(cache)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+@pytest.mark.parametrize("address", [AT, AT + 3, AT + BUCKET - 1])
+def test_numbers_go_both_ways_little_endian(
+    domain: MockDomain, memory: GuestMemory, bits: int, address: int
+) -> None:
+    """Each width reads and writes the guest's bytes, little end first, over any edge."""
+    value = 0xF1E2D3C4B5A69788 & ((1 << bits) - 1)
+    raw = value.to_bytes(bits // 8, "little")
+    getattr(memory, f"write_u{bits}")(address, value)
+    assert domain.read(address, len(raw)) == raw
+    assert getattr(memory, f"read_u{bits}")(address) == value
+    for wrong in (-1, 1 << bits):
+        with pytest.raises(ValueError, match=f"does not fit a u{bits}"):
+            getattr(memory, f"write_u{bits}")(address, wrong)
+    with pytest.raises(TypeError, match="value must be an int"):
+        getattr(memory, f"write_u{bits}")(address, "1")
+
+
+def test_strings_end_at_their_zero(domain: MockDomain, memory: GuestMemory) -> None:
+    """A string may end right before a hole, or be empty, or cross pages; an endless one raises."""
+    domain.write(HOLE[0] - 4, b"end\0")
+    assert memory.read_cstring(HOLE[0] - 4) == b"end"
+    domain.write(AT, b"x" * 5000 + b"\0")
+    assert memory.read_cstring(AT, 5000) == b"x" * 5000
+    assert memory.read_cstring(AT + 5000) == b""
+    with pytest.raises(ValueError, match="no zero byte in 5000 bytes at 0x200000"):
+        memory.read_cstring(AT, 4999)
+    domain.write(HOLE[0] - 4, b"open")
+    with pytest.raises(FaultError, match=f"no page at {HOLE[0]:#x}"):
+        memory.read_cstring(HOLE[0] - 4)
+
+
+class Descriptor(ctypes.LittleEndianStructure):
+    _pack_ = 1
+    _fields_ = [
+        ("address", ctypes.c_uint64),
+        ("length", ctypes.c_uint32),
+        ("flags", ctypes.c_uint16),
+    ]  # noqa: RUF012
+
+
+def test_structures_lie_over_guest_memory(
+    domain: MockDomain, memory: GuestMemory, cache: MapCache
+) -> None:
+    """Fields are the guest's bytes, without a copy, for as long as the block; safe after it."""
+    domain.write(AT, bytes(range(14)))
+    with memory.structure(AT, Descriptor, owner="ring") as descriptor:
+        assert [info.owner for info in cache.leases()] == ["ring"]
+        assert descriptor.address == 0x0706050403020100
+        descriptor.flags = 0xBEEF
+        assert domain.read(AT + 12, 2) == b"\xef\xbe"
+        domain.write(AT + 8, b"\1\0\0\0")
+        assert descriptor.length == 1
+    assert cache.leases() == ()
+    assert descriptor.length == 1
+    direction = DmaDirection.TO_DEVICE
+    with memory.structure(AT, Descriptor, direction=direction) as copy:
+        copy.flags = 0
+    assert domain.read(AT + 12, 2) == b"\xef\xbe"
+    with pytest.raises(TypeError, match=r"layout must be a ctypes\.Structure class"):
+        with memory.structure(AT, int):  # type: ignore[type-var]
+            pass
+
+
+def test_a_structure_larger_than_its_view_is_refused(cache: MapCache) -> None:
+    """ctypes itself refuses a view that is too small."""
+    with cache.map_dma(AT, 13, owner="t") as lease:
+        with pytest.raises(ValueError, match="Buffer size too small"):
+            Descriptor.from_buffer(lease.view)
+
+
+def test_segments_move_data_without_a_copy(
+    domain: MockDomain, memory: GuestMemory, tmp_path: Path
+) -> None:
+    """A scatter-gather list goes straight into preadv and pwritev."""
+    ranges = [(AT + BUCKET - 2, 4), (AT, 1), (AT + 0x5000, 5)]
+    source = tmp_path / "disk"
+    source.write_bytes(b"0123456789")
+    fd = os.open(source, os.O_RDWR)
+    try:
+        with memory.segments(ranges) as views:
+            assert os.preadv(fd, views, 0) == 10
+        assert [domain.read(*each) for each in ranges] == [b"0123", b"4", b"56789"]
+        with memory.segments(ranges, direction=DmaDirection.TO_DEVICE) as views:
+            assert os.pwritev(fd, views, 10) == 10
+    finally:
+        os.close(fd)
+    assert source.read_bytes() == b"0123456789" * 2
+
+
+def test_segments_are_all_or_nothing(memory: GuestMemory, cache: MapCache) -> None:
+    """A hole in one range leaves no lease of the others."""
+    with pytest.raises(FaultError), memory.segments([(AT, 8), (HOLE[0], 8)]):
+        pass
+    assert cache.leases() == ()
+
+
+@pytest.mark.parametrize("pattern", [b"NEEDLE", re.compile(rb"NEE[A-Z]LE")])
+def test_find_gives_every_match_once(
+    domain: MockDomain, memory: GuestMemory, pattern: bytes | re.Pattern[bytes]
+) -> None:
+    """Over the edges of pages, buckets and chunks, beside holes, at both ends of memory."""
+    end = 16 << 20
+    places = [
+        0,
+        0x1FFE,
+        BUCKET - 3,
+        HOLE[0] - 6,
+        HOLE[0] + HOLE[1],
+        HOLE[0] + HOLE[1] + (1 << 20) - 3,
+        0x300000 - 3,
+        0x300003,
+        end - 6,
+    ]
+    for place in places:
+        domain.write(place, b"NEEDLE")
+    domain.write(HOLE[0] - 20, b"NEED")  # no match that a hole cuts off
+    assert [address for address, _ in memory.find(pattern)] == places
+    assert list(memory.find(pattern, 0x1FFF, BUCKET - 0x1FFF + 2)) == []
+    assert next(memory.find(pattern, 1))[0] == 0x1FFE
+
+
+def test_find_knows_what_cannot_be_found(memory: GuestMemory, backend: Backend) -> None:
+    """Patterns of the wrong kind, empty ones, and an unknown end of memory are refused at once."""
+    with pytest.raises(TypeError, match="compiled from bytes"):
+        memory.find(re.compile("text"))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be bytes or a compiled pattern"):
+        memory.find("text")  # type: ignore[arg-type]
+    for empty in (b"", re.compile(rb"x*")):
+        with pytest.raises(ValueError, match="matches nothing at all"):
+            memory.find(empty)
+    type(backend).memory_end = property(lambda _: None)  # type: ignore[method-assign,assignment]
+    try:
+        with pytest.raises(ValueError, match="give a length"):
+            memory.find(b"x")
+        assert list(memory.find(b"x", 0, 0x1000)) == []
+    finally:
+        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[method-assign,assignment]
+
+
+def test_a_block_that_raises_ends_its_leases(memory: GuestMemory, cache: MapCache) -> None:
+    """structure() and segments() release when the body raises."""
+    with pytest.raises(LeaseError), memory.structure(AT, Descriptor):
+        raise LeaseError("the body's own")
+    with pytest.raises(LeaseError), memory.segments([(AT, 8)]):
+        raise LeaseError("the body's own")
+    assert cache.leases() == ()

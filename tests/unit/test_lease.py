@@ -1,0 +1,504 @@
+"""Leases: bookkeeping, staleness, and what on_stale does about it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.conftest import HOLE
+from xenmapcache import (
+    Backend,
+    ClosedError,
+    DmaDirection,
+    FaultError,
+    LeaseError,
+    LeaseKind,
+    MapCache,
+    MappingLostError,
+    MockDomain,
+    UnsupportedOperationError,
+    XenCallError,
+)
+from xenmapcache.backend import Capability
+
+BUCKET = 1 << 16
+AT = 0x200000
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """What was logged as a WARNING so far."""
+    with caplog.at_level(logging.INFO, "xenmapcache"):
+        yield lambda: [
+            record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+        ]
+
+
+def reballoon(domain: MockDomain, address: int, length: int = 0x1000) -> None:
+    """Let the guest give pages up and get new frames for them."""
+    domain.balloon_out(address, length)
+    domain.balloon_in(address, length)
+
+
+@pytest.fixture(params=["warn", "raise", "copy"])
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def connected(domain: MockDomain, backend: Backend, on_stale: str = "warn") -> MapCache:
+    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type]
+    domain.on_invalidate(cache.invalidate)
+    return cache
+
+
+# --- what a lease is ---
+
+
+@pytest.mark.parametrize("address", [AT, AT + 0x123, AT + BUCKET - 7, AT + BUCKET - 0x1001])
+@pytest.mark.parametrize("length", [1, 64, 0x1234, 2 * BUCKET + BUCKET // 2])
+def test_a_lease_is_the_guests_memory(
+    domain: MockDomain, cache: MapCache, address: int, length: int
+) -> None:
+    """DMA and device leases alias the guest, at any offset and over any edge (QEMU, 2011)."""
+    before = domain.read(address - 1, length + 2)
+    for take in (cache.map_dma, cache.map_device):
+        with take(address, length, owner="t") as lease:
+            assert (lease.address, lease.length) == (address, length)
+            assert (len(lease.view), lease.view.format, lease.view.readonly) == (length, "B", False)
+            lease.view[:] = b"\xab" * length
+            assert domain.read(address - 1, length + 2) == b"\0" + b"\xab" * length + b"\0"
+            domain.write(address, bytes(length))
+            assert bytes(lease.view) == bytes(length)
+            assert cache.resolve(lease.host_address) == address
+            assert cache.resolve(lease.host_address + length - 1) == address + length - 1
+            with pytest.raises(LeaseError, match="lies in no lease"):
+                cache.resolve(lease.host_address + length)
+    assert domain.read(address - 1, length + 2) == before
+
+
+def test_what_is_known_of_leases(cache: MapCache) -> None:
+    """Leases are listed oldest first, with all that was said of them."""
+    thread = threading.Thread(target=lambda: cache.map_device(AT, 64, owner="vga"), name="painter")
+    thread.start()
+    thread.join()
+    cache.map_dma(AT + 1, 2, owner="disk0", direction=DmaDirection.FROM_DEVICE)
+    device, dma = cache.leases()
+    assert (device.kind, device.address, device.length) == (LeaseKind.DEVICE, AT, 64)
+    assert (device.owner, device.direction, device.thread) == ("vga", None, "painter")
+    assert (dma.kind, dma.address, dma.length) == (LeaseKind.DMA, AT + 1, 2)
+    assert (dma.owner, dma.direction) == ("disk0", DmaDirection.FROM_DEVICE)
+    assert dma.id > device.id
+    assert device.age >= dma.age >= 0
+    assert not device.stale
+    assert device.origin is None
+    assert "DEVICE lease of 'vga': address 0x200000, length 0x40, age " in str(device)
+    stats = cache.stats()
+    assert (stats.device_leases, stats.dma_leases) == (1, 1)
+
+
+def test_the_stack_is_recorded_when_asked(backend: Backend) -> None:
+    """With record_origin, the last line is the caller's own."""
+    cache = MapCache(backend, record_origin=True)
+    for take in (cache.map_dma, cache.map_device):
+        take(AT, 64, owner="t")
+        origin = cache.leases()[-1].origin
+        assert origin is not None
+        assert origin[-1].endswith("in test_the_stack_is_recorded_when_asked")
+        assert "test_lease.py" in origin[-1]
+
+
+def test_directions_decide_what_can_be_written(cache: MapCache) -> None:
+    """A TO_DEVICE view, and a device lease that is not writable, are read-only."""
+    with cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE) as lease:
+        with pytest.raises(TypeError, match="read-only"):
+            lease.view[0] = 1
+    with cache.map_device(AT, 8, owner="rom", writable=False) as lease:
+        with pytest.raises(TypeError, match="read-only"):
+            lease.view[0] = 1
+        with cache.map_dma(AT, 8, owner="t") as other:  # both orders (QEMU, 2025)
+            other.view[0] = 7
+            assert lease.view[0] == 7
+
+
+def test_a_read_only_source_refuses_to_be_written(domain: MockDomain, backend: Backend) -> None:
+    """Without the capability, writing and writable leases say what to ask for instead."""
+    backend.capabilities = Capability.NONE
+    cache = MapCache(backend)
+    assert cache.read(AT, 1) == b"\0"
+    for hot in range(2):
+        with pytest.raises(UnsupportedOperationError, match="'mock' is read-only"):
+            cache.write(AT, b"x" * (1 + hot))
+    with pytest.raises(UnsupportedOperationError, match="direction=DmaDirection.TO_DEVICE"):
+        cache.map_dma(AT, 1, owner="t")
+    with pytest.raises(UnsupportedOperationError, match="writable=False"):
+        cache.map_device(AT, 1, owner="t")
+    with cache.map_dma(AT, 1, owner="t", direction=DmaDirection.TO_DEVICE) as lease:
+        assert lease.view.readonly
+        memory = lease.view
+        with pytest.raises(TypeError):
+            memory[0] = 1
+    with pytest.raises(UnsupportedOperationError, match="on_stale='copy' writes"):
+        MapCache(backend, on_stale="copy")
+
+
+# --- release ---
+
+
+def test_a_lease_is_released_once(cache: MapCache) -> None:
+    """The second release, and everything that needs memory, raises LeaseError naming the lease."""
+    lease = cache.map_dma(AT, 8, owner="disk0")
+    address = lease.host_address
+    lease.release()
+    assert lease.released
+    for call in (lease.release, lambda: lease.view, lambda: lease.host_address):
+        with pytest.raises(LeaseError, match="'disk0': address 0x200000.* was released"):
+            call()
+    with pytest.raises(LeaseError, match=f"{address:#x} lies in no lease"):
+        cache.resolve(address)
+    with cache.map_dma(AT, 8, owner="t") as other:
+        other.release()  # inside the block: leaving it does not release again
+
+
+def test_one_of_two_overlapping_leases_ends(cache: MapCache) -> None:
+    """Releases go by handle: the other one resolves and lives (QEMU, 2017 and 2024)."""
+    first = cache.map_dma(AT, 2 * BUCKET, owner="a")
+    second = cache.map_dma(AT, BUCKET, owner="b")
+    first.release()
+    third = cache.map_dma(AT, BUCKET, owner="c")
+    second_address = second.host_address
+    assert cache.resolve(second_address) == AT
+    second.release()
+    third.view[:4] = b"live"
+    assert cache.read(AT, 4) == b"live"
+    assert cache.resolve(third.host_address + 5) == AT + 5
+    third.release()
+    assert cache.leases() == ()
+
+
+def test_exactly_one_of_many_threads_releases(cache: MapCache) -> None:
+    """Racing releases: one succeeds, the others raise."""
+    for _ in range(50):
+        lease = cache.map_dma(AT, 8, owner="t")
+        barrier = threading.Barrier(4)
+        outcomes: list[str] = []
+
+        def release(lease=lease, barrier=barrier, outcomes=outcomes) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+            barrier.wait()
+            try:
+                lease.release()
+                outcomes.append("released")
+            except LeaseError:
+                outcomes.append("refused")
+
+        threads = [threading.Thread(target=release) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["refused"] * 3 + ["released"]
+
+
+def test_release_from_asyncio(cache: MapCache) -> None:
+    """A lease may be taken and released by coroutines and their executor threads."""
+
+    async def transfer() -> None:
+        lease = cache.map_dma(AT, 8, owner="async")
+        await asyncio.to_thread(lease.release)
+        with cache.map_dma(AT, 8, owner="async"):
+            await asyncio.sleep(0)
+
+    asyncio.run(transfer())
+    assert cache.leases() == ()
+
+
+def test_release_from_a_finalizer_under_the_lock(cache: MapCache) -> None:
+    """A garbage collection anywhere in the cache may release leases: no deadlock."""
+
+    class Request:
+        pass
+
+    request = Request()
+    lease = cache.map_dma(AT, 8, owner="t")
+    weakref.finalize(request, lease.release)
+    with cache._lock:
+        del request
+        gc.collect()
+    assert cache.leases() == ()
+    assert cache.read(AT, 1) == b"\0"
+
+
+def test_a_release_in_a_finalizer_of_another_thread_does_not_wait(cache: MapCache) -> None:
+    """Release takes no lock that another thread may hold."""
+    lease = cache.map_dma(AT, 8, owner="t")
+    with cache._lock:
+        thread = threading.Thread(target=lease.release)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_dropped_lease_stays_in_the_books(cache: MapCache) -> None:
+    """Who forgets to release is still named."""
+    cache.map_dma(AT, 8, owner="forgetful")
+    gc.collect()
+    assert [info.owner for info in cache.leases()] == ["forgetful"]
+
+
+def test_release_marks_dirty_what_could_be_written(domain: MockDomain, cache: MapCache) -> None:
+    """All pages of the range, before the mapping can go; none for a transfer to the device."""
+    cache.map_dma(AT, 0x3000, owner="t", direction=DmaDirection.TO_DEVICE).release()
+    assert domain.dirty == set()
+    cache.map_dma(AT + 0xFFF, 2, owner="t", direction=DmaDirection.FROM_DEVICE).release()
+    assert domain.dirty == {0x200, 0x201}
+    domain.dirty.clear()
+    cache.map_dma(AT + BUCKET - 1, 2, owner="t").release()
+    names = [call.name for call in domain.calls]
+    assert names[-2:] == ["mark_dirty", "unmap"]
+    assert domain.dirty == {0x20F, 0x210}
+
+
+def test_a_release_that_fails_can_be_repeated(domain: MockDomain, cache: MapCache) -> None:
+    """When the backend cannot note the dirty pages, the lease is still held."""
+    lease = cache.map_dma(AT, 8, owner="t")
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError, match="mock_mark_dirty failed"):
+        lease.release()
+    assert not lease.released
+    assert len(cache.leases()) == 1
+    lease.release()
+    assert cache.leases() == ()
+
+
+# --- invalidation and stale DMA ---
+
+
+def test_the_warning_of_the_seed(
+    domain: MockDomain, backend: Backend, warnings: Callable[[], list[str]]
+) -> None:
+    """One WARNING per DMA lease, with all that is known; none for device leases or in a burst."""
+    cache = connected(domain, backend)
+    vram = cache.map_device(0x800000, 0x10000, owner="vga")
+    cache.map_dma(AT, 0x1000, owner="disk0", direction=DmaDirection.FROM_DEVICE)
+    cache.map_dma(AT + BUCKET - 8, 16, owner="nic1", direction=DmaDirection.TO_DEVICE)
+    reports = []
+    domain.on_invalidate(lambda: reports.append(cache.invalidate()))
+    domain.balloon_out(0x400000, 0x100000)
+    assert len(reports) == 4  # 256 pages in batches of 84
+    first, second = warnings()
+    assert first.startswith("invalidation 1: still held, may be lost: DMA lease of 'disk0': ")
+    assert "address 0x200000, length 0x1000, direction from-device, age 0." in first
+    assert "'nic1': address 0x20fff8, length 0x10, direction to-device" in second
+    for report in reports:
+        assert [info.owner for info in report.device] == ["vga"]
+        assert [info.owner for info in report.dma] == ["disk0", "nic1"]
+        assert all(info.stale for info in report.dma)
+    assert [report.sequence for report in reports] == [2, 4, 6, 8]
+    assert not vram.stale
+    vram.view[:3] = b"pix"
+    assert domain.read(0x800000, 3) == b"pix"
+
+
+def test_a_new_lease_after_the_burst_is_warned_of_anew(
+    cache: MapCache, warnings: Callable[[], list[str]]
+) -> None:
+    """Once a lease, not once a cache; and a fresh lease is not stale."""
+    for round_ in range(1, 4):
+        lease = cache.map_dma(AT, 8, owner="t")
+        assert not lease.stale
+        cache.invalidate()
+        cache.invalidate()
+        assert lease.stale
+        assert sum("still held" in message for message in warnings()) == round_
+        lease.release()
+
+
+def test_a_view_survives_and_shows_the_orphan(domain: MockDomain, backend: Backend) -> None:
+    """After an invalidation a lease's view is alive, and is what the guest gave up."""
+    cache = connected(domain, backend)
+    lease = cache.map_dma(AT, 0x1000, owner="t")
+    lease.view[:3] = b"old"
+    reballoon(domain, AT)
+    assert bytes(lease.view[:3]) == b"old"
+    assert domain.read(AT, 3) == bytes(3)
+    assert cache.read(AT, 3) == bytes(3)
+
+
+def test_stale_dma_that_wrote(
+    domain: MockDomain, backend: Backend, policy: str, warnings: Callable[[], list[str]]
+) -> None:
+    """warn: lost and said; raise: lost and raised; copy: the guest sees it. Counted each time."""
+    cache = connected(domain, backend, policy)
+    lease = cache.map_dma(AT + 8, 0x1800, owner="disk0", direction=DmaDirection.FROM_DEVICE)
+    reballoon(domain, AT)
+    reballoon(domain, AT + 0x1000)
+    domain.write(AT, b"\x99" * 0x2000)
+    lease.view[:] = b"\x42" * 0x1800
+    before = warnings()
+    domain.dirty.clear()
+    if policy == "raise":
+        with pytest.raises(LeaseError, match="released stale: DMA lease of 'disk0'.* may be lost"):
+            lease.release()
+    else:
+        lease.release()
+    inside = b"\x42" if policy == "copy" else b"\x99"
+    assert domain.read(AT, 0x2000) == b"\x99" * 8 + inside * 0x1800 + b"\x99" * 0x7F8
+    said = [message for message in warnings() if message not in before]
+    assert len(said) == (policy == "warn")
+    assert all("released stale: DMA lease of 'disk0'" in message for message in said)
+    assert domain.dirty == {0x200, 0x201}
+    assert cache.leases() == ()
+    assert cache.stats().stale_dma == 1
+    assert lease.stale
+    assert lease.released
+
+
+def test_copy_leaves_alone_what_is_still_the_guests(
+    domain: MockDomain, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A page that kept its frame is not written back: the guest may be writing it."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 0x2000, owner="t", direction=DmaDirection.FROM_DEVICE)
+    reballoon(domain, AT)
+    lease.view[:] = b"\x42" * 0x2000
+    with caplog.at_level(logging.INFO, "xenmapcache"):
+        lease.release()
+    assert caplog.messages[-1].endswith("copied 1 of 2 pages to the guest")
+    assert domain.read(AT, 0x2000) == b"\x42" * 0x2000
+
+
+def test_copy_to_a_page_that_is_gone_is_a_fault(domain: MockDomain, backend: Backend) -> None:
+    """What can be delivered is; the rest is named; the lease is given back."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 0x3000, owner="t")
+    lease.view[:] = b"\x42" * 0x3000
+    domain.balloon_out(AT + 0x1000, 0x1000)
+    reballoon(domain, AT + 0x2000)
+    with pytest.raises(FaultError, match="no page at 0x201000 ") as caught:
+        lease.release()
+    assert caught.value.length == 0x2000
+    assert lease.released
+    assert domain.read(AT + 0x2000, 0x1000) == b"\x42" * 0x1000
+
+
+def test_copy_that_fails_can_be_repeated(domain: MockDomain, backend: Backend) -> None:
+    """When the fresh mapping fails as a whole, nothing is lost: the lease is still held."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 8, owner="t")
+    reballoon(domain, AT)
+    lease.view[:] = b"precious"
+    domain.arm("map", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        lease.release()
+    assert not lease.released
+    lease.release()
+    assert domain.read(AT, 8) == b"precious"
+    assert cache.stats().stale_dma == 1
+
+
+@pytest.mark.parametrize("on_stale", ["warn", "copy"])
+def test_stale_dma_that_read(
+    domain: MockDomain, backend: Backend, on_stale: str, warnings: Callable[[], list[str]]
+) -> None:
+    """A transfer to the device writes nothing back, and its report speaks of reading."""
+    cache = connected(domain, backend, on_stale)
+    lease = cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE)
+    reballoon(domain, AT)
+    domain.write(AT, b"guest's!")
+    lease.release()
+    assert domain.read(AT, 8) == b"guest's!"
+    assert domain.dirty == set()
+    assert cache.stats().stale_dma == 1
+    assert any("may have read pages" in each for each in warnings()) == (on_stale == "warn")
+
+
+# --- replace ---
+
+
+def test_replace_moves_a_device_lease(domain: MockDomain, cache: MapCache) -> None:
+    """Same host address, same views, other guest pages; pointers resolve to the new range."""
+    lease = cache.map_device(AT + 0x10, 0x1800, owner="vram")
+    view, host = lease.view, lease.host_address
+    domain.write(0x900000, b"\x77" * 0x2000)
+    cache.replace(AT + 0x10, 0x900010, 0x1800)
+    assert (lease.host_address, lease.address) == (host, 0x900010)
+    assert bytes(view) == b"\x77" * 0x1800
+    view[:3] = b"new"
+    assert domain.read(0x900010, 3) == b"new"
+    assert domain.read(AT + 0x10, 3) == bytes(3)
+    assert cache.resolve(host + 0x1000) == 0x901010
+    domain.dirty.clear()
+    lease.release()
+    assert domain.dirty == {0x900, 0x901}  # and not those of before (QEMU, 2018)
+
+
+def test_replace_by_a_hole_changes_nothing(domain: MockDomain, cache: MapCache) -> None:
+    """The new range must be there; until then the lease shows the old one."""
+    lease = cache.map_device(AT, 0x2000, owner="vram")
+    lease.view[:3] = b"old"
+    with pytest.raises(FaultError, match=f"no page at {HOLE[0]:#x} "):
+        cache.replace(AT, HOLE[0] - 0x1000, 0x2000)
+    assert bytes(lease.view[:3]) == b"old"
+    assert lease.address == AT
+    assert not lease.stale
+
+
+def test_replace_that_loses_the_memory_says_so(domain: MockDomain, cache: MapCache) -> None:
+    """When Xen drops the old mapping and fails, views are safe zeros and the lease is stale."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    lease.view[:3] = b"old"
+    domain.arm("remap", errno=errno.ENOMEM)
+    with pytest.raises(MappingLostError, match="mock_remap failed for domain 1 with ENOMEM"):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert bytes(lease.view[:3]) == bytes(3)
+    assert lease.stale
+    lease.view[:3] = b"off"
+    assert domain.read(AT, 3) == b"old"
+    lease.release()
+
+
+def test_replace_needs_a_device_lease(cache: MapCache) -> None:
+    """DMA leases and other ranges are not moved."""
+    cache.map_dma(AT, 0x1000, owner="t")
+    cache.map_device(AT, 0x2000, owner="t")
+    with pytest.raises(LeaseError, match="no device lease covers just 0x200000..0x201000"):
+        cache.replace(AT, 0x900000, 0x1000)
+
+
+# --- views outlive everything ---
+
+
+def test_a_view_outlives_lease_cache_and_backend(domain: MockDomain, backend: Backend) -> None:
+    """A kept view shows the same memory after all else is gone; then it is unmapped, once."""
+    cache = MapCache(backend, bucket_shift=16)
+    lease = cache.map_dma(AT, 0x1000, owner="t")
+    view = lease.view[0x10:0x20]
+    view[:4] = b"kept"
+    lease.release()
+    cache.close()
+    backend.close()
+    del lease, cache
+    gc.collect()
+    assert bytes(view[:4]) == b"kept"
+    domain.write(AT + 0x10, b"more")
+    assert bytes(view[:4]) == b"more"
+    assert [call.name for call in domain.calls].count("unmap") == 0
+    view.release()
+    assert [call.name for call in domain.calls].count("unmap") == 1
+
+
+def test_leases_of_a_closed_cache(domain: MockDomain, backend: Backend) -> None:
+    """A lease dropped by force refuses its view."""
+    cache = MapCache(backend)
+    lease = cache.map_dma(AT, 8, owner="t")
+    cache.close(force=True)
+    with pytest.raises(LeaseError, match="was released"):
+        _ = lease.view
+    with pytest.raises(ClosedError):
+        cache.map_dma(AT, 8, owner="t")
