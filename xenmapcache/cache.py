@@ -182,7 +182,7 @@ class MapCache:
         self._on_unmap = self._freed.append
         self._resident = 0
         self._hits = self._misses = self._maps = self._unmaps = 0
-        self._evictions = self._holes = 0
+        self._evictions = self._holes = self._stale_dma = 0
         _caches.add(self)
 
     # --- plain access -----------------------------------------------------------
@@ -359,7 +359,13 @@ class MapCache:
         while True:
             sequence = self._lessor.sequence
             mapping = self._map(gfn, count, writable=writable)
-            mapping.check(address - (gfn << PAGE_SHIFT), length)
+            start = address - (gfn << PAGE_SHIFT)
+            if not mapping.valid(start, length):
+                fault = mapping.fault(start, length)
+                try:
+                    raise fault
+                finally:
+                    del mapping, fault  # no traceback is to keep the memory
             with self._lock:
                 self._check_open()
                 # Mapped before an invalidation, it would be stale without being told so.
@@ -497,7 +503,7 @@ class MapCache:
                 evictions=self._evictions,
                 holes=self._holes,
                 invalidations=self._lessor.sequence,
-                stale_dma=len(self._lessor.returned_stale),
+                stale_dma=self._stale_dma,
                 resident_bytes=self._resident,
                 resident_buckets=len(self._buckets),
                 device_leases=device,
@@ -656,9 +662,13 @@ class MapCache:
                 if self._pending.get(index) is mine:
                     del self._pending[index]
             mine.done.release()
-        if not usable:
-            fresh.check(start, length)
-        return fresh
+        if usable:
+            return fresh
+        fault = fresh.fault(start, length)
+        try:
+            raise fault
+        finally:
+            del fresh, mapping, fault  # no traceback is to keep the memory
 
     def _admit(self, index: int, mapping: Mapping) -> None:
         """Let accesses find a bucket without coming here; called under the lock.
@@ -760,7 +770,7 @@ class MapCache:
 
     def _count(self) -> None:
         """Bring the books up to date with what finalizers and releases left; under the lock."""
-        freed, returned = self._freed, self._lessor.returned
+        freed, returned, stale = self._freed, self._lessor.returned, self._lessor.returned_stale
         while freed:
             self._resident -= freed.popleft()
             self._unmaps += 1
@@ -768,6 +778,9 @@ class MapCache:
             mapping = returned.popleft()()
             if mapping is not None:
                 mapping.pins -= 1
+        while stale:
+            stale.popleft()
+            self._stale_dma += 1
 
     def _forget_parent(self) -> None:
         """In a forked child: nothing here may be used or unmapped."""

@@ -109,7 +109,8 @@ class Lease(LeaseRecord):
 
         - ``"warn"``: a WARNING is logged;
         - ``"raise"``: LeaseError; the lease is given back all the same;
-        - ``"copy"``: what the device wrote is copied to the pages that the guest sees now.
+        - ``"copy"``: what the device wrote is copied to the pages that the guest sees now
+          (and a WARNING is logged of a TO_DEVICE lease: what was read cannot be mended).
 
         Raises:
             LeaseError: it was released before, or is stale where that is refused.
@@ -135,7 +136,8 @@ class Lessor:
         forked: set by the cache in a child process, where nothing of this may be used.
         returned: buckets whose lease ended; the cache unpins them when it next holds
             its lock.
-        returned_stale: appended to once per DMA lease that was stale when it came back.
+        returned_stale: has one more entry per DMA lease that was stale when it came back,
+            until the cache counts those too.
 
     Synchronization: takes no lock, so that any thread and any finalizer may release;
     the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
@@ -217,7 +219,10 @@ class Lessor:
             raise
         self._end(lease)
         if report is not None:
-            raise report
+            try:
+                raise report
+            finally:
+                del report  # its traceback holds this frame
 
     def drop(self, lease: Lease) -> None:
         """End a lease without its consequences: the cache is closed by force."""
@@ -248,7 +253,8 @@ class Lessor:
         info = lease.info(self.sequence)
         if self._on_stale == "raise":
             return LeaseError(f"released stale: {info}: {self._loss(lease)}")
-        if self._on_stale == "warn":
+        # A copy mends what the device wrote, not what it read.
+        if self._on_stale == "warn" or lease.direction is DmaDirection.TO_DEVICE:
             logger.warning("released stale: %s: %s", info, self._loss(lease))
         return report
 
@@ -271,14 +277,14 @@ class Lessor:
         while position < lease.length:
             address = lease.address + position
             step = min(PAGE_SIZE - (address & PAGE_MASK), lease.length - position)
-            try:
-                now = fresh.view(address - (gfn << PAGE_SHIFT), step)
-            except FaultError as error:
-                fault = fault or FaultError(error.address, lease.length - position, error.errno)
-            else:
+            start = address - (gfn << PAGE_SHIFT)
+            if fresh.valid(start, step):
+                now = fresh.view(start, step)
                 if now != written[position : position + step]:
                     now[:] = written[position : position + step]
                     copied += 1
+            elif fault is None:
+                fault = fresh.fault(start, lease.length - position)
             position += step
         logger.info(
             "stale: %s: copied %d of %d pages to the guest",

@@ -160,16 +160,17 @@ class Mapping:
         end = (offset + length + PAGE_MASK) >> PAGE_SHIFT
         return self.errors.count(0, first, end) == end - first
 
-    def check(self, offset: int, length: int) -> None:
-        """Raise FaultError, naming the first guest address that is not there, if one is not."""
-        if self.valid(offset, length):
-            return
-        assert self.errors is not None  # noqa: S101 - valid() said so
+    def fault(self, offset: int, length: int) -> FaultError:
+        """Return the error for a range that is not valid; it names the first bad guest address.
+
+        Returned, not raised: a traceback that somebody keeps would keep the mapping.
+        """
+        assert self.errors is not None  # noqa: S101 - or it were valid
         page = offset >> PAGE_SHIFT
         while not self.errors[page]:
             page += 1
         bad = max(offset, page << PAGE_SHIFT)
-        raise FaultError((self.gfn << PAGE_SHIFT) + bad, offset + length - bad, self.errors[page])
+        return FaultError((self.gfn << PAGE_SHIFT) + bad, offset + length - bad, self.errors[page])
 
     def view(self, offset: int, length: int) -> memoryview:
         """Return bytes of it, read-only if it was mapped so, that stay safe for ever.
@@ -181,8 +182,8 @@ class Mapping:
         Raises:
             FaultError: a page of the range is not there.
         """
-        if self.errors is not None:
-            self.check(offset, length)
+        if self.errors is not None and not self.valid(offset, length):
+            raise self.fault(offset, length)
         return self.bytes[offset : offset + length]
 
     def on_unmap(self, callback: Callable[[int], object]) -> None:

@@ -8,6 +8,7 @@ exceeded on either source.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import mmap
@@ -177,7 +178,7 @@ class Source:
                 addresses.append(mapping.address)
                 mappings.append(mapping)
             spare = self._hand_over(mappings)
-            bare.append(seconds(lambda: [libc.unmap(each, MiB) for each in addresses]))
+            bare.append(seconds(functools.partial(unmap_all, addresses)))
             del spare
         return min(ours) / min(bare)
 
@@ -220,6 +221,11 @@ class Source:
         for lease in leases:
             lease.release()
         return used / count
+
+
+def unmap_all(addresses: list[int]) -> None:
+    for address in addresses:
+        libc.unmap(address, MiB)
 
 
 def log_lines() -> list[int]:

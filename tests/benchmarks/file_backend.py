@@ -22,9 +22,7 @@ class FileBackend(Backend):
         self.memory_end = os.fstat(self._fd).st_size
 
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
-        address = libc.map_file(
-            self._fd, gfn << PAGE_SHIFT, count << PAGE_SHIFT, writable=writable
-        )
+        address = libc.map_file(self._fd, gfn << PAGE_SHIFT, count << PAGE_SHIFT, writable=writable)
         return Mapping(address, gfn, count, writable=writable, errors=None, unmap=libc.unmap)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import gc
 import logging
 import pickle
 import threading
@@ -680,3 +681,23 @@ def test_small_buckets_work(domain: MockDomain) -> None:
         guest.write(0xFFC, b"12345678")
         assert cache.read(0xFFC, 8) == b"12345678"
         assert cache.stats().maps == 2
+
+
+def test_an_exception_that_is_kept_keeps_no_memory(domain: MockDomain, cache: MapCache) -> None:
+    """Tracebacks hold frames; no frame of ours holds the mapping that the fault was found in."""
+    gc.disable()
+    try:
+        kept = []
+        for call in (
+            lambda: cache.read(HOLE[0], 1),
+            lambda: cache.map_dma(HOLE[0] - 8, 16, owner="t"),
+            lambda: cache.map_device(HOLE[0], 1, owner="t"),
+        ):
+            with pytest.raises(FaultError) as caught:
+                call()
+            kept.append(caught.value)
+        cache.invalidate()
+        assert cache.stats().resident_bytes == 0
+        assert len(kept) == 3
+    finally:
+        gc.enable()

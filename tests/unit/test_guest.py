@@ -160,13 +160,13 @@ def test_find_knows_what_cannot_be_found(memory: GuestMemory, backend: Backend) 
     for empty in (b"", re.compile(rb"x*")):
         with pytest.raises(ValueError, match="matches nothing at all"):
             memory.find(empty)
-    type(backend).memory_end = property(lambda _: None)  # type: ignore[method-assign,assignment]
+    type(backend).memory_end = property(lambda _: None)  # type: ignore[assignment]
     try:
         with pytest.raises(ValueError, match="give a length"):
             memory.find(b"x")
         assert list(memory.find(b"x", 0, 0x1000)) == []
     finally:
-        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[method-assign,assignment]
+        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[assignment]
 
 
 def test_a_block_that_raises_ends_its_leases(memory: GuestMemory, cache: MapCache) -> None:

@@ -311,10 +311,10 @@ def test_a_new_lease_after_the_burst_is_warned_of_anew(
     """Once a lease, not once a cache; and a fresh lease is not stale."""
     for round_ in range(1, 4):
         lease = cache.map_dma(AT, 8, owner="t")
-        assert not lease.stale
+        before = lease.stale
         cache.invalidate()
         cache.invalidate()
-        assert lease.stale
+        assert (before, lease.stale) == (False, True)
         assert sum("still held" in message for message in warnings()) == round_
         lease.release()
 
@@ -415,7 +415,7 @@ def test_stale_dma_that_read(
     assert domain.read(AT, 8) == b"guest's!"
     assert domain.dirty == set()
     assert cache.stats().stale_dma == 1
-    assert any("may have read pages" in each for each in warnings()) == (on_stale == "warn")
+    assert "the device may have read pages that the guest has given up" in warnings()[-1]
 
 
 # --- replace ---

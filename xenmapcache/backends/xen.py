@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno as _errno
 from array import array
 from typing import ClassVar
 
@@ -53,7 +54,7 @@ class XenBackend(DomainBackend):
             raise UnsupportedOperationError(
                 f"{self.library} has no {MAP2}: Xen 4.10 and newer can move a mapping"
             )
-        self.map(gfn, mapping.count, writable=mapping.writable).check(0, mapping.length)
+        self.map(gfn, mapping.count, writable=mapping.writable).view(0, mapping.length)
         prot = libc.protection(mapping.writable)
         gfns = array("Q", range(gfn, gfn + mapping.count))
         try:
@@ -66,9 +67,9 @@ class XenBackend(DomainBackend):
             raise
         if address != mapping.address:
             libc.unmap(address, mapping.length)
-            raise XenCallError(MAP2, self.domid, 0, f"it ignored the address {mapping.address:#x}")
+            hint = f"it ignored the address {mapping.address:#x}"
+            raise XenCallError(MAP2, self.domid, _errno.EIO, hint)
         if errors is not None:
             # The guest gave a page up just now. A view must never meet it.
-            libc.unmap(mapping.address, mapping.length)
-            libc.cover(mapping.address, mapping.length)
+            libc.cover(mapping.address, mapping.length, replace=True)
             raise MappingLostError(MAP2, self.domid, max(errors), "a page vanished meanwhile")

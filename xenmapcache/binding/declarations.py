@@ -119,6 +119,21 @@ typedef int xentoollog_level;
 """
 
 
+# What is passed by value; everything else is a pointer.
+SCALARS = frozenset(
+    {
+        "int",
+        "unsigned",
+        "long",
+        "unsigned long",
+        "size_t",
+        "uint32_t",
+        "domid_t",
+        "xentoollog_level",
+    }
+)
+
+
 class Prototype(NamedTuple):
     """A C function: the types of its result and parameters as text, ``*`` for any pointer."""
 
@@ -129,12 +144,15 @@ class Prototype(NamedTuple):
 
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _FUNCTION = re.compile(r"(?P<result>[\w\s]+?[\s*]+)(?P<name>\w+)\s*\((?P<parameters>[^()]*)\)")
-_NAME_LAST = re.compile(r"\s*\w+$")
 
 
 def _type(text: str) -> str:
+    """Return a parameter's type, or an empty string if it is not understood."""
     text = text.replace("const ", "").strip()
-    return "*" if "*" in text or "[" in text else _NAME_LAST.sub("", text)
+    if "*" in text or "[" in text:
+        return "*"
+    kind, _, name = text.rpartition(" ")
+    return kind if kind in SCALARS and name not in SCALARS else ""
 
 
 def prototypes(library: Library) -> dict[str, Prototype]:
@@ -148,9 +166,11 @@ def prototypes(library: Library) -> dict[str, Prototype]:
         if not declaration or declaration.startswith("typedef "):
             continue
         match = _FUNCTION.fullmatch(declaration)
-        if match is None:
+        parameters = tuple(map(_type, match["parameters"].split(","))) if match else ("",)
+        if match is None or "" in parameters:
             raise ValueError(f"{library.name}: cannot read the declaration {declaration!r}")
         result = "*" if "*" in match["result"] else match["result"].strip()
-        parameters = tuple(_type(each) for each in match["parameters"].split(","))
+        if result not in SCALARS | {"*", "void"}:
+            raise ValueError(f"{library.name}: cannot read the result of {declaration!r}")
         found[match["name"]] = Prototype(match["name"], result, parameters)
     return found

@@ -196,6 +196,8 @@ class Handle:
 
     def close(self) -> None:
         """Close the handle. Mappings that it made live on. Idempotent, and safe after a fork."""
+        if os.getpid() != self._pid:
+            return  # the handle is the parent's, and a thread that is not here may hold the gate
         with self._gate:
             if self._closed:
                 return

@@ -72,13 +72,19 @@ def reserve(length: int, *, address: int | None = None) -> int:
     return _map(address, length, PROT_NONE, flags, -1, 0)
 
 
-def cover(address: int, length: int) -> bool:
+def cover(address: int, length: int, *, replace: bool = False) -> bool:
     """Put private zeros where a mapping has vanished, so that a kept view stays safe.
+
+    Args:
+        address: host address.
+        length: bytes.
+        replace: a whole mapping that is still there goes in the same step, so that
+            no other thread can be given its address meanwhile.
 
     Returns:
         False if something else lives there by now, which is left alone.
     """
-    prot, flags = protection(True), _ANONYMOUS | MAP_FIXED_NOREPLACE
+    prot, flags = protection(True), _ANONYMOUS | (MAP_FIXED if replace else MAP_FIXED_NOREPLACE)
     result, _ = functions()["mmap"](address, length, prot, flags, -1, 0)
     return result == address
 

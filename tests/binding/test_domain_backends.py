@@ -1,0 +1,281 @@
+"""The backends over the libraries: what opening refuses, and moving a mapping when Xen fails."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import pytest
+
+from tests.fake_xen import DOMID, Behaviour, FakeXen
+from tests.fake_xen.fixtures import MakeFake
+from xenmapcache import Backend, Capability, MapCache, Mapping, open_backend
+from xenmapcache.address import PAGE_SIZE
+from xenmapcache.backends import domain as domain_module
+from xenmapcache.backends.xen import XenBackend
+from xenmapcache.backends.xenctrl import XenControlBackend
+from xenmapcache.binding import libc
+from xenmapcache.errors import (
+    FaultError,
+    LeaseError,
+    MappingLostError,
+    UnsupportedOperationError,
+    XenCallError,
+)
+from xenmapcache.mapping import live_mappings
+
+MAP2, BULK = "xenforeignmemory_map2", "xc_map_foreign_bulk"
+
+
+@pytest.fixture(params=["xen", "xenctrl"])
+def name(request: pytest.FixtureRequest) -> str:
+    """Both backends."""
+    chosen: str = request.param
+    return chosen
+
+
+@pytest.fixture
+def backend(fake: FakeXen, binding: str) -> XenBackend:
+    """A backend that can move mappings."""
+    return XenBackend(domid=DOMID, binding=binding, library=fake.library)
+
+
+@pytest.fixture
+def mapping(backend: XenBackend, fake: FakeXen) -> Mapping:
+    """Guest pages 8 and 9, which say so."""
+    for gfn in range(64):
+        if gfn != 5:
+            fake.write(gfn * PAGE_SIZE, b"page %d" % gfn)
+    return backend.map(8, 2, writable=True)
+
+
+# --- opening -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("domid", [-1, 0x7FF0, 1 << 32])
+def test_domid_out_of_range(name: str, fake: FakeXen, domid: int) -> None:
+    """What no domain can have as its number is a ValueError, before any library is touched."""
+    with pytest.raises(ValueError, match=f"domid {domid} is not in 0..32751"):
+        open_backend(name, domid=domid, library=fake.library)
+    assert fake.calls == []
+
+
+@pytest.mark.parametrize("domid", ["3", 3.0, None, b"3"])
+def test_domid_of_another_type(name: str, fake: FakeXen, domid: object) -> None:
+    """A domain's name or another thing that is no int is a TypeError that says so."""
+    with pytest.raises(TypeError, match=f"domid must be an int, not {type(domid).__name__}"):
+        open_backend(name, domid=domid, library=fake.library)
+    assert fake.calls == []
+
+
+def test_unknown_option(name: str) -> None:
+    """An option that a backend does not know is a TypeError, as is a missing domid."""
+    with pytest.raises(TypeError, match="colour"):
+        open_backend(name, domid=3, colour=1)
+    with pytest.raises(TypeError, match="domid"):
+        open_backend(name)
+
+
+def test_open_tells_what_it_took(name: str, fake: FakeXen, binding: str) -> None:
+    """A backend knows its domain, its loader and its library, and probes one page at opening."""
+    backend: Any = open_backend(name, domid=DOMID, binding=binding, library=fake.library)
+    assert (backend.name, backend.domid) == (name, DOMID)
+    assert (backend.binding, backend.library) == (binding, fake.library)
+    probe = fake.calls[-1]
+    assert (probe.name, probe.gfns) == ({"xen": MAP2, "xenctrl": BULK}[name], (0,))
+    assert probe.arguments[1] == DOMID
+    moves = Capability.REMAP if name == "xen" else Capability.NONE
+    assert backend.capabilities == Capability.WRITE | moves
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("domid", "capabilities", "hint"),
+    [
+        (DOMID + 1, "control_d\n", "there is no such domain (see xl list)"),
+        (0, "control_d\n", "domain 0 is the one that this runs in"),
+        (0, "", "there is no such domain (see xl list)"),
+        (0, None, "there is no such domain (see xl list)"),
+    ],
+)
+def test_no_such_domain(
+    name: str,
+    fake: FakeXen,
+    binding: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    domid: int,
+    capabilities: str | None,
+    hint: str,
+) -> None:
+    """A domain that is not there, or is this one, is ESRCH with a hint; nothing is left open."""
+    file = tmp_path / "capabilities"
+    if capabilities is not None:
+        file.write_text(capabilities)
+    monkeypatch.setattr(domain_module, "_CAPABILITIES", file)
+    gc.collect()
+    before = live_mappings()
+    with pytest.raises(XenCallError) as caught:
+        open_backend(name, domid=domid, binding=binding, library=fake.library)
+    assert (caught.value.errno, caught.value.domid) == (errno.ESRCH, domid)
+    assert hint in str(caught.value)
+    assert fake.calls[-1].name in ("xenforeignmemory_close", "xc_interface_close")
+    assert fake.misuses == 0
+    del caught
+    gc.collect()
+    assert live_mappings() == before
+
+
+def test_domain_that_vanishes(name: str, fake: FakeXen, binding: str) -> None:
+    """A domain that was destroyed meanwhile is ESRCH at the next map, and not only holes."""
+    call = {"xen": MAP2, "xenctrl": BULK}[name]
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        fake.plan(call, Behaviour.ALL_PAGES, errno.ESRCH)
+        with pytest.raises(XenCallError) as caught:
+            backend.map(8, 4, writable=False)
+    assert (caught.value.call, caught.value.errno) == (call, errno.ESRCH)
+
+
+def test_all_holes_are_no_error(name: str, fake: FakeXen, binding: str) -> None:
+    """A range without a page is a mapping of holes only: the domain is there."""
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        mapping = backend.map(1000, 3, writable=False)
+        assert mapping.holes == 3
+        with pytest.raises(FaultError):
+            mapping.view(0, 1)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_protection(name: str, fake: FakeXen, binding: str, writable: bool) -> None:
+    """Only what is asked for is mapped for writing."""
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        backend.map(8, 1, writable=writable)
+    prot = next(call for call in fake.calls[::-1] if call.gfns == (8,)).arguments[
+        3 if name == "xen" else 2
+    ]
+    assert prot == mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+
+
+# --- moving a mapping -----------------------------------------------------------------
+
+
+def shown(mapping: Mapping) -> bytes:
+    """Return how the mapping's first page begins."""
+    return mapping.memory[:8].rstrip(b"\0")
+
+
+def test_remap(backend: XenBackend, mapping: Mapping, fake: FakeXen) -> None:
+    """The same host address shows the new pages, and a view that was kept writes to them."""
+    view = mapping.view(0, mapping.length)
+    backend.remap(mapping, 20)
+    assert shown(mapping) == b"page 20"
+    view[:4] = b"PAGE"
+    assert fake.read(20 * PAGE_SIZE, 7) == b"PAGE 20"
+    assert fake.read(8 * PAGE_SIZE, 6) == b"page 8"
+    prot = mmap.PROT_READ | mmap.PROT_WRITE
+    arguments = (ANY, DOMID, mapping.address, prot, libc.MAP_FIXED, 2, ANY, ANY)
+    assert fake.calls[-1] == (MAP2, arguments, (20, 21))
+
+
+def test_remap_to_a_hole(backend: XenBackend, mapping: Mapping, fake: FakeXen) -> None:
+    """A page that is not there is a FaultError, found before the old memory is touched."""
+    with pytest.raises(FaultError) as caught:
+        backend.remap(mapping, 4)
+    assert caught.value.address == 5 * PAGE_SIZE
+    assert shown(mapping) == b"page 8"
+    assert not any(call.name == MAP2 and call.arguments[4] for call in fake.calls)
+
+
+def test_remap_that_failed_harmlessly(backend: XenBackend, mapping: Mapping, fake: FakeXen) -> None:
+    """When the call fails and the old memory is still there, it stays."""
+    fake.plan(MAP2, Behaviour.FAIL, errno.ENOMEM, nth=2)
+    with pytest.raises(XenCallError) as caught:
+        backend.remap(mapping, 20)
+    assert not isinstance(caught.value, MappingLostError)
+    assert caught.value.errno == errno.ENOMEM
+    assert shown(mapping) == b"page 8"
+    mapping.memory[:4] = b"PAGE"
+    assert fake.read(8 * PAGE_SIZE, 6) == b"PAGE 8"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "number"), [(Behaviour.DROP, errno.ENOMEM), (Behaviour.ALL_PAGES, errno.EINVAL)]
+)
+def test_remap_that_lost_the_memory(
+    backend: XenBackend,
+    mapping: Mapping,
+    fake: FakeXen,
+    behaviour: Behaviour,
+    number: int,
+) -> None:
+    """When the old memory went, or a new page vanished, views show zeros that reach no guest."""
+    view = mapping.view(0, mapping.length)
+    fake.plan(MAP2, behaviour, number, nth=2)
+    with pytest.raises(MappingLostError) as caught:
+        backend.remap(mapping, 20)
+    assert caught.value.errno == number
+    assert view == bytes(mapping.length)
+    view[:4] = b"lost"
+    assert fake.read(8 * PAGE_SIZE, 6) == b"page 8"
+    assert fake.read(20 * PAGE_SIZE, 7) == b"page 20"
+
+
+def test_a_lease_whose_memory_was_lost_is_stale(backend: XenBackend, fake: FakeXen) -> None:
+    """Through the cache, the lease stays, is stale, and reads as zeros."""
+    fake.write(8 * PAGE_SIZE, b"device")
+    with MapCache(backend, bucket_shift=14) as cache:
+        lease = cache.map_device(8 * PAGE_SIZE, PAGE_SIZE, owner="vga")
+        view = lease.view
+        fake.plan(MAP2, Behaviour.DROP, errno.ENOMEM, nth=2)
+        with pytest.raises(MappingLostError):
+            cache.replace(8 * PAGE_SIZE, 20 * PAGE_SIZE, PAGE_SIZE)
+        assert lease.stale
+        assert view == bytes(PAGE_SIZE)
+        lease.release()
+        with pytest.raises(LeaseError):
+            lease.release()
+
+
+def test_remap_elsewhere_than_asked(backend: XenBackend, mapping: Mapping, fake: FakeXen) -> None:
+    """A library that ignores the address is an error; its stray mapping goes, the old one stays."""
+    before = stray_maps(fake)
+    fake.plan(MAP2, Behaviour.IGNORE, nth=2)
+    with pytest.raises(XenCallError, match=f"ignored the address {mapping.address:#x}") as caught:
+        backend.remap(mapping, 20)
+    assert not isinstance(caught.value, MappingLostError)
+    assert caught.value.errno == errno.EIO
+    assert shown(mapping) == b"page 8"
+    del caught
+    assert stray_maps(fake) == before
+
+
+def stray_maps(fake: FakeXen) -> int:
+    """Return how many pieces of the stand-in's guest memory this process has mapped."""
+    gc.collect()
+    inode = fake.inode
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    return sum(int(line.split()[4]) == inode for line in lines)
+
+
+def test_remap_without_map2(make_fake: MakeFake, binding: str) -> None:
+    """An old library has no REMAP, and moving raises, naming the function and the release."""
+    old = make_fake("OLD")
+    backend = XenBackend(domid=DOMID, binding=binding, library=old.library)
+    assert backend.capabilities == Capability.WRITE
+    mapping = backend.map(8, 1, writable=True)
+    with pytest.raises(UnsupportedOperationError, match=f"no {MAP2}: Xen 4.10"):
+        backend.remap(mapping, 9)
+
+
+def test_control_backend_cannot_remap(fake: FakeXen, binding: str) -> None:
+    """The legacy library takes no address, so moving is refused without a call."""
+    backend: Backend = XenControlBackend(domid=DOMID, binding=binding, library=fake.library)
+    mapping = backend.map(8, 1, writable=True)
+    calls = len(fake.calls)
+    with pytest.raises(UnsupportedOperationError, match="'xenctrl' cannot move"):
+        backend.remap(mapping, 9)
+    assert len(fake.calls) == calls

@@ -1,0 +1,368 @@
+"""``xenmapcache doctor`` on machines that lack this or that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from tests.cli.conftest import Machine
+from tests.cli.test_main import MODULE, environment
+from tests.fake_xen import DOMID
+from tests.fake_xen.fixtures import MakeFake
+from xenmapcache import Backend, MockHypervisor, XenCallError, open_backend
+from xenmapcache.binding import handle, loader
+from xenmapcache.binding.declarations import CONTROL, FOREIGN_MEMORY, TOOL_LOG
+from xenmapcache.cli import doctor, main
+
+Findings = dict[str, dict[str, Any]]
+
+
+def examine(capsys: pytest.CaptureFixture[str], *options: str, status: int = 1) -> Findings:
+    """Run the doctor with --json; return its findings by subject."""
+    assert main(["doctor", "--json", *options]) == status
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    report = json.loads(printed.out)
+    assert report["ready"] is (status == 0)
+    return {finding["subject"]: finding for finding in report["findings"]}
+
+
+def open_fake(there: int, holes: Iterable[tuple[int, int]] = ()) -> Callable[[str, int], Backend]:
+    """Return an open_backend() that opens a mock guest, if it is asked for that domid."""
+    guest = MockHypervisor().create_domain(memory="32M", holes=holes)
+
+    def opener(name: str, domid: int) -> Backend:
+        if domid != there:
+            raise XenCallError("fake_map", domid, 3, "there is no such domain")
+        return open_backend("mock", domain=guest)
+
+    return opener
+
+
+@pytest.mark.usefixtures("machine")
+def test_each_problem_has_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    """Off Xen it names what is missing, each with its remedy, and ends with status 1."""
+    findings = examine(capsys)
+    lacking = {name: each for name, each in findings.items() if each["state"] != "ok"}
+    assert all(each["remedy"] and "\n" not in each["remedy"] for each in lacking.values())
+    assert {"hypervisor", "guest"} <= set(lacking)
+    assert "modprobe xen-privcmd" in next(
+        each["remedy"] for name, each in lacking.items() if name.endswith("dev/xen/privcmd")
+    )
+    assert "xl is not installed" in findings["guest"]["text"]
+    assert "--domid" in findings["guest"]["remedy"]
+
+
+@pytest.mark.usefixtures("machine")
+def test_plain_report_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --json the same is shown in sections, remedies marked, verdict last."""
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.isascii()
+    for section in ("Python", "Libraries", "Devices", "Xen", "Live guest"):
+        assert f"\n{section}\n" in printed.out
+    assert "-> modprobe xen-privcmd" in printed.out
+    assert "No live guest was mapped" in printed.out.splitlines()[-2]
+
+
+@pytest.mark.usefixtures("machine")
+def test_backends_tell_why_they_cannot_open(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --domid both backends are tried, and what they raise becomes text and remedy."""
+    if handle._PRIVCMD[0].exists():
+        pytest.skip("this is a Xen host: its libraries do open")
+    findings = examine(capsys, "--domid", "5")
+    for name in ("xen", "xenctrl"):
+        finding = findings[f"backend '{name}'"]
+        assert finding["state"] == "problem"
+        assert finding["text"]
+        assert finding["remedy"]
+
+
+# --- libraries ------------------------------------------------------------------------
+
+
+def foreign_memory(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return what the doctor finds of libxenforeignmemory, or skip without one."""
+    finding = examine(capsys)["libxenforeignmemory"]
+    if not finding["details"]["found"]:
+        pytest.skip("libxenforeignmemory is not installed (Debian: libxenforeignmemory1)")
+    return finding
+
+
+@pytest.mark.usefixtures("machine")
+def test_real_library_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an installed library it tells the real file and which version brought each function."""
+    pytest.importorskip("elftools", reason="pyelftools is not installed")
+    details = foreign_memory(capsys)["details"]
+    path = Path(details["path"])
+    assert path.name.startswith("libxenforeignmemory.so.1")
+    assert path == path.resolve()
+    assert details["versions"][0] == "VERS_1.0"
+    assert details["functions"]["xenforeignmemory_map"] == "VERS_1.0"
+    if "xenforeignmemory_map2" in details["functions"]:
+        assert details["functions"]["xenforeignmemory_map2"] == "VERS_1.2"
+
+
+@pytest.mark.usefixtures("machine")
+def test_without_pyelftools_versions_are_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where pyelftools is missing it says so with the remedy, and all else works."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "elftools"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "elftools", None)
+    finding = examine(capsys)["symbol versions"]
+    assert finding["state"] == "note"
+    assert finding["remedy"] == "pip install xenmapcache[elf]"
+    assert foreign_memory(capsys)["details"]["versions"] == []
+
+
+@pytest.mark.usefixtures("machine")
+def test_no_libraries_at_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no library of Xen is installed, it names the package of each."""
+    gone = [
+        each._replace(soname=f"libgone-{each.name}.so.1") for each in (FOREIGN_MEMORY, TOOL_LOG)
+    ]
+    monkeypatch.setattr(doctor, "LIBRARIES", (gone[0], CONTROL, gone[1]))
+    monkeypatch.setattr(handle, "library_folders", list)
+    findings = examine(capsys)
+    states = {}
+    for library in doctor.LIBRARIES:
+        assert "not found" in findings[library.name]["text"]
+        assert library.package in findings[library.name]["remedy"]
+        states[library.name] = findings[library.name]["state"]
+    # Only the first is needed by the backend that people use.
+    assert states == {
+        "libxenforeignmemory": "problem",
+        "libxenctrl": "note",
+        "libxentoollog": "note",
+    }
+
+
+@pytest.mark.usefixtures("machine")
+def test_wrong_library_lacks_functions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A library of that name that is another one is a problem that lists the missing functions."""
+    wrong = FOREIGN_MEMORY._replace(soname="libc.so.6")
+    monkeypatch.setattr(doctor, "LIBRARIES", (wrong,))
+    finding = examine(capsys)["libxenforeignmemory"]
+    assert finding["state"] == "problem"
+    assert "xenforeignmemory_map2" in finding["details"]["missing"]
+    assert "0 of 9 functions" in finding["text"]
+
+
+@pytest.mark.usefixtures("machine")
+def test_old_library_is_only_noted(
+    make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Functions of a newer Xen that the backend can do without are a note, and are named."""
+    library = make_fake("OLD").library
+    monkeypatch.setattr(doctor, "LIBRARIES", (FOREIGN_MEMORY._replace(soname=library),))
+    finding = examine(capsys)["libxenforeignmemory"]
+    assert finding["state"] == "note"
+    assert "xenforeignmemory_map2" in finding["details"]["missing"]
+    assert finding["text"].startswith(f"{library}, unversioned, ")
+
+
+def test_broken_library_file_gives_no_traceback(tmp_path: Path) -> None:
+    """A file that is no library, first in LD_LIBRARY_PATH, is reported and nothing is raised."""
+    for name in ("libxenforeignmemory.so.1", "libxenctrl.so.4.99", "libxentoollog.so.1"):
+        (tmp_path / name).write_bytes(b"\x7fELF, or not")
+    run = subprocess.run(
+        [*MODULE, "doctor", "--domid", "32751"],
+        capture_output=True,
+        text=True,
+        env=environment(LD_LIBRARY_PATH=str(tmp_path)),
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (1, "")
+    assert "problem  libxenforeignmemory  not found" in run.stdout
+    assert "libxenforeignmemory1" in run.stdout
+
+
+# --- Python, devices, Xen -------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("machine")
+def test_binding_is_named_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without cffi it says that ctypes is used, and why."""
+    monkeypatch.setattr(doctor, "get_loader", lambda: loader.get_loader("ctypes"))
+    monkeypatch.setitem(sys.modules, "xenmapcache.binding.cffi_loader", None)
+    finding = examine(capsys)["binding"]
+    assert finding["details"] == {"name": "ctypes"}
+    assert "cannot be imported" in finding["text"]
+    assert "pip install cffi" in finding["remedy"]
+
+
+def test_device_nodes_tell_owner_and_mode(
+    machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node that opens is shown with mode and owner."""
+    machine.become_dom0()
+    node = machine.root / "dev/xen/privcmd"
+    node.chmod(0o640)
+    finding = examine(capsys)[str(node)]
+    assert finding["state"] == "ok"
+    assert finding["details"] == {"exists": True, "mode": "0640", "opens": True}
+    assert finding["text"].startswith("-rw-r-----")
+
+
+def test_node_that_does_not_open_is_a_problem(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without permission for the node the remedy is root in Dom0."""
+    machine.become_dom0()
+    real_open = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if path.name == "privcmd":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real_open(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    finding = examine(capsys)[str(machine.root / "dev/xen/privcmd")]
+    assert finding["state"] == "problem"
+    assert "Permission denied" in finding["text"]
+    assert finding["remedy"] == "run as root in Dom0"
+
+
+def test_old_node_will_do(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where only /proc/xen/privcmd is there, the missing new one is no problem."""
+    machine.write("proc/xen/privcmd")
+    findings = examine(capsys)
+    assert findings[str(machine.root / "proc/xen/privcmd")]["state"] == "ok"
+    assert findings[str(machine.root / "dev/xen/privcmd")]["state"] == "note"
+
+
+def test_dom0_is_recognised(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """In Dom0 it tells Xen's version and kind of domain, and finds control_d."""
+    machine.become_dom0()
+    findings = examine(capsys)
+    assert findings["hypervisor"]["text"] == "Xen 4.17.3, this domain is PV"
+    assert findings[str(machine.root / "proc/xen/capabilities")]["state"] == "ok"
+
+
+def test_a_guest_is_not_dom0(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a guest, and under another hypervisor, it says that this is not the place."""
+    machine.become_dom0()
+    machine.write("proc/xen/capabilities", "\n")
+    finding = examine(capsys)[str(machine.root / "proc/xen/capabilities")]
+    assert (finding["state"], "Dom0" in finding["remedy"]) == ("problem", True)
+    machine.write("sys/hypervisor/type", "kvm\n")
+    assert "this is kvm, not Xen" in examine(capsys)["hypervisor"]["text"]
+
+
+# --- a live guest ---------------------------------------------------------------------
+
+LISTING = """cat <<END
+Name                                        ID   Mem VCPUs\tState\tTime(s)
+Domain-0                                     0  1024     2     r-----      11.4
+a guest with 1 name                          7   128     1     -b----       2.2
+other                                        9   128     1     -b----       2.2
+END"""
+
+
+def test_first_guest_of_xl_is_mapped(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --domid the first guest of ``xl list`` is mapped by both backends: status 0."""
+    machine.become_dom0()
+    machine.install_xl(LISTING)
+    monkeypatch.setattr(doctor, "open_backend", open_fake(7))
+    findings = examine(capsys, status=0)
+    assert findings["guest"]["details"] == {"domid": 7}
+    assert "a guest with 1 name" in findings["guest"]["text"]
+    for name in ("xen", "xenctrl"):
+        assert findings[f"backend '{name}'"]["text"] == "mapped gfn 0x0, read 4096 bytes"
+
+
+@pytest.mark.usefixtures("machine")
+def test_both_backends_map_through_their_libraries(
+    make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through a stand-in for Xen's libraries each backend really makes its own map call."""
+    fake = make_fake()
+
+    def opener(name: str, domid: int) -> Backend:
+        return open_backend(name, domid=domid, library=fake.library)
+
+    monkeypatch.setattr(doctor, "open_backend", opener)
+    findings = examine(capsys, "--domid", str(DOMID), status=0)
+    for name, call in (("xen", "xenforeignmemory_map2"), ("xenctrl", "xc_map_foreign_bulk")):
+        assert findings[f"backend '{name}'"]["state"] == "ok"
+        assert fake.count(call) == 2  # one to see that there is such a domain
+    assert fake.count("xenforeignmemory_close") == fake.count("xc_interface_close") == 1
+
+
+def test_hole_at_the_first_page_is_passed_over(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest without its first page is live all the same."""
+    monkeypatch.setattr(doctor, "open_backend", open_fake(7, holes=[(0, 0x1000)]))
+    findings = examine(capsys, "--domid", "7", status=0)
+    assert findings["backend 'xen'"]["details"] == {"mapped": True, "gfn": 0x100}
+
+
+def test_guest_without_pages_is_a_problem(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no page can be mapped the last fault is shown, with a remedy."""
+    monkeypatch.setattr(doctor, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert "no page at 0x1000000" in finding["text"]
+    assert finding["remedy"]
+
+
+def test_no_such_guest_is_a_problem_with_xens_hint(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a call that Xen refused, the errno is the text and the hint the remedy."""
+    monkeypatch.setattr(doctor, "open_backend", open_fake(7))
+    finding = examine(capsys, "--domid", "8")["backend 'xen'"]
+    assert finding["text"].endswith("ESRCH (No such process)")
+    assert finding["remedy"] == "there is no such domain"
+
+
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("echo 'xl: no daemon' >&2; exit 3", "failed with status 3: xl: no daemon"),
+        ("echo; echo nonsense; printf '\\377 x'", "none is running"),
+    ],
+)
+def test_xl_that_fails_is_shown(
+    script: str, text: str, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever xl says, it is reported and nothing is raised."""
+    machine.install_xl(script)
+    assert text in examine(capsys)["guest"]["text"]
+
+
+def test_unforeseen_errors_are_findings(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check that breaks is a finding of its own; the other checks still run."""
+
+    def broken(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("the unforeseen")
+
+    monkeypatch.setattr(doctor, "open_backend", broken)
+    monkeypatch.setattr(doctor, "find_library", broken)
+    findings = examine(capsys, "--domid", "7")
+    for subject in ("libxenforeignmemory", "backend 'xen'", "backend 'xenctrl'"):
+        assert findings[subject]["text"] == "the check failed: RuntimeError: the unforeseen"
+    assert findings["hypervisor"]["remedy"]

@@ -1,0 +1,178 @@
+"""The command line itself: help, versions, usage errors, and output that goes away."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xenmapcache
+from xenmapcache.cli import main
+
+ROOT = Path(__file__).parents[2]
+MODULE = [sys.executable, "-W", "error", "-m", "xenmapcache"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return an environment in which this tree is imported."""
+    return os.environ | {"PYTHONPATH": str(ROOT)} | variables
+
+
+@pytest.mark.parametrize(
+    ("arguments", "example"),
+    [
+        (["--help"], "xenmapcache doctor --domid 3"),
+        (["demo", "--help"], "xenmapcache demo --json"),
+        (["doctor", "--help"], "$(xl domid NAME)"),
+    ],
+)
+def test_help_has_examples(
+    arguments: list[str], example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--help`` of the program and of each command ends with status 0 and shows examples."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    assert example in capsys.readouterr().out
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--version`` prints the program's name and the package's version."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"xenmapcache {xenmapcache.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "COMMAND"),
+        (["cure"], "cure"),
+        (["doctor", "--domid", "three"], "three"),
+        (["doctor", "--domid", "32752"], "domid 32752 is not in 0..32751"),
+        (["demo", "--domid", "1"], "--domid"),
+    ],
+)
+def test_wrong_usage_is_status_2(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong usage ends with status 2, and stderr names what is wrong."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor"])
+def test_without_rich_tables_name_the_extra(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where rich is not installed, a command without --json ends with 2 and says how to get it."""
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(SystemExit) as exit_:
+        main([command])
+    assert exit_.value.code == 2
+    assert "pip install xenmapcache[cli]" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error of the package ends a command with status 1 and one line on stderr."""
+    from xenmapcache.cli import demo
+
+    def fail(_: object) -> int:
+        raise xenmapcache.FaultError(0xA0000, 8, 22)
+
+    monkeypatch.setattr(demo, "run", fail)
+    monkeypatch.setattr("xenmapcache.cli._discard_output", lambda: None)
+    assert main(["demo", "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("xenmapcache: no page at 0xa0000")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--json"], ["doctor"]])
+def test_closed_pipe_ends_quietly(arguments: list[str]) -> None:
+    """When whoever reads the output has gone, the command ends without a word, as by SIGPIPE."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        run = subprocess.run(
+            [*MODULE, *arguments],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(write_end)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_full_disk_is_an_error_of_one_line() -> None:
+    """Output that cannot be written is an error, told once."""
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(
+            [*MODULE, "demo", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=60,
+            check=False,
+        )
+    assert (run.returncode, run.stderr.count(b"\n")) == (1, 1)
+    assert b"No space left" in run.stderr
+
+
+def test_import_brings_neither_rich_nor_elftools() -> None:
+    """Importing the command imports nothing that only its tables and the doctor need."""
+    code = (
+        "import sys, xenmapcache.cli\n"
+        "print([name for name in ('rich', 'elftools', 'json', 'xenmapcache.cli.demo')"
+        " if name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        check=True,
+    )
+    assert run.stdout == "[]\n"
+
+
+def test_colours_only_on_a_terminal() -> None:
+    """The same command writes escape codes to a terminal, and plain ASCII elsewhere."""
+    plain = subprocess.run(
+        [*MODULE, "demo"], capture_output=True, env=environment(), timeout=60, check=True
+    ).stdout
+    assert plain.isascii()
+    assert b"\x1b" not in plain
+    leader, follower = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [*MODULE, "demo"],
+            stdout=follower,
+            env=environment(TERM="xterm-256color", NO_COLOR=""),
+        )
+        os.close(follower)
+        shown = b""
+        try:
+            while chunk := os.read(leader, 65536):
+                shown += chunk
+        except OSError:
+            pass  # Linux's way to say that the other side has closed
+        assert process.wait(60) == 0
+    finally:
+        os.close(leader)
+    assert b"\x1b[" in shown
+    assert b"LOST" in shown

@@ -1,0 +1,202 @@
+"""The guests that the suite runs on: one function a source of guest memory, with what is known."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import pytest
+
+from tests.fake_xen import DOMID, FakeXen
+from tests.fake_xen.fixtures import MakeFake
+from xenmapcache import Backend, MockHypervisor, open_backend
+from xenmapcache.address import PAGE_SIZE, MiB
+
+BUCKET_PAGES = MiB // PAGE_SIZE
+
+# The guests that are made here: 8 MiB, of which the last 3 are all there.
+PAGES = 8 * BUCKET_PAGES
+HOLES = [(0xA0, 0x20), (0x300, 8), (0x4F8, 8)]
+PRESENT = 0x500
+
+# A live guest is a Linux of 128 MiB, whose kernel lies still from 16 MiB on.
+LIVE_SEARCH = [*range(0x1000, 0x7C00, 0x400), *range(0x400, 0x1000, 0x400)]
+LIVE_END = 0x9400
+
+
+class Span(NamedTuple):
+    """Consecutive frames, with the place of those that are not there: ``first..end`` of them."""
+
+    gfn: int
+    count: int
+    first: int
+    end: int
+
+
+@dataclass
+class Guest:
+    """A guest, open.
+
+    Attributes:
+        backend: over it.
+        gfn: where 3 MiB begin that are all there, at the beginning of a bucket of 1 MiB.
+        holes: spans with a hole at the ``start``, in the ``middle`` and at the ``end``, as far
+            as this guest has such.
+        scratch: whether its memory may be changed; it changes under nobody else then, too.
+        reopen: opens another backend of it.
+        open_absent: opens and maps a guest that is not there.
+        read: as the guest reads; None if that cannot be seen.
+        write: as the guest writes.
+    """
+
+    backend: Backend
+    gfn: int
+    holes: dict[str, Span]
+    scratch: bool
+    reopen: Callable[[], Backend]
+    open_absent: Callable[[], object]
+    read: Callable[[int, int], bytes] | None = None
+    write: Callable[[int, bytes], object] | None = None
+    dirty: Callable[[], set[int]] | None = None
+    pages: int = 3 * BUCKET_PAGES
+    address: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.address = self.gfn * PAGE_SIZE
+
+    @property
+    def hole(self) -> int:
+        """A frame that is not there."""
+        span = self.holes["end"]
+        return span.gfn + span.first
+
+
+def find_holes(errors: bytes) -> dict[str, Span]:
+    """Return a span with a hole at its start, one in its middle, one at its end.
+
+    Args:
+        errors: one errno a page, from gfn 0 on.
+    """
+    runs, position = [], 0
+    for bad, pages in groupby(errors, bool):
+        count = len(list(pages))
+        runs.append((bad, position, position + count))
+        position += count
+    found = {}
+    for before, hole, after in zip([(True, 0, 0), *runs], runs, [*runs[1:], (True, 0, 0)]):
+        if not hole[0]:
+            continue
+        length = hole[2] - hole[1]
+        if not before[0] and before[2] - before[1] >= 4:
+            tail = min(4, length)
+            found.setdefault("end", Span(hole[1] - 4, 4 + tail, 4, 4 + tail))
+        if not after[0] and after[2] - after[1] >= 4:
+            head = min(4, length)
+            found.setdefault("start", Span(hole[2] - head, head + 4, 0, head))
+            if not before[0] and before[2] - before[1] >= 4 and length <= 64:
+                found.setdefault("middle", Span(hole[1] - 4, length + 8, 4, 4 + length))
+    return found
+
+
+def made_here() -> dict[str, Span]:
+    """Return the spans of a guest that is made here."""
+    errors = bytearray(PAGES) + bytes([errno.EINVAL] * 8)
+    for gfn, count in HOLES:
+        errors[gfn : gfn + count] = bytes([errno.EINVAL] * count)
+    return find_holes(bytes(errors))
+
+
+@contextmanager
+def mock() -> Iterator[Guest]:
+    """A guest of the mock hypervisor."""
+    hypervisor = MockHypervisor()
+    domain = hypervisor.create_domain(
+        memory=PAGES * PAGE_SIZE,
+        holes=[(gfn * PAGE_SIZE, count * PAGE_SIZE) for gfn, count in HOLES],
+    )
+
+    def open_absent() -> object:
+        gone = hypervisor.create_domain(memory="1M")
+        gone.destroy()
+        return open_backend("mock", domain=gone).map(0, 1, writable=False)
+
+    with open_backend("mock", domain=domain) as backend:
+        yield Guest(
+            backend,
+            PRESENT,
+            made_here(),
+            scratch=True,
+            reopen=lambda: open_backend("mock", domain=domain),
+            open_absent=open_absent,
+            read=domain.read,
+            write=domain.write,
+            dirty=lambda: domain.dirty,
+        )
+
+
+@contextmanager
+def fake_xen(fake: FakeXen, name: str, binding: str) -> Iterator[Guest]:
+    """The guest of a stand-in for Xen's libraries."""
+
+    def reopen(domid: int = DOMID) -> Backend:
+        return open_backend(name, domid=domid, binding=binding, library=fake.library)
+
+    with reopen() as backend:
+        yield Guest(
+            backend,
+            PRESENT,
+            made_here(),
+            scratch=True,
+            reopen=reopen,
+            open_absent=lambda: reopen(DOMID + 1),
+            read=fake.read,
+            write=fake.write,
+        )
+    assert fake.misuses == 0
+
+
+@contextmanager
+def live(domid: int, name: str, binding: str) -> Iterator[Guest]:
+    """A live guest, whose memory nobody may change."""
+
+    def reopen(domid: int = domid) -> Backend:
+        return open_backend(name, domid=domid, binding=binding)
+
+    with reopen() as backend:
+        pages = 3 * BUCKET_PAGES
+        for gfn in LIVE_SEARCH:
+            if backend.map(gfn, pages, writable=False).errors is None:
+                break
+        else:
+            pytest.fail(f"domain {domid} has no 3 MiB in one piece")
+        errors = backend.map(0, LIVE_END, writable=False).errors
+        assert errors is not None, f"domain {domid} is larger than the lab's guest"
+        yield Guest(
+            backend,
+            gfn,
+            find_holes(errors),
+            scratch=False,
+            reopen=reopen,
+            open_absent=lambda: reopen(0x7FEF),
+        )
+
+
+def open_guest(name: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """Open the guest of that name."""
+    if name == "mock":
+        with mock() as guest:
+            yield guest
+        return
+    source, _, binding = name.rpartition("-")
+    if source.startswith("fake-"):
+        make_fake: MakeFake = request.getfixturevalue("make_fake")
+        fake = make_fake(pages=PAGES, holes=HOLES)
+        with fake_xen(fake, source.removeprefix("fake-"), binding) as guest:
+            yield guest
+        return
+    with live(request.getfixturevalue("live_domid"), source, binding) as guest:
+        yield guest

@@ -1,0 +1,188 @@
+"""Booting an image, and reading what it says while it runs."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from .image import Image
+from .prerequisites import tool
+
+TAIL: Final = 40
+# What costs time under emulation and protects nobody here is off. A crash ends in a reboot, and
+# a reboot ends QEMU.
+XEN: Final = (
+    "dom0_mem=1280M,max:1280M console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning"
+    " bootscrub=0 spec-ctrl=no xpti=no pv-l1tf=no watchdog=0"
+)
+LINUX: Final = "console=hvc0 loglevel=4 panic=1 nokaslr mitigations=off"
+
+
+class LabError(Exception):
+    """The machine died, fell silent or took too long; the text ends with its console's end."""
+
+
+class Machine:
+    """A running emulator; a context manager, since what it starts must not outlive the session.
+
+    `lines()` yields what Dom0 writes to its channel. The console is collected beside it.
+
+    Args:
+        image: what to boot.
+        payload: a tar file that becomes Dom0's second disk.
+        mode: "shell" connects the terminal to Dom0's console and starts a shell there.
+        echo: file descriptor the console is copied to.
+
+    Synchronization: one thread may iterate; two threads of our own read the pipes, so that Dom0
+    never waits for us.
+    """
+
+    def __init__(
+        self,
+        image: Image,
+        payload: Path | None = None,
+        *,
+        mode: str = "",
+        echo: int | None = None,
+    ) -> None:
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._tail: deque[str] = deque(maxlen=2000)
+        self._echo = echo
+        self._activity = time.monotonic()
+        self._snapshots = tempfile.TemporaryDirectory(prefix="xenmapcache-lab-")
+        interactive = mode == "shell"
+        channel, channel_in = os.pipe()
+        console, console_in = os.pipe()
+        serial = "mon:stdio" if interactive else f"file:/dev/fd/{console_in}"
+        try:
+            self._process = subprocess.Popen(
+                [
+                    # The kernel ends the emulator when we die, however we die.
+                    *(tool("setpriv"), "--pdeathsig", "KILL"),
+                    tool("qemu-system-x86_64"),
+                    *_arguments(image, payload, serial, f"/dev/fd/{channel_in}", mode),
+                ],
+                stdin=None if interactive else subprocess.DEVNULL,
+                stdout=None if interactive else console_in,
+                stderr=None if interactive else console_in,
+                pass_fds=(channel_in, console_in),
+                # Ctrl-C is ours to handle: reaching QEMU, it would look like a crash.
+                start_new_session=not interactive,
+                # QEMU keeps what the machine writes in an unlinked file there.
+                env={**os.environ, "TMPDIR": self._snapshots.name},
+            )
+        finally:
+            os.close(channel_in)
+            os.close(console_in)
+        self._readers = [
+            threading.Thread(target=self._read_channel, args=(channel,), daemon=True),
+            threading.Thread(target=self._read_console, args=(console,), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def lines(self, *, deadline: float, idle: float) -> Iterator[str]:
+        """Yield the channel's lines until the machine powers itself off.
+
+        Args:
+            deadline: seconds for the whole, from now.
+            idle: seconds without a sign of life on channel and console.
+
+        Raises:
+            LabError: one of the two has passed.
+        """
+        end = time.monotonic() + deadline
+        while True:
+            try:
+                line = self._queue.get(timeout=0.5)
+            except queue.Empty:
+                now = time.monotonic()
+                if now > end:
+                    raise self.error(f"not finished after {deadline:.0f} s") from None
+                if now - self._activity > idle:
+                    raise self.error(f"no sign of life for {idle:.0f} s") from None
+                continue
+            if line is None:
+                self._process.wait()
+                return
+            yield line
+
+    def error(self, text: str) -> LabError:
+        """An error about this machine; the machine is stopped, so that its console is complete."""
+        self.close()
+        return LabError(f"{text}; the console's last lines:\n{self.tail()}")
+
+    def tail(self, count: int = TAIL) -> str:
+        """The console's last `count` lines."""
+        return "\n".join(list(self._tail)[-count:])
+
+    def wait(self) -> int:
+        """Wait until the machine powers itself off (interactive use)."""
+        return self._process.wait()
+
+    def close(self) -> None:
+        """Stop the machine if it still runs. May be called again."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        for reader in self._readers:
+            reader.join()
+        self._snapshots.cleanup()
+
+    def _read_channel(self, descriptor: int) -> None:
+        with open(descriptor, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                self._activity = time.monotonic()
+                self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def _read_console(self, descriptor: int) -> None:
+        with open(descriptor, encoding="utf-8", errors="replace", newline="\n") as lines:
+            for line in lines:
+                self._activity = time.monotonic()
+                self._tail.append(line.rstrip("\r\n"))
+                if self._echo is not None:
+                    os.write(self._echo, line.encode())
+
+
+def _arguments(
+    image: Image, payload: Path | None, serial: str, channel: str, mode: str
+) -> list[str]:
+    linux = f"{LINUX} lab={mode}" if mode else LINUX
+    arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    arguments += ["-m", "2048", "-smp", "2", "-accel", "tcg,thread=multi"]
+    # +npt: without nested paging Xen has no HAP, and Debian's Xen has no shadow paging, so there
+    # would be no PVH guests.
+    arguments += ["-cpu", "qemu64,+svm,+npt"]
+    # Commas separate multiboot modules; QEMU wants them doubled in file names.
+    kernel, initial = (str(path).replace(",", ",,") for path in (image.kernel, image.ramdisk))
+    arguments += ["-kernel", str(image.hypervisor), "-append", XEN]
+    arguments += ["-initrd", f"{kernel} {linux},{initial}"]
+    arguments += ["-serial", serial, "-device", "virtio-serial-pci"]
+    arguments += ["-chardev", f"file,id=channel,path={channel}"]
+    arguments += ["-device", "virtserialport,chardev=channel"]
+    for disk in (image.root, payload):  # vda, vdb
+        if disk is not None:
+            path = str(disk).replace(",", ",,")
+            arguments += ["-drive", f"file={path},if=virtio,format=raw,snapshot=on,cache=unsafe"]
+    return arguments

@@ -1,0 +1,209 @@
+"""Building a release's image, once, into a cache: Xen, a kernel, ramdisks, and Dom0's file system.
+
+The cache folder is XENMAPCACHE_LAB_CACHE, else xenmapcache-lab below the user's cache folder. An
+image is named after a hash of everything we put into it: a changed script or package list builds a
+new one, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from . import ramdisk
+from .prerequisites import LabUnavailableError, require, tool
+from .release import Release
+
+BAKED: Final = Path(__file__).parent / "baked"
+GUESTS: Final = {"guest": 128, "victim": 96}  # MiB; 80 is too little for Debian's kernel
+MODULES: Final = (
+    "crc32c_generic",  # ext4 asks the kernel for it by name: modules.dep does not know
+    "ext4",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "xen_privcmd",
+    "xen_evtchn",
+    "xen_gntdev",
+    "xen_gntalloc",
+    "xenfs",
+)
+# Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
+EXCLUDED: Final = (
+    "/usr/share/doc/*",
+    "/usr/share/man/*",
+    "/usr/share/locale/*",
+    "*/lib/modules/*/kernel/drivers/*",
+    "/etc/kernel/postinst.d/*",  # would run initramfs-tools; see ramdisk.py
+)
+INCLUDED: Final = tuple(
+    f"*/lib/modules/*/kernel/drivers/{kind}/*" for kind in ("xen", "virtio", "block", "char")
+)
+
+
+@dataclass(frozen=True)
+class Image:
+    """The files QEMU needs to boot one release. They are never written to after they were built."""
+
+    release: Release
+    folder: Path
+
+    @property
+    def root(self) -> Path:
+        """The ext4 file system of Dom0."""
+        return self.folder / "root.img"
+
+    @property
+    def hypervisor(self) -> Path:
+        """Xen, unpacked: QEMU's multiboot loader takes no gzip."""
+        return self.folder / "xen"
+
+    @property
+    def kernel(self) -> Path:
+        """Dom0's kernel as ELF."""
+        return self.folder / "vmlinux"
+
+    @property
+    def ramdisk(self) -> Path:
+        """Dom0's initial ramdisk."""
+        return self.folder / "ramdisk"
+
+
+def cache_folder() -> Path:
+    """Where images are kept."""
+    if folder := os.environ.get("XENMAPCACHE_LAB_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenmapcache-lab"
+
+
+def image(release: Release) -> Image:
+    """The image of `release`, built now unless it is there already.
+
+    Raises:
+        LabUnavailableError: this machine cannot build or run it, or the build failed.
+    """
+    cache = cache_folder()
+    folder = cache / f"{release.xen}-{_key(release)}"
+    require(cache, build=not folder.exists())
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{release.xen}.lock"):
+            if not folder.exists():  # another builder may have held the lock
+                _build(release, folder)
+    return Image(release, folder)
+
+
+def _key(release: Release) -> str:
+    digest = hashlib.sha256(repr((release, release.packages)).encode())
+    for path in sorted([*BAKED.iterdir(), Path(__file__), Path(ramdisk.__file__)]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(release: Release, folder: Path) -> None:
+    # We hold the lock: what else of this release lies here is out of date or a dead builder's.
+    for old in folder.parent.glob(f"{release.xen}-*"):
+        shutil.rmtree(old)
+    work = Path(tempfile.mkdtemp(prefix=f"{release.xen}-building-", dir=folder.parent))
+    try:
+        tree = work / "tree"
+        _debian(release, tree)
+        _bake(release, tree, work)
+        # Journal and checksums protect a file system that outlives its session; this one does not.
+        options = ["-O", "^has_journal,^metadata_csum", "-E", "lazy_itable_init=1,root_owner=0:0"]
+        options += ["-d", str(tree)]
+        _run(tool("mke2fs"), "-q", "-t", "ext4", *options, str(work / "root.img"), "2G")
+        shutil.rmtree(tree)
+        work.chmod(0o755)  # mkdtemp's 0700 would keep a user who may not build from booting
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _debian(release: Release, tree: Path) -> None:
+    options = ["--variant=minbase"]
+    options += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
+    options += [f"--dpkgopt=path-include={pattern}" for pattern in INCLUDED]
+    options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(release.packages)}"]
+    if proxy := _proxy():
+        options.append(f'--aptopt=Acquire::http::Proxy "{proxy}"')
+    # Without a mirror named, mmdebstrap takes Debian's own.
+    mirror = [url] if (url := os.environ.get("XENMAPCACHE_LAB_MIRROR")) else []
+    command = [tool("mmdebstrap"), *options, release.suite, str(tree), *mirror]
+    # mmdebstrap mounts /dev and /proc in the tree. In its own namespaces, these go with it however
+    # it ends; else deleting the tree of a killed one would delete the machine's devices.
+    alone = [tool("setpriv"), "--pdeathsig", "KILL", tool("unshare")]
+    alone += ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode == 0:
+        command = [*alone, *command]
+    _run(*command)
+
+
+def _proxy() -> str:
+    # mmdebstrap does not read this machine's apt configuration, where a proxy may be set.
+    command = ["apt-config", "shell", "P", "Acquire::http::Proxy"]
+    shell = subprocess.run(command, text=True, capture_output=True, check=True)
+    return shell.stdout.partition("'")[2].rpartition("'")[0]
+
+
+def _bake(release: Release, tree: Path, work: Path) -> None:
+    baked = {path.name: path.read_bytes() for path in BAKED.iterdir()}
+    busybox = (tree / "bin/busybox").read_bytes()
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    (kernel,) = (tree / "boot").glob("vmlinuz-*")
+
+    order = ramdisk.load_order(modules, MODULES)
+    initial = ramdisk.ramdisk(baked["ramdisk-init"], busybox, map(ramdisk.module, order))
+    (work / "ramdisk").write_bytes(initial)
+    (work / "vmlinux").write_bytes(ramdisk.vmlinux(kernel.read_bytes()))
+    hypervisor = tree / f"boot/xen-{release.xen}-amd64.gz"
+    (work / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
+
+    lab = tree / "lab"
+    lab.mkdir()
+    (lab / "init").write_bytes(baked["dom0-init"].replace(b"@RELEASE@", release.xen.encode()))
+    (lab / "init").chmod(0o755)
+    (lab / "guest.img").write_bytes(ramdisk.ramdisk(baked["guest-init"], busybox))
+    shutil.copy(work / "vmlinux", lab)
+    for name, memory in GUESTS.items():
+        text = baked["guest.cfg"].decode().replace("@NAME@", name).replace("@MEMORY@", str(memory))
+        (lab / f"{name}.cfg").write_text(text)
+    for unused in (modules, tree / "boot"):
+        shutil.rmtree(unused)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        start_new_session=True,  # on Ctrl-C it is we who stop it, and clean up
+    )
+    if done.returncode != 0:
+        text = f"status {done.returncode} of: {' '.join(command)}\n"
+        text += "\n".join(done.stdout.splitlines()[-15:])
+        if "NO_PUBKEY" in text:  # never answered with an unauthenticated build
+            text += "\n(older than that Debian: upgrade this machine's debian-archive-keyring)"
+        raise LabUnavailableError(text)

@@ -1,0 +1,82 @@
+"""The payload: what the host hands to Dom0, as one tar file that becomes Dom0's second disk.
+
+It holds the wheel, the tests and the examples, but not the package's source: what is tested is
+what would be installed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from .prerequisites import LabUnavailableError
+
+CARRIED: Final = ("tests", "examples", "pyproject.toml", "build_ffi.py", "README.md")
+LEFT_OUT: Final = ("__pycache__", ".*", "build", "dist", "*.egg-info", "venv", "node_modules")
+INSTALL: Final = """#!/bin/sh -e
+# No pip: it takes ten seconds to start under emulation, and there is nothing to resolve.
+exec python3 -m installer --no-compile-bytecode /payload/*.whl
+"""
+RUN: Final = """#!/bin/sh
+cd /payload && exec python3 -m tests.xen.lab.supervisor "$1"
+"""
+
+
+def wheel(project: Path, folder: Path) -> Path:
+    """Build the project's wheel into `folder`.
+
+    Raises:
+        LabUnavailableError: it cannot be built here.
+    """
+    # From a copy: setuptools leaves a build folder behind, and takes what an earlier one left.
+    source = folder / "source"
+    shutil.copytree(project, source, ignore=shutil.ignore_patterns(*LEFT_OUT, "tests", "docs"))
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
+    for options in (["--no-isolation"], []):  # offline where the build backend is here already
+        done = subprocess.run(
+            [*command, *options],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        if done.returncode == 0:
+            shutil.rmtree(source)
+            (built,) = folder.glob("*.whl")
+            return built
+    tail = "\n".join(done.stdout.splitlines()[-15:])
+    raise LabUnavailableError(f"the wheel cannot be built:\n{tail}")
+
+
+def payload(project: Path, built: Path, order: Mapping[str, object], target: Path) -> Path:
+    """Write the tar file `target`; `order` is what the supervisor is to do."""
+    with tarfile.open(target, "w") as tar:
+        for name in CARRIED:
+            if (project / name).exists():
+                tar.add(project / name, name, filter=_carried)
+        tar.add(built, built.name)
+        _add(tar, "lab.json", json.dumps(dict(order)), 0o644)
+        _add(tar, "install", INSTALL, 0o755)
+        _add(tar, "run", RUN, 0o755)
+    return target
+
+
+def _carried(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    # Without owners: they mean nothing in Dom0.
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return None if "__pycache__" in Path(entry.name).parts else entry
+
+
+def _add(tar: tarfile.TarFile, name: str, text: str, mode: int) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.mode = mode
+    entry.size = len(text.encode())
+    tar.addfile(entry, io.BytesIO(text.encode()))

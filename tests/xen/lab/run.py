@@ -1,0 +1,172 @@
+"""One run of tests in the lab, seen from the host: boots when first asked for a result."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .boot import LabError, Machine
+from .image import image
+from .payload import payload, wheel
+from .prerequisites import LabUnavailableError
+from .release import Release
+from .report import Event, decode, failed, skipped
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and how.
+
+    Args:
+        project: root of the project under test.
+        release: the Xen to run on.
+        options: arguments for Dom0's pytest.
+        built: a wheel to test instead of one built now.
+        timeout: seconds for one test.
+        deadline: seconds for the machine.
+        required: a lab that cannot run is a failure, no skip.
+        console: file to keep Dom0's console in.
+    """
+
+    project: Path
+    release: Release
+    options: Sequence[str]
+    built: Path | None
+    timeout: float
+    deadline: float
+    required: bool
+    console: Path | None
+
+
+class Run:
+    """The lab's verdict on a list of tests.
+
+    `reports(item)` is to be asked once for every item, in the list's order.
+
+    Synchronization: none, pytest has one thread.
+    """
+
+    def __init__(
+        self, plan: Plan, items: Sequence[pytest.Item], progress: Callable[[str], None]
+    ) -> None:
+        self._plan = plan
+        self._items = items
+        self._progress = progress
+        self._started = time.monotonic()
+        self._folder = tempfile.TemporaryDirectory(prefix="xenmapcache-lab-")
+        self._console: int | None = None
+        self._machine: Machine | None = None
+        self._lines: Iterator[str] = iter(())
+        self._early: defaultdict[str, deque[Event]] = defaultdict(deque)
+        self._verdict: Callable[[pytest.Item], list[pytest.TestReport]] | None = None
+
+    def reports(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
+        """Yield the item's reports as they come; every item gets some."""
+        if self._machine is None and self._verdict is None:
+            self._start()
+        while True:
+            event = self._next(item.nodeid)
+            if event is None:
+                if self._verdict is None:
+                    raise AssertionError("the lab ended without a verdict")
+                yield from self._verdict(item)
+                return
+            match event["event"]:
+                case "report":
+                    yield decode(event, item)
+                case "crash":
+                    yield from failed(item, event["text"], event["summary"])
+                    return
+                case "finish":
+                    return
+
+    def close(self) -> None:
+        """Stop the machine and remove what was made for it. May be called again."""
+        if self._machine is not None:
+            self._machine.close()
+        if self._console is not None:
+            os.close(self._console)
+            self._console = None
+        self._folder.cleanup()
+
+    def _start(self) -> None:
+        plan, folder = self._plan, Path(self._folder.name)
+        order = {
+            "nodeids": [item.nodeid for item in self._items],
+            "release": plan.release.xen,
+            "options": list(plan.options),
+            "timeout": plan.timeout,
+        }
+        try:
+            self._phase("image")
+            files = image(plan.release)
+            built = plan.built or wheel(plan.project, folder)
+            disk = payload(plan.project, built, order, folder / "payload.tar")
+            if plan.console is not None:
+                self._console = os.open(plan.console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._phase("boot")
+            self._machine = Machine(files, disk, echo=self._console)
+            # A test may be silent for as long as one may take: Dom0 would have noticed before us.
+            self._lines = self._machine.lines(deadline=plan.deadline, idle=plan.timeout + 60)
+        except LabUnavailableError as error:
+            self._unavailable(f"Xen lab: {error}")
+
+    def _unavailable(self, reason: str) -> None:
+        if self._plan.required:
+            self._verdict = lambda item: failed(item, reason, reason.partition("\n")[0])
+        else:
+            self._verdict = lambda item: skipped(item, reason)
+
+    def _next(self, nodeid: str) -> Event | None:
+        """The next event about `nodeid`; None when none will come."""
+        if self._early[nodeid]:
+            return self._early[nodeid].popleft()
+        if self._verdict is not None:
+            return None
+        try:
+            for line in self._lines:
+                event = _parse(line)
+                if event.get("nodeid") == nodeid:
+                    return event
+                if event["event"] == "phase":
+                    self._phase(event["name"])
+                elif "nodeid" in event:
+                    self._early[event["nodeid"]].append(event)
+            if self._machine is not None:
+                raise self._machine.error("Dom0 ended before this test had a result")
+        except LabError as error:
+            self._lost(str(error))
+        return None
+
+    def _lost(self, text: str) -> None:
+        # The console is told once, to the test that was running: it is long.
+        texts = iter([text])
+        brief = text.partition("; the console")[0]
+
+        def verdict(item: pytest.Item) -> list[pytest.TestReport]:
+            return failed(item, next(texts, f"not run: {brief}"), brief)
+
+        self._verdict = verdict
+
+    def _phase(self, name: str) -> None:
+        elapsed = time.monotonic() - self._started
+        self._progress(f"Xen {self._plan.release.xen} lab: {elapsed:3.0f} s {name}")
+
+
+def _parse(line: str) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        # A dying Dom0 may cut a line.
+        return {"event": "garbled", "line": line}
+    if not isinstance(event, dict) or "event" not in event:
+        return {"event": "garbled", "line": line}
+    return event
