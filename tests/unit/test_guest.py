@@ -67,7 +67,7 @@ class Descriptor(ctypes.LittleEndianStructure):
         ("address", ctypes.c_uint64),
         ("length", ctypes.c_uint32),
         ("flags", ctypes.c_uint16),
-    ]  # noqa: RUF012
+    ]
 
 
 def test_structures_lie_over_guest_memory(
@@ -94,7 +94,7 @@ def test_structures_lie_over_guest_memory(
 
 
 def test_a_structure_larger_than_its_view_is_refused(cache: MapCache) -> None:
-    """ctypes itself refuses a view that is too small."""
+    """A view that is too small is refused by ctypes itself."""
     with cache.map_dma(AT, 13, owner="t") as lease:
         with pytest.raises(ValueError, match="Buffer size too small"):
             Descriptor.from_buffer(lease.view)
