@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -168,7 +169,7 @@ class MapCache:
         # Reentrant: a signal handler or finalizer may use the cache while its own
         # thread is in here. Statements that change counters are atomic between calls.
         self._lock = threading.RLock()
-        self._replacing = threading.Lock()
+        self._replacing = threading.RLock()
         self._closed = False
         # What can be read (written) without a look at anything else: the buckets
         # without holes that were accessed since the last sweep came by.
@@ -229,7 +230,7 @@ class MapCache:
             TypeError: not a buffer, or read-only.
             ValueError: not contiguous, or no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
-            Others as :meth:`read`.
+            Others: as :meth:`read`.
         """
         target = _bytes_of("buffer", buffer)
         if target.readonly or not target.c_contiguous:
@@ -254,7 +255,7 @@ class MapCache:
             TypeError: ``data`` is not a buffer.
             ValueError: that is no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
-            Others as :meth:`read`.
+            Others: as :meth:`read`.
         """
         try:
             start = address & self._mask
@@ -295,7 +296,7 @@ class MapCache:
             writable: map for writing too.
 
         Raises:
-            As :meth:`map_dma`.
+            All: as :meth:`map_dma`.
         """
         return self._lease(LeaseKind.DEVICE, address, length, owner, None, writable)
 
@@ -379,13 +380,13 @@ class MapCache:
     ) -> Lease:
         index = address >> self._shift
         start = address & self._mask
-        while True:
+        for attempt in itertools.count():
             with self._lock:
                 mapping = self._buckets.get(index)
                 if mapping is not None and (mapping.errors is None or mapping.valid(start, length)):
                     if self._lessor.returned:
                         self._count()
-                    self._hits += 1
+                    self._hits += not attempt
                     self._touched.add(index)
                     lease = self._lessor.grant(
                         mapping, LeaseKind.DMA, address, length, owner, direction, writable
@@ -394,6 +395,7 @@ class MapCache:
                     return lease
             # Once fetched it may be gone again, by an invalidation: then it is fetched anew.
             self._fetch(index, start, length)
+        raise AssertionError("counting has no end")
 
     def replace(self, old_address: int, new_address: int, length: int) -> None:
         """Let a device lease show another guest range at the same host address.
@@ -454,9 +456,9 @@ class MapCache:
         for lease in self._lessor.ledger.held():
             mapping = lease._mapping  # noqa: SLF001 - the cache made it
             if mapping is not None:
-                address = host_address - mapping.address + (mapping.gfn << PAGE_SHIFT)
-                if lease.address <= address < lease.address + lease.length:
-                    return address
+                offset = host_address - mapping.address - lease._start  # noqa: SLF001
+                if 0 <= offset < lease.length:
+                    return lease.address + offset
         raise LeaseError(f"host address {host_address:#x} lies in no lease that is held")
 
     def leases(self) -> tuple[LeaseInfo, ...]:
@@ -521,7 +523,7 @@ class MapCache:
         Holes that were found before are not tried again.
 
         Raises:
-            As :meth:`read`, but for holes.
+            All: as :meth:`read`, but for holes.
         """
         address, length = check_range(address, length, empty=True)
         end = address + length

@@ -37,7 +37,7 @@ class Lease(LeaseRecord):
     succeeds. The bytes themselves are shared with the guest.
     """
 
-    __slots__ = ("_lessor", "_mapping", "_released_at", "_view")
+    __slots__ = ("_lessor", "_mapping", "_released_at", "_start", "_view")
 
     def __init__(
         self,
@@ -51,7 +51,8 @@ class Lease(LeaseRecord):
         writable: bool,
         origin: tuple[str, ...] | None,
     ) -> None:
-        view = mapping.view(address - (mapping.gfn << PAGE_SHIFT), length)
+        self._start = start = address - (mapping.gfn << PAGE_SHIFT)  # in the mapping
+        view = mapping.view(start, length)
         LeaseRecord.__init__(self, kind, address, length, owner, direction, lessor.sequence, origin)
         self._lessor = lessor
         self._mapping: Mapping | None = mapping
@@ -89,11 +90,11 @@ class Lease(LeaseRecord):
         mapping = self._mapping
         if mapping is None:
             raise LeaseError(f"{self.info(self._lessor.sequence)} was released")
-        return mapping.address + self.address - (mapping.gfn << PAGE_SHIFT)
+        return mapping.address + self._start
 
     @property
     def stale(self) -> bool:
-        """Whether an invalidation has passed while it was held: the guest may not see it now."""
+        """Whether an invalidation has passed since it was taken; the guest may not see it now."""
         sequence = self._lessor.sequence if self._released_at is None else self._released_at
         return self.stale_at(sequence)
 

@@ -124,10 +124,14 @@ class Mapping:
         unmap: Unmap,
     ) -> None:
         length = count << PAGE_SHIFT
-        # SAFETY: the backend has mapped [address, address + length), and nobody
-        # unmaps it before the finalizer below does.
-        memory = self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
-        finalizer = _Finalizer(memory, _finalize)
+        try:
+            # SAFETY: the backend has mapped [address, address + length), and nobody
+            # unmaps it before the finalizer does.
+            memory = self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
+            finalizer = _Finalizer(memory, _finalize)
+        except MemoryError:
+            unmap(address, length)
+            raise
         finalizer.address, finalizer.length = address, length
         finalizer.unmap, finalizer.pid = unmap, os.getpid()
         finalizer.on_unmap = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-import os
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from unittest.mock import ANY
 import pytest
 
 from tests.fake_xen import DOMID, Behaviour, FakeXen
+from tests.fake_xen.child import in_child
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import libc
@@ -280,22 +280,6 @@ def test_double_close(handle: Control | ForeignMemory, owner: FakeXen) -> None:
     handle.close()
     handle.close()
     assert owner.count(handle.close_call) == 1
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Run something in a forked child and return its exit status; 0 if it returned True."""
-    pid = os.fork()
-    if not pid:
-        status = 99
-        try:
-            status = 0 if work() is True else 1
-        finally:
-            os._exit(status)
-    deadline = threading.Timer(20, os.kill, (pid, 9))
-    deadline.start()
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    deadline.cancel()
-    return status
 
 
 def refuses(handle: Handle) -> bool:

@@ -32,7 +32,7 @@ class Span(NamedTuple):
     """Consecutive frames, with the place of those that are not there: ``first..end`` of them."""
 
     gfn: int
-    count: int
+    pages: int
     first: int
     end: int
 
@@ -81,24 +81,24 @@ def find_holes(errors: bytes) -> dict[str, Span]:
     Args:
         errors: one errno a page, from gfn 0 on.
     """
-    runs, position = [], 0
+    runs: list[tuple[bool, int, int]] = [(True, 0, 0)]
     for bad, pages in groupby(errors, bool):
-        count = len(list(pages))
-        runs.append((bad, position, position + count))
-        position += count
-    found = {}
-    for before, hole, after in zip([(True, 0, 0), *runs], runs, [*runs[1:], (True, 0, 0)]):
+        start = runs[-1][2]
+        runs.append((bad, start, start + len(list(pages))))
+    found: dict[str, Span] = {}
+    for before, hole, after in zip(runs[:-1], runs[1:], [*runs[2:], (True, 0, 0)], strict=True):
         if not hole[0]:
             continue
-        length = hole[2] - hole[1]
-        if not before[0] and before[2] - before[1] >= 4:
-            tail = min(4, length)
-            found.setdefault("end", Span(hole[1] - 4, 4 + tail, 4, 4 + tail))
-        if not after[0] and after[2] - after[1] >= 4:
-            head = min(4, length)
-            found.setdefault("start", Span(hole[2] - head, head + 4, 0, head))
-            if not before[0] and before[2] - before[1] >= 4 and length <= 64:
-                found.setdefault("middle", Span(hole[1] - 4, length + 8, 4, 4 + length))
+        _, first, end = hole
+        led = not before[0] and before[2] - before[1] >= 4
+        followed = not after[0] and after[2] - after[1] >= 4
+        some = min(4, end - first)
+        if led:
+            found.setdefault("end", Span(first - 4, 4 + some, 4, 4 + some))
+        if followed:
+            found.setdefault("start", Span(end - some, some + 4, 0, some))
+        if led and followed and end - first <= 64:
+            found.setdefault("middle", Span(first - 4, end - first + 8, 4, 4 + end - first))
     return found
 
 

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 PRELUDE = """
-import gc, os, signal, sys, threading, errno
+import gc, os, signal, sys, threading, errno, warnings
 from pathlib import Path
 from xenmapcache import *
 domain = MockHypervisor().create_domain(memory="16M")
@@ -17,7 +17,9 @@ backend = open_backend("mock", domain=domain)
 cache = MapCache(backend, bucket_shift=16)
 
 def in_child(work):
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+        pid = os.fork()
     if not pid:
         try:
             work()

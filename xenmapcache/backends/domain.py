@@ -57,7 +57,7 @@ class DomainBackend(Backend):
         self.library = handle.path
         try:
             self.map(0, 1, writable=False)
-        except XenCallError:
+        except BaseException:
             handle.close()
             raise
 

@@ -279,25 +279,26 @@ class MockDomain:
         fd = self._hypervisor.fd
         runs = list(_runs(frames))
         length = len(frames) << PAGE_SHIFT
-        if len(runs) == 1 and runs[0][1] != _ABSENT:
+        whole = len(runs) == 1 and runs[0][1] != _ABSENT
+        if whole:
             offset = runs[0][1] << PAGE_SHIFT
             address = libc.map_file(fd, offset, length, writable=writable, address=address)
         else:
             address = libc.reserve(length, address=address)
-            try:
-                for position, frame, count in runs:
-                    if frame != _ABSENT:
-                        libc.map_file(
-                            fd,
-                            frame << PAGE_SHIFT,
-                            count << PAGE_SHIFT,
-                            writable=writable,
-                            address=address + (position << PAGE_SHIFT),
-                        )
-            except XenCallError:
-                libc.unmap(address, length)
-                raise
-        libc.dont_fork(address, length)
+        try:
+            for position, frame, count in () if whole else runs:
+                if frame != _ABSENT:
+                    libc.map_file(
+                        fd,
+                        frame << PAGE_SHIFT,
+                        count << PAGE_SHIFT,
+                        writable=writable,
+                        address=address + (position << PAGE_SHIFT),
+                    )
+            libc.dont_fork(address, length)
+        except XenCallError:
+            libc.unmap(address, length)
+            raise
         return address
 
     def _pages(self, address: int, length: int, *, grow: bool = False) -> tuple[int, int]:

@@ -6,8 +6,10 @@ import errno as _errno
 import os
 import platform
 import re
+import sys
 import sysconfig
 import threading
+import warnings
 from array import array
 from pathlib import Path
 from typing import Self
@@ -210,6 +212,13 @@ class Handle:
         if os.getpid() == self._pid:
             self._functions[self.close_call](self._pointer)
             self._log.close()
+
+    def __del__(self) -> None:
+        # At exit nothing that close() needs may be left, and the kernel closes.
+        if not getattr(self, "_closed", True) and not sys.is_finalizing():
+            message = f"unclosed {self.declared.name} handle"
+            warnings.warn(message, ResourceWarning, stacklevel=1, source=self)
+            self.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,17 @@
+"""How Sphinx builds the documentation: ``make docs``."""
+
+from __future__ import annotations
+
+from xenmapcache import __version__
+
+project = "xenmapcache"
+release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "alabaster"
+html_theme_options = {"description": "A map cache over Xen guests' memory", "fixed_sidebar": True}
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
