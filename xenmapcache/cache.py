@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import threading
-import time
-import weakref
-from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from .address import (
-    ADDRESS_LIMIT,
-    PAGE_MASK,
-    PAGE_SHIFT,
-    GiB,
-    as_int,
-    check_range,
-    page_span,
-    parse_size,
-)
+from .address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, GiB, as_int, check_range, page_span
 from .backend import Backend, Capability
-from .errors import (
-    CacheFullError,
-    ClosedError,
-    FaultError,
-    LeaseError,
-    MappingLostError,
-    UnsupportedOperationError,
-    XenCallError,
-)
+from .buckets import Buckets
+from .errors import LeaseError, MappingLostError, UnsupportedOperationError
 from .lease import Lease, Lessor, OnStale
 from .ledger import DmaDirection, LeaseInfo, LeaseKind
-from .mapping import Mapping
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-    from .mapping import Memory
-
-_PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
-_EMERGENCY = 64  # buckets to give back when the kernel has no room
-_BUCKET_SHIFTS = range(PAGE_SHIFT, 31)
 
 
 class Invalidation(NamedTuple):
@@ -98,18 +70,7 @@ class CacheStats(NamedTuple):
     dma_leases: int
 
 
-class _Pending:
-    """A bucket that a thread is mapping at this moment; others wait instead of mapping it too."""
-
-    __slots__ = ("done", "thread")
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.done = threading.Lock()
-        self.done.acquire()
-
-
-class MapCache:
+class MapCache(Buckets):
     """A cache of mappings of one guest's memory. Also a context manager.
 
     Guest memory is mapped in buckets of ``2**bucket_shift`` bytes when it is first
@@ -132,7 +93,7 @@ class MapCache:
         UnsupportedOperationError: ``on_stale="copy"`` over a read-only source.
 
     Synchronization: all methods may be called in any threads. Reads and writes of
-    resident buckets take no lock. In a forked child every method raises ClosedError.
+    resident buckets take no lock. In a forked child every access raises ClosedError.
     """
 
     def __init__(
@@ -149,42 +110,10 @@ class MapCache:
                 f"backend must be a Backend, as open_backend() returns, not "
                 f"{type(backend).__name__}"
             )
-        if as_int("bucket_shift", bucket_shift) not in _BUCKET_SHIFTS:
-            raise ValueError(
-                f"bucket_shift {bucket_shift} is not in {_BUCKET_SHIFTS.start}.."
-                f"{_BUCKET_SHIFTS.stop - 1}: a bucket is whole pages, of 4 KiB, up to 1 GiB"
-            )
-        self._shift = bucket_shift
-        self._size = 1 << bucket_shift
-        self._mask = self._size - 1
-        self._max_resident = parse_size(max_resident)
-        if self._max_resident < self._size:
-            raise ValueError(
-                f"max_resident {self._max_resident:#x} is less than one bucket of {self._size:#x}"
-            )
-        self._backend = backend
-        self._writes = Capability.WRITE in backend.capabilities
+        lessor = Lessor(backend, on_stale, record_origin)
+        super().__init__(backend, lessor, bucket_shift, max_resident)
         self._mark_dirty = backend.mark_dirty if Capability.DIRTY in backend.capabilities else None
-        self._lessor = Lessor(backend, on_stale, record_origin)
-        # Reentrant: a signal handler or finalizer may use the cache while its own
-        # thread is in here. Statements that change counters are atomic between calls.
-        self._lock = threading.RLock()
         self._replacing = threading.RLock()
-        self._closed = False
-        # What can be read (written) without a look at anything else: the buckets
-        # without holes that were accessed since the last sweep came by.
-        self._readable: dict[int, Memory] = {}
-        self._writable: dict[int, memoryview] = {}
-        self._buckets: dict[int, Mapping] = {}
-        self._pending: dict[int, _Pending] = {}
-        self._touched: set[int] = set()  # accessed since the last sweep, but not by the above
-        self._clock: deque[int] = deque()  # bucket indexes in the order of the sweep
-        self._freed: deque[int] = deque()  # lengths of mappings that died, not yet counted
-        self._on_unmap = self._freed.append
-        self._resident = 0
-        self._hits = self._misses = self._maps = self._unmaps = 0
-        self._evictions = self._holes = self._stale_dma = 0
-        _caches.add(self)
 
     # --- plain access -----------------------------------------------------------
 
@@ -230,7 +159,7 @@ class MapCache:
             TypeError: not a buffer, or read-only.
             ValueError: not contiguous, or no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
-            Others: as :meth:`read`.
+            Exception: others as :meth:`read`.
         """
         target = _bytes_of("buffer", buffer)
         if target.readonly or not target.c_contiguous:
@@ -255,7 +184,7 @@ class MapCache:
             TypeError: ``data`` is not a buffer.
             ValueError: that is no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
-            Others: as :meth:`read`.
+            Exception: others as :meth:`read`.
         """
         try:
             start = address & self._mask
@@ -296,7 +225,7 @@ class MapCache:
             writable: map for writing too.
 
         Raises:
-            All: as :meth:`map_dma`.
+            Exception: as :meth:`map_dma`.
         """
         return self._lease(LeaseKind.DEVICE, address, length, owner, None, writable)
 
@@ -523,7 +452,7 @@ class MapCache:
         Holes that were found before are not tried again.
 
         Raises:
-            All: as :meth:`read`, but for holes.
+            Exception: as :meth:`read`, but for holes.
         """
         address, length = check_range(address, length, empty=True)
         end = address + length
@@ -581,225 +510,6 @@ class MapCache:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # An exception on its way out is worth more than a complaint about its leases.
         self.close(force=error is not None)
-
-    # --- buckets ----------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        self._lessor.check_process()
-        if self._closed:
-            raise ClosedError("this map cache is closed")
-
-    def _drop_all(self) -> None:
-        # New dictionaries, not emptied ones: a reader in another thread may be between
-        # the look-up and the slice, and what it found must not die under the lock.
-        self._readable, self._writable, self._buckets = {}, {}, {}
-        self._touched.clear()
-        self._clock.clear()
-
-    def _pieces(self, address: int, length: int) -> Iterator[tuple[Mapping, int, int]]:
-        """Yield ``(mapping, start, count)`` for the part of a range in each bucket."""
-        self._check_open()
-        end = address + length
-        position = address
-        while position < end:
-            start = position & self._mask
-            count = min(self._size - start, end - position)
-            try:
-                yield self._fetch(position >> self._shift, start, count), start, count
-            except FaultError as fault:
-                raise FaultError(fault.address, end - fault.address, fault.errno) from None
-            position += count
-
-    def _hold(self, address: int, length: int) -> list[tuple[Mapping, int, int]]:
-        """Return all pieces of a range at once, so that nothing can fail between them."""
-        address, length = check_range(address, length, empty=True)
-        if length > self._max_resident:
-            raise CacheFullError(
-                f"{length:#x} bytes at {address:#x} are more than max_resident "
-                f"{self._max_resident:#x}: go through them in smaller pieces"
-            )
-        return list(self._pieces(address, length))
-
-    def _fetch(self, index: int, start: int, length: int, *, holes: bool = False) -> Mapping:
-        """Return the bucket, mapped if need be, after checking that a range of it is there.
-
-        Args:
-            index: of the bucket.
-            start: first byte in the bucket.
-            length: bytes.
-            holes: take the bucket as it is, holes included.
-        """
-        while True:
-            with self._lock:
-                self._check_open()
-                mapping = self._buckets.get(index)
-                if mapping is not None and (holes or mapping.valid(start, length)):
-                    self._hits += 1
-                    self._admit(index, mapping)
-                    return mapping
-                pending = self._pending.get(index)
-                # A thread that interrupted its own mapping (a signal handler) maps as well.
-                if pending is None or pending.thread == threading.get_ident():
-                    mine = self._pending[index] = _Pending()
-                    sequence = self._lessor.sequence
-                    break
-            with pending.done:
-                pass
-        try:
-            fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
-            with self._lock:
-                self._check_open()
-                self._misses += 1
-                usable = holes or fresh.valid(start, length)
-                if not usable:
-                    self._holes += 1
-                # A bucket that was mapped before an invalidation serves this access,
-                # which had begun by then, and no other.
-                if sequence == self._lessor.sequence and (usable or mapping is None):
-                    if index not in self._buckets:
-                        self._clock.append(index)
-                    self._buckets[index] = fresh
-        finally:
-            with self._lock:
-                if self._pending.get(index) is mine:
-                    del self._pending[index]
-            mine.done.release()
-        if usable:
-            return fresh
-        fault = fresh.fault(start, length)
-        try:
-            raise fault
-        finally:
-            del fresh, mapping, fault  # no traceback is to keep the memory
-
-    def _admit(self, index: int, mapping: Mapping) -> None:
-        """Let accesses find a bucket without coming here; called under the lock.
-
-        That begins with the second access: what is touched once, by a scan, goes first.
-        """
-        if mapping.errors is None:
-            self._readable[index] = mapping.memory
-            if self._writes:
-                self._writable[index] = mapping.bytes
-        else:
-            self._touched.add(index)
-
-    def _map(self, gfn: int, count: int, *, writable: bool | None = None) -> Mapping:
-        """Map pages, with room made for them first; called without the lock."""
-        length = count << PAGE_SHIFT
-        writable = self._writes if writable is None else writable
-        self._make_room(gfn, length)
-        try:
-            while True:
-                try:
-                    mapping = self._backend.map(gfn, count, writable=writable)
-                    break
-                except XenCallError as error:
-                    # The kernel's limits may be lower than ours. A little at a time:
-                    # at its limit on mappings Python can hardly allocate either.
-                    wanted = max(length, _EMERGENCY * self._size)
-                    if error.errno != errno.ENOMEM or not self._evict(wanted):
-                        raise
-        except BaseException:
-            with self._lock:
-                self._resident -= length
-            raise
-        mapping.on_unmap(self._on_unmap)
-        with self._lock:
-            self._maps += 1
-        return mapping
-
-    def _make_room(self, gfn: int, length: int) -> None:
-        """Account for a mapping that is about to be made, after evicting what is in its way."""
-        if length > self._max_resident:
-            raise CacheFullError(
-                f"{length:#x} bytes at {gfn << PAGE_SHIFT:#x} are more than max_resident "
-                f"{self._max_resident:#x}"
-            )
-        patience = _PATIENCE
-        while True:
-            with self._lock:
-                self._check_open()
-                self._count()
-                excess = self._resident + length - self._max_resident
-                if excess <= 0:
-                    self._resident += length
-                    return
-            if self._evict(excess):
-                continue
-            # What is not leased may be on its way: mapped by another thread just now, or
-            # evicted but still being read. A view that is kept will not go away.
-            if not patience or self._leased() + length > self._max_resident:
-                raise CacheFullError(
-                    f"no room for {length:#x} bytes at {gfn << PAGE_SHIFT:#x}: {self._resident:#x} "
-                    f"of max_resident {self._max_resident:#x} bytes are leased or in views that "
-                    "are kept; release leases, or raise max_resident"
-                )
-            patience -= 1
-            time.sleep(0.001)
-
-    def _leased(self) -> int:
-        """Return how many bytes are mapped that leases hold."""
-        mappings = {lease._mapping for lease in self._lessor.ledger.held()}  # noqa: SLF001
-        return sum(mapping.length for mapping in mappings if mapping is not None)
-
-    def _evict(self, wanted: int) -> bool:
-        """Drop buckets of so many bytes, least recently used first, nearly; False if none can go.
-
-        A sweep of the clock: a bucket that can be hit is made unhittable and passed by
-        once, so that its next access is seen here; one that was not accessed since, goes.
-        """
-        victims = []
-        with self._lock:
-            self._count()
-            for _ in range(2 * len(self._clock)):
-                if wanted <= 0 or not self._clock:
-                    break
-                index = self._clock.popleft()
-                mapping = self._buckets[index]
-                accessed = index in self._readable or index in self._touched
-                self._readable.pop(index, None)
-                self._writable.pop(index, None)
-                self._touched.discard(index)
-                if accessed or mapping.pins:
-                    self._clock.append(index)
-                    continue
-                del self._buckets[index]
-                victims.append(mapping)
-                wanted -= mapping.length
-            self._evictions += len(victims)
-        return bool(victims)  # which die here, and are unmapped without the lock
-
-    def _count(self) -> None:
-        """Bring the books up to date with what finalizers and releases left; under the lock."""
-        freed, returned, stale = self._freed, self._lessor.returned, self._lessor.returned_stale
-        while freed:
-            self._resident -= freed.popleft()
-            self._unmaps += 1
-        while returned:
-            mapping = returned.popleft()()
-            if mapping is not None:
-                mapping.pins -= 1
-        while stale:
-            stale.popleft()
-            self._stale_dma += 1
-
-    def _forget_parent(self) -> None:
-        """In a forked child: nothing here may be used or unmapped."""
-        self._lessor.forked = True
-        self._lock = threading.RLock()  # another thread of the parent may have held it
-        self._drop_all()
-
-
-_caches: weakref.WeakSet[MapCache] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for cache in list(_caches):
-        cache._forget_parent()  # noqa: SLF001
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _bytes_of(name: str, buffer: Buffer) -> memoryview:

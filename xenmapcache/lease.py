@@ -94,7 +94,7 @@ class Lease(LeaseRecord):
 
     @property
     def stale(self) -> bool:
-        """Whether an invalidation has passed since it was taken; the guest may not see it now."""
+        """Whether an invalidation passed while it was held (DMA), or its memory was lost."""
         sequence = self._lessor.sequence if self._released_at is None else self._released_at
         return self.stale_at(sequence)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.fake_xen import FakeXen
+from tests.fake_xen import FakeXen, need
 from tests.fake_xen.fixtures import MakeFake, make_fake
 from xenmapcache.binding.control import Control
 from xenmapcache.binding.foreignmemory import ForeignMemory
@@ -18,6 +18,8 @@ __all__ = ["make_fake"]
 def binding(request: pytest.FixtureRequest) -> str:
     """A loader's name."""
     name: str = request.param
+    if name == "cffi":
+        need("_cffi_backend")
     return name
 
 

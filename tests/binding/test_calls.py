@@ -282,6 +282,15 @@ def test_double_close(handle: Control | ForeignMemory, owner: FakeXen) -> None:
     assert owner.count(handle.close_call) == 1
 
 
+def test_forgotten_handle(fake: FakeXen, binding: str) -> None:
+    """A handle that nobody closed is closed when it dies, with a ResourceWarning."""
+    memory: ForeignMemory | None = ForeignMemory(binding=binding, library=fake.library)
+    assert memory is not None
+    with pytest.warns(ResourceWarning, match="unclosed libxenforeignmemory handle"):
+        memory = None
+    assert fake.count("xenforeignmemory_close") == 1
+
+
 def refuses(handle: Handle) -> bool:
     """Tell whether a handle says that it belongs to the parent, and can be closed all the same."""
     try:

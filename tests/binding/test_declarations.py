@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import build_ffi
-from tests.fake_xen import compiler, missing
+from tests.fake_xen import compiler, missing, need
 from xenmapcache.binding import ctypes_loader
 from xenmapcache.binding.declarations import (
     CONTROL,
@@ -50,8 +50,10 @@ def redeclared(library: Library, folder: Path) -> str:
 
 def called(library: Library, folder: Path) -> str:
     """Compile cffi's calls of our prototypes against the real header; return gcc's errors."""
-    cffi = pytest.importorskip("cffi")
-    include = importlib.import_module("sysconfig").get_path("include")
+    need("cffi")
+    import cffi
+
+    include = sysconfig.get_path("include")
     if not Path(include, "Python.h").exists():
         missing(f"{include} has no Python.h (Debian: apt install python3-dev)")
     ffi = cffi.FFI()
@@ -184,7 +186,7 @@ def test_every_type_is_known_to_ctypes() -> None:
 @pytest.fixture
 def needs_cffi() -> None:
     """The generator runs cffi."""
-    pytest.importorskip("cffi")
+    need("cffi")
 
 
 @pytest.mark.usefixtures("needs_cffi")

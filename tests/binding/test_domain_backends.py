@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -13,11 +14,10 @@ import pytest
 
 from tests.fake_xen import DOMID, Behaviour, FakeXen
 from tests.fake_xen.fixtures import MakeFake
-from xenmapcache import Backend, Capability, MapCache, Mapping, open_backend
+from xenmapcache import Capability, MapCache, Mapping, open_backend
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends import domain as domain_module
 from xenmapcache.backends.xen import XenBackend
-from xenmapcache.backends.xenctrl import XenControlBackend
 from xenmapcache.binding import libc
 from xenmapcache.errors import (
     FaultError,
@@ -39,9 +39,10 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def backend(fake: FakeXen, binding: str) -> XenBackend:
+def backend(fake: FakeXen, binding: str) -> Iterator[XenBackend]:
     """A backend that can move mappings."""
-    return XenBackend(domid=DOMID, binding=binding, library=fake.library)
+    with XenBackend(domid=DOMID, binding=binding, library=fake.library) as backend:
+        yield backend
 
 
 @pytest.fixture
@@ -264,18 +265,18 @@ def stray_maps(fake: FakeXen) -> int:
 def test_remap_without_map2(make_fake: MakeFake, binding: str) -> None:
     """An old library has no REMAP, and moving raises, naming the function and the release."""
     old = make_fake("OLD")
-    backend = XenBackend(domid=DOMID, binding=binding, library=old.library)
-    assert backend.capabilities == Capability.WRITE
-    mapping = backend.map(8, 1, writable=True)
-    with pytest.raises(UnsupportedOperationError, match=f"no {MAP2}: Xen 4.10"):
-        backend.remap(mapping, 9)
+    with XenBackend(domid=DOMID, binding=binding, library=old.library) as backend:
+        assert backend.capabilities == Capability.WRITE
+        mapping = backend.map(8, 1, writable=True)
+        with pytest.raises(UnsupportedOperationError, match=f"no {MAP2}: Xen 4.10"):
+            backend.remap(mapping, 9)
 
 
 def test_control_backend_cannot_remap(fake: FakeXen, binding: str) -> None:
     """The legacy library takes no address, so moving is refused without a call."""
-    backend: Backend = XenControlBackend(domid=DOMID, binding=binding, library=fake.library)
-    mapping = backend.map(8, 1, writable=True)
-    calls = len(fake.calls)
-    with pytest.raises(UnsupportedOperationError, match="'xenctrl' cannot move"):
-        backend.remap(mapping, 9)
-    assert len(fake.calls) == calls
+    with open_backend("xenctrl", domid=DOMID, binding=binding, library=fake.library) as backend:
+        mapping = backend.map(8, 1, writable=True)
+        calls = len(fake.calls)
+        with pytest.raises(UnsupportedOperationError, match="'xenctrl' cannot move"):
+            backend.remap(mapping, 9)
+        assert len(fake.calls) == calls

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.fake_xen import DOMID, FakeXen
+from tests.fake_xen import DOMID, FakeXen, need
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache import Backend, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SIZE, MiB
@@ -192,6 +192,8 @@ def open_guest(name: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
             yield guest
         return
     source, _, binding = name.rpartition("-")
+    if binding == "cffi":
+        need("_cffi_backend")
     if source.startswith("fake-"):
         make_fake: MakeFake = request.getfixturevalue("make_fake")
         fake = make_fake(pages=PAGES, holes=HOLES)

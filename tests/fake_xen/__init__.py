@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
@@ -34,6 +35,12 @@ def compiler() -> str:
     if found is None:
         missing("gcc is not installed (Debian: apt install gcc libc6-dev)")
     return found
+
+
+def need(module: str) -> None:
+    """Skip a test that needs a Python module: ``_cffi_backend`` to load, ``cffi`` to generate."""
+    if find_spec(module) is None:
+        missing(f"{module} is not installed (Debian: apt install python3-cffi)")
 
 
 def build(folder: Path, variant: str = "") -> Path:

@@ -20,7 +20,7 @@ from xenmapcache import (
     MockHypervisor,
     open_backend,
 )
-from xenmapcache import cache as cache_module
+from xenmapcache import buckets as buckets_module
 
 PAGE = 0x1000
 PAGES = 12
@@ -221,7 +221,7 @@ class Guest(RuleBasedStateMachine):
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """There is one thread only, so memory in others' hands is not worth waiting for."""
-    monkeypatch.setattr(cache_module, "_PATIENCE", 0)
+    monkeypatch.setattr(buckets_module, "_PATIENCE", 0)
     logging.disable()
     yield
     logging.disable(logging.NOTSET)

@@ -17,7 +17,8 @@ LAYERS = [
     {"mapping", "ledger"},
     {"backend"},
     {"lease"},
-    {"backends", "cache"},
+    {"buckets", "backends"},
+    {"cache"},
     {"guest"},
     {"cli"},
 ]

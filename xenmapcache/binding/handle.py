@@ -215,10 +215,11 @@ class Handle:
 
     def __del__(self) -> None:
         # At exit nothing that close() needs may be left, and the kernel closes.
-        if not getattr(self, "_closed", True) and not sys.is_finalizing():
-            message = f"unclosed {self.declared.name} handle"
-            warnings.warn(message, ResourceWarning, stacklevel=1, source=self)
-            self.close()
+        if getattr(self, "_closed", True) or os.getpid() != self._pid or sys.is_finalizing():
+            return
+        self.close()  # before the warning, which may be turned into an exception
+        message = f"unclosed {self.declared.name} handle"
+        warnings.warn(message, ResourceWarning, stacklevel=1, source=self)
 
     def __enter__(self) -> Self:
         return self

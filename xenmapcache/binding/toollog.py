@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 from .declarations import TOOL_LOG
 from .libc import functions as libc_functions
@@ -32,6 +33,7 @@ class ToolLog:
     def __init__(self, loader: Loader) -> None:
         self.pointer: int | None = None
         self._offset = 0
+        self._lock = threading.RLock()  # a failed call may drain while another thread closes
         try:
             self._functions = loader.open(TOOL_LOG, TOOL_LOG.soname)
         except OSError as error:
@@ -48,10 +50,11 @@ class ToolLog:
 
     def drain(self) -> str:
         """Log at DEBUG what Xen wrote since the last time, and return it on one line."""
-        if self.pointer is None:
-            return ""
-        text = os.pread(self._fd, 1 << 16, self._offset)
-        self._offset += len(text)
+        with self._lock:
+            if self.pointer is None:
+                return ""
+            text = os.pread(self._fd, 1 << 16, self._offset)
+            self._offset += len(text)
         lines = [line.strip() for line in text.decode(errors="replace").splitlines()]
         for line in lines:
             logger.debug("%s", line)
@@ -59,8 +62,9 @@ class ToolLog:
 
     def close(self) -> None:
         """Free the logger and its file. Idempotent."""
-        if self.pointer is not None:
-            self.drain()
-            self._functions["xtl_logger_destroy"](self.pointer)
-            self._libc["fclose"](self._file)
-            self.pointer = None
+        with self._lock:
+            if self.pointer is not None:
+                self.drain()
+                self._functions["xtl_logger_destroy"](self.pointer)
+                self._libc["fclose"](self._file)
+                self.pointer = None

@@ -1,0 +1,268 @@
+"""Code in the documentation runs, links resolve, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import xenmapcache
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+MAKEFILE = ROOT / "Makefile"
+README = ROOT / "README.md"
+
+NEEDS_XEN = "<!-- needs Xen -->"
+RUN_BY_PYTEST = "<!-- run by pytest -->"
+
+FENCE = re.compile(r"(?P<ticks>`{3,})(?P<language>[\w{}-]*)")
+INLINE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"(?<!!)\[[^\]\n]*\]\((?P<target>[^)\s]+)\)")
+HEADING = re.compile(r"#{1,6} +(?P<title>.+)")
+TARGET = re.compile(r"\bmake ([a-z][a-z-]*)")
+DIRECTIVE = re.compile(r"^\.\. auto(?:class|exception|function|data):: (?P<name>\w+)", re.MULTILINE)
+
+needs_docs = pytest.mark.skipif(not DOCS.is_dir(), reason=f"no folder {DOCS}")
+needs_makefile = pytest.mark.skipif(not MAKEFILE.is_file(), reason=f"no file {MAKEFILE}")
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the line its code begins in, the code, the line before."""
+
+    language: str
+    line: int
+    code: str
+    before: str
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """Yield the fenced blocks of a Markdown text."""
+    lines = text.splitlines()
+    number = 0
+    while number < len(lines):
+        opening = FENCE.match(lines[number])
+        number += 1
+        if opening is None:
+            continue
+        start = number
+        while number < len(lines) and lines[number].rstrip() != opening["ticks"]:
+            number += 1
+        assert number < len(lines), f"the block in line {start} has no end"
+        code = "\n".join(lines[start:number])
+        before = lines[start - 2].strip() if start > 1 else ""
+        yield Block(opening["language"], start + 1, code, before)
+        number += 1
+
+
+def prose(text: str) -> str:
+    """Return a Markdown text without its fenced blocks."""
+    for block in blocks(text):
+        text = text.replace(block.code, "", 1) if block.code else text
+    return text
+
+
+def python_blocks(text: str) -> list[Block]:
+    return [block for block in blocks(text) if block.language == "python"]
+
+
+def program(text: str) -> str:
+    """Return a text's Python as one program, each line at the number it has in the text."""
+    lines = [""] * len(text.splitlines())
+    for block in python_blocks(text):
+        if block.before not in (NEEDS_XEN, RUN_BY_PYTEST):
+            code = block.code.splitlines()
+            lines[block.line - 1 : block.line - 1 + len(code)] = code
+    return "\n".join(lines) + "\n"
+
+
+def run(code: str, name: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, under a name that tracebacks show."""
+    file = folder / name
+    file.write_text(code, encoding="utf-8")
+    return subprocess.run(
+        [sys.executable, "-W", "error", file],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a text's headings, as GitHub and MyST make them."""
+    titles = (match["title"] for match in map(HEADING.fullmatch, prose(text).splitlines()) if match)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def broken_links(path: Path) -> list[str]:
+    """Return the relative links of a Markdown file that lead nowhere."""
+    broken = []
+    for match in LINK.finditer(INLINE.sub("", prose(path.read_text(encoding="utf-8")))):
+        file, _, anchor = match["target"].partition("#")
+        if re.match(r"[a-z]+:", file):
+            continue
+        target = path.parent / file if file else path
+        there = target.exists()
+        if there and anchor and target.suffix == ".md":
+            there = anchor in anchors(target.read_text(encoding="utf-8"))
+        if not there:
+            broken.append(match["target"])
+    return broken
+
+
+def named_targets(text: str) -> set[str]:
+    """Return the targets of ``make`` that a text's code names."""
+    named = set()
+    for block in blocks(text):
+        for line in block.code.splitlines():
+            if line.startswith(("$ make ", "# make ")):
+                named.update(TARGET.findall(line.partition("  #")[0]))
+    for code in INLINE.findall(prose(text)):
+        if code.startswith("make "):
+            named.update(TARGET.findall(code))
+    return named
+
+
+def pages() -> list[Path]:
+    """Return README and the documentation's pages, as far as they are here."""
+    return [path for path in (README, *sorted(DOCS.glob("*.md"))) if path.is_file()]
+
+
+def of_pages(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("page", paths, ids=lambda path: path.name)
+
+
+WITH_PYTHON = [page for page in pages() if python_blocks(page.read_text(encoding="utf-8"))]
+
+
+def test_the_pages_that_hold_code_are_found() -> None:
+    """README is looked at, and with the folder docs at least its pages on Dom0 and the mock."""
+    expected = {"README.md"} | ({"dom0.md", "mock.md"} if DOCS.is_dir() else set())
+    assert expected <= {page.name for page in WITH_PYTHON}
+
+
+@of_pages(WITH_PYTHON)
+def test_each_block_compiles(page: Path) -> None:
+    """Every Python block is Python by itself, those that need a live Xen too."""
+    for block in python_blocks(page.read_text(encoding="utf-8")):
+        compile("\n" * (block.line - 1) + block.code, page.name, "exec")
+
+
+@of_pages(WITH_PYTHON)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    """A page's Python blocks run in order, in one namespace, without warnings."""
+    done = run(program(page.read_text(encoding="utf-8")), page.name, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_docs
+def test_the_test_files_that_are_shown_pass(tmp_path: Path) -> None:
+    """A block that is a test file passes when pytest runs it as it stands."""
+    shown = [
+        block
+        for page in WITH_PYTHON
+        for block in python_blocks(page.read_text(encoding="utf-8"))
+        if block.before == RUN_BY_PYTEST
+    ]
+    assert shown
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n", encoding="utf-8")
+    for block in shown:
+        (tmp_path / "test_shown.py").write_text(block.code, encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shown.py"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+
+
+@needs_docs
+@of_pages(pages())
+def test_links_lead_somewhere(page: Path) -> None:
+    """Each relative link names a file that is there, and a heading that is in it."""
+    assert broken_links(page) == []
+
+
+@needs_docs
+def test_the_reference_has_every_public_name() -> None:
+    """Each name that the package exports has its directive in the reference, and no other has."""
+    found = set(DIRECTIVE.findall((DOCS / "api.md").read_text(encoding="utf-8")))
+    assert found - {"xenmapcache"} == set(xenmapcache.__all__)
+
+
+@needs_docs
+def test_every_page_is_in_the_index() -> None:
+    """A page that the table of contents lacks would not be found."""
+    (contents,) = (
+        block
+        for block in blocks((DOCS / "index.md").read_text(encoding="utf-8"))
+        if block.language == "{toctree}"
+    )
+    listed = {line for line in contents.code.splitlines() if line and not line.startswith(":")}
+    assert listed == {page.stem for page in DOCS.glob("*.md")} - {"index"}
+
+
+@needs_makefile
+@of_pages(pages())
+def test_the_makefile_has_what_is_named(page: Path) -> None:
+    """Each ``make TARGET`` in code is a target of the Makefile."""
+    there = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named_targets(page.read_text(encoding="utf-8")) <= there
+
+
+# --- the checks themselves ---
+
+SAMPLE = f"""# A `page`, with: marks
+
+[there](other.md#two-words) [gone](gone.md) [no heading](other.md#none) [own](#a-page-with-marks)
+`[code](code.md)` [far](https://example.org/x) and `make tea`, but do not make coffee
+
+```python
+value = 1
+```
+
+{NEEDS_XEN}
+```python
+raise SystemExit("this needs Xen")
+```
+
+```console
+$ make toast     # make jam
+```
+
+```python
+assert value == 2
+```
+"""
+
+
+def test_blocks_share_a_namespace_and_keep_their_lines(tmp_path: Path) -> None:
+    """A block sees the ones before it; what fails is named by its line; Xen's are left out."""
+    done = run(program(SAMPLE), "sample.md", tmp_path)
+    line = SAMPLE.splitlines().index("assert value == 2") + 1
+    assert done.returncode == 1
+    assert f'sample.md", line {line}' in done.stderr
+    assert "AssertionError" in done.stderr
+    assert run(program(SAMPLE.replace("== 2", "== 1")), "sample.md", tmp_path).returncode == 0
+
+
+def test_broken_links_are_seen(tmp_path: Path) -> None:
+    """A missing file and a missing heading are; other sites and code are not looked at."""
+    (tmp_path / "other.md").write_text("# Other\n\n## Two words\n", encoding="utf-8")
+    (tmp_path / "page.md").write_text(SAMPLE, encoding="utf-8")
+    assert broken_links(tmp_path / "page.md") == ["gone.md", "other.md#none"]
+
+
+def test_named_targets_are_seen() -> None:
+    """Those in code, and neither in comments nor in prose."""
+    assert named_targets(SAMPLE) == {"tea", "toast"}
