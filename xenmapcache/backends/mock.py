@@ -74,6 +74,7 @@ class MockDomain:
         self._listeners: list[Callable[[], object]] = []
         self._faults: list[_ArmedFault] = []
         self._destroyed = False
+        self._mappings = 0
         first = hypervisor.allocate(pages)
         self._p2m = array("q", range(first, first + pages))
         for address, length in holes:
@@ -155,8 +156,13 @@ class MockDomain:
             listener()
 
     def destroy(self) -> None:
-        """End the domain. Its memory lives on where it is mapped."""
+        """End the domain. Its memory lives on where it is mapped.
+
+        As on Xen, it is dying for as long as anything is mapped: pages that are asked
+        for are not there (EINVAL). After that there is no such domain (ESRCH).
+        """
         self._destroyed = True
+        self._p2m = array("q")
 
     # --- the tester's side ------------------------------------------------------
 
@@ -207,6 +213,7 @@ class MockDomain:
                 frames[page - gfn] = _ABSENT
             address = self._map_frames(frames, writable, None)
         self._calls.append(("map", gfn, count, 0))
+        self._mappings += 1
         if _ABSENT not in frames:
             return address, None
         errors = bytearray(_errno.EINVAL if frame == _ABSENT else 0 for frame in frames)
@@ -228,8 +235,7 @@ class MockDomain:
             try:
                 self._enter("remap", gfn, mapping.count)
             except XenCallError as error:
-                libc.unmap(mapping.address, mapping.length)
-                libc.cover(mapping.address, mapping.length)
+                libc.cover(mapping.address, mapping.length, replace=True)
                 raise MappingLostError(error.call, self.domid, error.errno, "injected") from None
             self._map_frames(frames, mapping.writable, mapping.address)
         self._calls.append(("remap", gfn, mapping.count, 0))
@@ -237,6 +243,7 @@ class MockDomain:
     def unmap(self, address: int, length: int) -> None:
         """Unmap, and note it. Takes no lock: finalizers call it."""
         libc.unmap(address, length)
+        self._mappings -= 1
         self._calls.append(("unmap", None, length >> PAGE_SHIFT, 0))
 
     def mark_dirty(self, gfn: int, count: int) -> None:
@@ -268,7 +275,7 @@ class MockDomain:
         if delay:
             time.sleep(delay)
         hint = "injected"
-        if self._destroyed and call == "map":
+        if self._destroyed and not self._mappings and call == "map":
             errno, hint = _errno.ESRCH, "there is no such domain"
         if errno:
             self._calls.append((call, gfn, count, errno))
@@ -422,6 +429,7 @@ class MockBackend(Backend):
             raise TypeError(f"domain must be a MockDomain, not {type(domain).__name__}")
         self.domain = domain
         self._unmap = domain.unmap
+        self._pid = os.getpid()
         self._closed = False
 
     @property
@@ -451,3 +459,7 @@ class MockBackend(Backend):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this mock backend is closed")
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"this mock backend belongs to process {self._pid}, which forked this one"
+            )

@@ -18,6 +18,7 @@ logger = logging.getLogger("xenmapcache.xen")
 
 _XTL_WARN = 7
 _IONBF = 2
+_KEPT = 1 << 16  # bytes of complaints after which the memfd is emptied
 
 
 class ToolLog:
@@ -41,7 +42,7 @@ class ToolLog:
             return
         self._fd = os.memfd_create("xentoollog", os.MFD_CLOEXEC)
         self._libc = libc_functions()
-        self._file, errno = self._libc["fdopen"](self._fd, b"w")
+        self._file, errno = self._libc["fdopen"](self._fd, b"a")
         if not self._file:
             os.close(self._fd)
             raise OSError(errno, os.strerror(errno), "fdopen")
@@ -55,6 +56,9 @@ class ToolLog:
                 return ""
             text = os.pread(self._fd, 1 << 16, self._offset)
             self._offset += len(text)
+            if self._offset > _KEPT:
+                os.ftruncate(self._fd, 0)  # the stream appends, so it goes on at the start
+                self._offset = 0
         lines = [line.strip() for line in text.decode(errors="replace").splitlines()]
         for line in lines:
             logger.debug("%s", line)
