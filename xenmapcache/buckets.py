@@ -11,8 +11,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from .address import PAGE_SHIFT, as_int, check_range, parse_size
 from .backend import Backend, Capability
@@ -22,6 +22,8 @@ from .mapping import Mapping
 
 if TYPE_CHECKING:
     from .mapping import Memory
+
+Piece = TypeVar("Piece")
 
 _PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
 _EMERGENCY = 64  # buckets to give back when the kernel has no room
@@ -96,8 +98,13 @@ class Buckets:
         self._touched.clear()
         self._clock.clear()
 
-    def _pieces(self, address: int, length: int) -> Iterator[tuple[Mapping, int, int]]:
-        """Yield ``(mapping, start, count)`` for the part of a range in each bucket."""
+    def _pieces(
+        self, address: int, length: int, take: Callable[[Mapping, int, int], Piece]
+    ) -> Iterator[Piece]:
+        """Yield ``take(mapping, start, count)`` for the part of a range in each bucket.
+
+        No bucket is held on to while the next one is fetched, but by what ``take`` returns.
+        """
         self._check_open()
         end = address + length
         position = address
@@ -105,7 +112,7 @@ class Buckets:
             start = position & self._mask
             count = min(self._size - start, end - position)
             try:
-                yield self._fetch(position >> self._shift, start, count), start, count
+                yield take(self._fetch(position >> self._shift, start, count), start, count)
             except FaultError as fault:
                 raise FaultError(fault.address, end - fault.address, fault.errno) from None
             position += count
@@ -118,7 +125,7 @@ class Buckets:
                 f"{length:#x} bytes at {address:#x} are more than max_resident "
                 f"{self._max_resident:#x}: go through them in smaller pieces"
             )
-        return list(self._pieces(address, length))
+        return list(self._pieces(address, length, lambda *piece: piece))
 
     def _fetch(self, index: int, start: int, length: int, *, holes: bool = False) -> Mapping:
         """Return the bucket, mapped if need be, after checking that a range of it is there.

@@ -142,10 +142,11 @@ class MapCache(Buckets):
 
     def _read_slowly(self, address: int, length: int) -> bytes:
         address, length = check_range(address, length, empty=True)
-        chunks = [
-            mapping.memory[start : start + count]
-            for mapping, start, count in self._pieces(address, length)
-        ]
+        chunks = list(
+            self._pieces(
+                address, length, lambda mapping, start, count: mapping.memory[start : start + count]
+            )
+        )
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def read_into(self, address: int, buffer: Buffer) -> None:
@@ -159,7 +160,7 @@ class MapCache(Buckets):
             TypeError: not a buffer, or read-only.
             ValueError: not contiguous, or no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
-            Exception: others as :meth:`read`.
+            XenMapCacheError: others as :meth:`read`.
         """
         target = _bytes_of("buffer", buffer)
         if target.readonly or not target.c_contiguous:
@@ -184,7 +185,7 @@ class MapCache(Buckets):
             TypeError: ``data`` is not a buffer.
             ValueError: that is no range of guest memory.
             CacheFullError: the range is larger than ``max_resident``.
-            Exception: others as :meth:`read`.
+            XenMapCacheError: others as :meth:`read`.
         """
         try:
             start = address & self._mask
@@ -225,7 +226,7 @@ class MapCache(Buckets):
             writable: map for writing too.
 
         Raises:
-            Exception: as :meth:`map_dma`.
+            XenMapCacheError: as :meth:`map_dma`.
         """
         return self._lease(LeaseKind.DEVICE, address, length, owner, None, writable)
 
@@ -452,7 +453,7 @@ class MapCache(Buckets):
         Holes that were found before are not tried again.
 
         Raises:
-            Exception: as :meth:`read`, but for holes.
+            XenMapCacheError: as :meth:`read`, but for holes.
         """
         address, length = check_range(address, length, empty=True)
         end = address + length
@@ -494,7 +495,7 @@ class MapCache(Buckets):
                 names = "; ".join(str(info) for info in self.leases()[:10])
                 more = f"; and {len(held) - 10} more" if len(held) > 10 else ""
                 raise LeaseError(
-                    f"{len(held)} leases are held: {names}{more}. "
+                    f"leases are held ({len(held)}): {names}{more}. "
                     "Release them, or close(force=True)"
                 )
             self._closed = True

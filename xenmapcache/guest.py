@@ -117,7 +117,7 @@ class GuestMemory:
 
         Raises:
             TypeError: ``layout`` is no structure.
-            Exception: others as :meth:`MapCache.map_dma`.
+            XenMapCacheError: others as :meth:`MapCache.map_dma`.
         """
         if not (isinstance(layout, type) and issubclass(layout, ctypes.Structure)):
             raise TypeError(f"layout must be a ctypes.Structure class, not {layout!r}")
@@ -146,7 +146,7 @@ class GuestMemory:
             direction: of the leases.
 
         Raises:
-            Exception: as :meth:`MapCache.map_dma`.
+            XenMapCacheError: as :meth:`MapCache.map_dma`.
         """
         with contextlib.ExitStack() as stack:
             yield [

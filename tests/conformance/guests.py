@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import NamedTuple
 
@@ -159,6 +160,18 @@ def fake_xen(fake: FakeXen, name: str, binding: str) -> Iterator[Guest]:
     assert fake.misuses == 0
 
 
+@cache
+def survey(domid: int) -> tuple[int, dict[str, Span]]:
+    """Look once, as it takes seconds under emulation, where a live guest has memory and holes."""
+    with open_backend("xen", domid=domid) as backend:
+        pages = 3 * BUCKET_PAGES
+        for gfn in LIVE_SEARCH:
+            if backend.map(gfn, pages, writable=False).errors is None:
+                errors = backend.map(0, LIVE_END, writable=False).errors
+                return gfn, find_holes(errors or b"")  # a larger guest may have none so far down
+    raise AssertionError(f"domain {domid} has no 3 MiB in one piece")
+
+
 @contextmanager
 def live(domid: int, name: str, binding: str) -> Iterator[Guest]:
     """A live guest, whose memory nobody may change."""
@@ -166,19 +179,12 @@ def live(domid: int, name: str, binding: str) -> Iterator[Guest]:
     def reopen(domid: int = domid) -> Backend:
         return open_backend(name, domid=domid, binding=binding)
 
+    present, holes = survey(domid)
     with reopen() as backend:
-        pages = 3 * BUCKET_PAGES
-        for gfn in LIVE_SEARCH:
-            if backend.map(gfn, pages, writable=False).errors is None:
-                break
-        else:
-            pytest.fail(f"domain {domid} has no 3 MiB in one piece")
-        errors = backend.map(0, LIVE_END, writable=False).errors
-        assert errors is not None, f"domain {domid} is larger than the lab's guest"
         yield Guest(
             backend,
-            gfn,
-            find_holes(errors),
+            present,
+            holes,
             scratch=False,
             reopen=reopen,
             open_absent=lambda: reopen(0x7FEF),

@@ -18,7 +18,7 @@ class XenControlBackend(DomainBackend):
         library: a path instead of the libxenctrl that is found.
 
     Raises:
-        Exception: as :class:`.xen.XenBackend`.
+        XenMapCacheError: as :class:`.xen.XenBackend`.
     """
 
     name: ClassVar[str] = "xenctrl"
