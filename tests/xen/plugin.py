@@ -84,6 +84,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests measured on the live guest, which they recorded as "measured"."""
+    measured = [
+        (report.nodeid, value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "measured" and report.when == "call"
+    ]
+    if measured:
+        terminalreporter.section("measured")
+        for nodeid, value in measured:
+            terminalreporter.write_line(f"{nodeid.rpartition('::')[2]}: {value}")
+
+
 @pytest.fixture(scope="session")
 def live_domid(request: pytest.FixtureRequest) -> int:
     """Domain id of the guest the tests may map, write to and balloon, but not destroy."""
