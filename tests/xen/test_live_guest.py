@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -194,3 +197,21 @@ def test_a_read_of_a_resident_bucket_makes_no_call(
         f"a cached read takes {cached * 1e6:.2f} us, map + read + unmap of one page "
         f"{uncached * 1e6:.0f} us: 1 to {uncached / cached:.0f}",
     )
+
+
+def test_doctor_maps_the_guest(live_domid: int) -> None:
+    """In a Dom0 with a guest, doctor has nothing to mend, and its exit status says so."""
+    command = [sys.executable, "-m", "xenmapcache", "doctor", "--json", "--domid", str(live_domid)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    findings = json.loads(done.stdout)["findings"]
+    assert not [finding for finding in findings if finding["state"] == "problem"]
+
+
+def test_the_example_reads_the_guest(live_domid: int) -> None:
+    """examples/read_guest.py prints a live guest's banner."""
+    script = Path(__file__).parents[2] / "examples" / "read_guest.py"
+    command = [sys.executable, str(script), "--domid", str(live_domid)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Linux version " in done.stdout
