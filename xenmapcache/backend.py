@@ -120,7 +120,7 @@ def open_backend(name: str, **options: object) -> Backend:
         BackendUnavailableError: it cannot work here; the message says why.
         XenCallError: Xen refused; for example there is no such domain.
     """
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(map(repr, sorted(_BACKENDS)))
         raise ValueError(f"backend {name!r} is unknown: there are {known}")
     module, _, class_name = _BACKENDS[name].partition(":")

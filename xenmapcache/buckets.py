@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
-from .address import PAGE_SHIFT, as_int, check_range, parse_size
+from .address import PAGE_SHIFT, as_int, check_range, page_span, parse_size
 from .backend import Backend, Capability
 from .errors import CacheFullError, ClosedError, FaultError, XenCallError
 from .lease import Lessor
@@ -41,6 +41,25 @@ class _Pending:
         self.done.acquire()
 
 
+class _Claim:
+    """So many bytes of ``max_resident``, taken until it dies.
+
+    It lives with the memory that it was taken for, or dies where mapping that failed or
+    was interrupted: the books are right whatever happens.
+    """
+
+    __slots__ = ("freed", "length", "mapped")
+
+    def __init__(self, freed: deque[int]) -> None:
+        self.freed = freed
+        self.length = 0
+        self.mapped = False
+
+    def __del__(self) -> None:
+        # Takes no lock: finalizers get here. The sign tells an unmap from a claim unused.
+        self.freed.append(self.length if self.mapped else -self.length)
+
+
 class Buckets:
     """The resident buckets of one guest: found, mapped, evicted, counted.
 
@@ -51,7 +70,8 @@ class Buckets:
     def __init__(
         self, backend: Backend, lessor: Lessor, bucket_shift: int, max_resident: int | str
     ) -> None:
-        if as_int("bucket_shift", bucket_shift) not in _BUCKET_SHIFTS:
+        bucket_shift = as_int("bucket_shift", bucket_shift)
+        if bucket_shift not in _BUCKET_SHIFTS:
             raise ValueError(
                 f"bucket_shift {bucket_shift} is not in {_BUCKET_SHIFTS.start}.."
                 f"{_BUCKET_SHIFTS.stop - 1}: a bucket is whole pages, of 4 KiB, up to 1 GiB"
@@ -79,8 +99,7 @@ class Buckets:
         self._pending: dict[int, _Pending] = {}
         self._touched: set[int] = set()  # accessed since the last sweep, but not by the above
         self._clock: deque[int] = deque()  # bucket indexes in the order of the sweep
-        self._freed: deque[int] = deque()  # lengths of mappings that died, not yet counted
-        self._on_unmap = self._freed.append
+        self._freed: deque[int] = deque()  # what claims left when they died, not yet counted
         self._resident = 0
         self._hits = self._misses = self._maps = self._unmaps = 0
         self._evictions = self._holes = self._stale_dma = 0
@@ -125,6 +144,19 @@ class Buckets:
                 f"{length:#x} bytes at {address:#x} are more than max_resident "
                 f"{self._max_resident:#x}: go through them in smaller pieces"
             )
+        start = address & self._mask
+        if (start + length + self._mask & ~self._mask) > self._max_resident:
+            # Whole buckets are too much: just its pages, for this once.
+            gfn, count = page_span(address, length)
+            start = address - (gfn << PAGE_SHIFT)
+            mapping = self._map(gfn, count)
+            if not mapping.valid(start, length):
+                fault = mapping.fault(start, length)
+                try:
+                    raise fault
+                finally:
+                    del mapping, fault
+            return [(mapping, start, length)]
         return list(self._pieces(address, length, lambda *piece: piece))
 
     def _fetch(self, index: int, start: int, length: int, *, holes: bool = False) -> Mapping:
@@ -136,23 +168,31 @@ class Buckets:
             length: bytes.
             holes: take the bucket as it is, holes included.
         """
-        while True:
-            with self._lock:
-                self._check_open()
-                mapping = self._buckets.get(index)
-                if mapping is not None and (holes or mapping.valid(start, length)):
-                    self._hits += 1
-                    self._admit(index, mapping)
-                    return mapping
-                pending = self._pending.get(index)
-                # A thread that interrupted its own mapping (a signal handler) maps as well.
-                if pending is None or pending.thread == threading.get_ident():
-                    mine = self._pending[index] = _Pending()
-                    sequence = self._lessor.sequence
-                    break
-            with pending.done:
-                pass
+        nested = self._is_nested()
+        mine: _Pending | None = None
         try:
+            while True:
+                with self._lock:
+                    self._check_open()
+                    mapping = self._buckets.get(index)
+                    if mapping is not None and (holes or mapping.valid(start, length)):
+                        self._hits += 1
+                        self._admit(index, mapping)
+                        return mapping
+                    pending = self._pending.get(index)
+                    # Nobody to wait for, or nobody who could go on while this thread waits.
+                    if (
+                        pending is None
+                        or not pending.done.locked()
+                        or pending.thread == threading.get_ident()
+                        or nested
+                    ):
+                        mine = _Pending()
+                        self._pending[index] = mine
+                        sequence = self._lessor.sequence
+                        break
+                with pending.done:
+                    pass
             fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
             with self._lock:
                 self._check_open()
@@ -167,10 +207,11 @@ class Buckets:
                         self._clock.append(index)
                     self._buckets[index] = fresh
         finally:
-            with self._lock:
-                if self._pending.get(index) is mine:
-                    del self._pending[index]
-            mine.done.release()
+            if mine is not None:
+                mine.done.release()  # from here on the note counts for nothing
+                with self._lock:
+                    if self._pending.get(index) is mine:
+                        del self._pending[index]
         if usable:
             return fresh
         fault = fresh.fault(start, length)
@@ -195,7 +236,7 @@ class Buckets:
         """Map pages, with room made for them first; called without the lock."""
         length = count << PAGE_SHIFT
         writable = self._writes if writable is None else writable
-        self._make_room(gfn, length)
+        claim = self._make_room(gfn, length)
         try:
             while True:
                 try:
@@ -207,23 +248,31 @@ class Buckets:
                     wanted = max(length, _EMERGENCY * self._size)
                     if error.errno != errno.ENOMEM or not self._evict(wanted):
                         raise
-        except BaseException:
+            mapping.keep(claim)
             with self._lock:
-                self._resident -= length
-            raise
-        mapping.on_unmap(self._on_unmap)
-        with self._lock:
-            self._maps += 1
-        return mapping
+                self._maps += 1
+                claim.mapped = True
+            return mapping
+        finally:
+            del claim  # no traceback is to keep it
 
-    def _make_room(self, gfn: int, length: int) -> None:
-        """Account for a mapping that is about to be made, after evicting what is in its way."""
+    def _is_nested(self) -> bool:
+        """Tell whether this thread holds the lock already: a signal handler or finalizer.
+
+        It must not wait for other threads, as they may be waiting for that lock.
+        """
+        nested: bool = self._lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001
+        return nested
+
+    def _make_room(self, gfn: int, length: int) -> _Claim:
+        """Claim room for a mapping that is about to be made, evicting what is in its way."""
         if length > self._max_resident:
             raise CacheFullError(
                 f"{length:#x} bytes at {gfn << PAGE_SHIFT:#x} are more than max_resident "
                 f"{self._max_resident:#x}"
             )
-        patience = _PATIENCE
+        claim = _Claim(self._freed)
+        patience = 0 if self._is_nested() else _PATIENCE
         while True:
             with self._lock:
                 self._check_open()
@@ -231,7 +280,8 @@ class Buckets:
                 excess = self._resident + length - self._max_resident
                 if excess <= 0:
                     self._resident += length
-                    return
+                    claim.length = length
+                    return claim
             if self._evict(excess):
                 continue
             # What is not leased may be on its way: mapped by another thread just now, or
@@ -281,8 +331,9 @@ class Buckets:
         """Bring the books up to date with what finalizers and releases left; under the lock."""
         freed, returned, stale = self._freed, self._lessor.returned, self._lessor.returned_stale
         while freed:
-            self._resident -= freed.popleft()
-            self._unmaps += 1
+            length = freed.popleft()
+            self._resident -= abs(length)
+            self._unmaps += length > 0
         while returned:
             mapping = returned.popleft()()
             if mapping is not None:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
 
-from .address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, GiB, as_int, check_range, page_span
+from .address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, GiB, MiB, as_int, check_range, page_span
 from .backend import Backend, Capability
 from .buckets import Buckets
 from .errors import LeaseError, MappingLostError, UnsupportedOperationError
@@ -16,6 +16,9 @@ from .ledger import DmaDirection, LeaseInfo, LeaseKind
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+_LARGE = 64 * MiB
 
 
 class Invalidation(NamedTuple):
@@ -142,6 +145,9 @@ class MapCache(Buckets):
 
     def _read_slowly(self, address: int, length: int) -> bytes:
         address, length = check_range(address, length, empty=True)
+        if length > _LARGE:  # and it all has to be there: look before copying so much
+            for _ in self._pieces(address, length, lambda *_: None):
+                pass
         chunks = list(
             self._pieces(
                 address, length, lambda mapping, start, count: mapping.memory[start : start + count]
@@ -174,7 +180,8 @@ class MapCache(Buckets):
     def write(self, address: int, data: Buffer) -> None:
         """Change guest memory: all of the range, or on an error nothing.
 
-        The pages are reported to a backend that tracks dirty pages.
+        The pages are reported to a backend that tracks dirty pages. Should only that fail
+        (XenCallError), the bytes are written; write them again to have them reported.
 
         Args:
             address: guest-physical, in bytes.
@@ -349,6 +356,7 @@ class MapCache(Buckets):
             raise ValueError(
                 f"{old_address:#x} and {new_address:#x} lie at different offsets in their pages"
             )
+        self._check_open()  # before a lock that a parent's thread may have held at the fork
         with self._replacing:
             self._check_open()
             lease = self._find_device(old_address, length)
@@ -419,7 +427,7 @@ class MapCache(Buckets):
         del buckets
         if not len(lessor.ledger):
             return Invalidation(sequence, dropped, size, (), ())
-        return Invalidation(sequence, dropped, size, *lessor.survivors())
+        return Invalidation(sequence, dropped, size, *lessor.survivors(sequence))
 
     def stats(self) -> CacheStats:
         """Return the counters. Works after close too."""
@@ -448,14 +456,17 @@ class MapCache(Buckets):
         return self._backend.memory_end
 
     def present(self, address: int, length: int) -> Iterator[tuple[int, int]]:
-        """Yield ``(address, length)`` of the parts of a range that are there, in order.
+        """Return an iterator of ``(address, length)`` of what is there of a range, in order.
 
         Holes that were found before are not tried again.
 
         Raises:
             XenMapCacheError: as :meth:`read`, but for holes.
         """
-        address, length = check_range(address, length, empty=True)
+        return self._present(*check_range(address, length, empty=True))
+
+    def _present(self, address: int, length: int) -> Iterator[tuple[int, int]]:
+        self._check_open()
         end = address + length
         run = address  # where the present part that is being extended began
         while address < end:
@@ -488,9 +499,9 @@ class MapCache(Buckets):
         if self._lessor.forked:
             return
         with self._lock:
-            if self._closed:
-                return
             held = self._lessor.ledger.held()
+            if self._closed and not force:
+                return
             if held and not force:
                 names = "; ".join(str(info) for info in self.leases()[:10])
                 more = f"; and {len(held) - 10} more" if len(held) > 10 else ""

@@ -6,15 +6,24 @@ import contextlib
 import ctypes
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import TypeVar
 
 from .address import PAGE_MASK, MiB, as_int, check_range
 from .cache import MapCache
+from .errors import FaultError
 from .ledger import DmaDirection
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
-_CHUNK = MiB
+_PIECE = MiB
+_POINTERS = (
+    ctypes.c_char_p,
+    ctypes.c_wchar_p,
+    ctypes.py_object,
+    ctypes._Pointer,  # noqa: SLF001 - the base of what POINTER() makes has no other name
+    ctypes._CFuncPtr,  # type: ignore[attr-defined] # noqa: SLF001
+)
 
 
 class GuestMemory:
@@ -116,11 +125,16 @@ class GuestMemory:
             direction: of the lease. TO_DEVICE gives a copy, as ctypes cannot be read-only.
 
         Raises:
-            TypeError: ``layout`` is no structure.
+            TypeError: ``layout`` is no structure, or has pointers.
             XenMapCacheError: others as :meth:`MapCache.map_dma`.
         """
         if not (isinstance(layout, type) and issubclass(layout, ctypes.Structure)):
             raise TypeError(f"layout must be a ctypes.Structure class, not {layout!r}")
+        if _holds_pointers(layout):
+            raise TypeError(
+                f"{layout.__name__} has pointers, which ctypes would follow into this process: "
+                "declare guest addresses as c_uint64 or c_uint32"
+            )
         size = ctypes.sizeof(layout)
         with self.cache.map_dma(address, size, owner=owner, direction=direction) as lease:
             if direction is DmaDirection.TO_DEVICE:
@@ -166,7 +180,8 @@ class GuestMemory:
     ) -> Iterator[tuple[int, bytes]]:
         """Search memory, passing over holes; return an iterator of ``(address, match)``.
 
-        Matches come in order and do not overlap.
+        Matches come in order and do not overlap. Memory is read a MiB at a time: anchors
+        and look-behind take the beginning of such a piece for that of the text.
 
         Args:
             pattern: bytes, or a regular expression compiled from bytes.
@@ -189,6 +204,8 @@ class GuestMemory:
             max_match = max(max_match, len(pattern))
         else:
             raise TypeError(f"pattern must be bytes or a compiled pattern, not {pattern!r}")
+        if as_int("max_match", max_match) < 1:
+            raise ValueError(f"max_match {max_match} is no length of a match")
         if expression.match(b""):
             raise ValueError(f"pattern {pattern!r} matches nothing at all, and so everywhere")
         if length is None:
@@ -197,24 +214,32 @@ class GuestMemory:
                 raise ValueError("this source does not know where its memory ends: give a length")
             length = max(0, end - address)
         address, length = check_range(address, length, empty=True)
-        return (
-            found
-            for start, size in self.cache.present(address, length)
-            for found in self._find_in(expression, start, start + size, max_match)
-        )
+        return self._find(expression, address, address + length, max_match)
 
-    def _find_in(
-        self, expression: re.Pattern[bytes], start: int, end: int, overlap: int
+    def _find(
+        self, expression: re.Pattern[bytes], address: int, end: int, overlap: int
     ) -> Iterator[tuple[int, bytes]]:
-        position = start
-        while position < end:
-            size = min(_CHUNK + overlap, end - position)
-            chunk = self.cache.read(position, size)
-            edge = size if position + size == end else _CHUNK
-            after = edge
-            for match in expression.finditer(chunk):
-                if match.start() >= edge:
-                    break
-                yield position + match.start(), match[0]
-                after = max(after, match.end())
-            position += after
+        after = address  # where the last match ended
+        for piece in range(address, end, _PIECE):
+            edge = min(piece + _PIECE, end)
+            for start, size in self.cache.present(piece, min(edge + overlap, end) - piece):
+                try:
+                    text = self.cache.read(start, size)
+                except FaultError:
+                    continue  # ballooned out just now: a hole like others
+                for match in expression.finditer(text, max(0, after - start)):
+                    if start + match.start() >= edge:
+                        break  # the next piece finds it whole
+                    yield start + match.start(), match[0]
+                    after = start + match.end()
+
+
+@cache
+def _holds_pointers(kind: type) -> bool:
+    """Tell whether reading a ctypes type would follow an address that the guest chose."""
+    if issubclass(kind, ctypes.Structure | ctypes.Union):
+        fields = [field for base in kind.__mro__ for field in vars(base).get("_fields_", ())]
+        return any(_holds_pointers(field[1]) for field in fields)
+    if issubclass(kind, ctypes.Array):
+        return _holds_pointers(kind._type_)
+    return issubclass(kind, _POINTERS)

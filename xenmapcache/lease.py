@@ -71,14 +71,17 @@ class Lease(LeaseRecord):
         ``obj`` alone: that is the whole mapping, unguarded.)
 
         Raises:
-            LeaseError: the lease was released.
+            LeaseError: the lease was released, or MappingLostError has said that its
+                address belongs to another thread.
             ClosedError: this process was forked off the one that took it.
         """
         view = self._view
         if view is None:
             raise LeaseError(f"{self.info(self._lessor.sequence)} was released")
         self._lessor.check_process()
-        return view
+        if self.lost and self._mapping is not None and self._mapping.abandoned:
+            raise LeaseError(f"the memory of {self.info(self._lessor.sequence)} was lost")
+        return view[:]  # one of the caller's own, which may be released
 
     @property
     def host_address(self) -> int:
@@ -117,7 +120,8 @@ class Lease(LeaseRecord):
             LeaseError: it was released before, or is stale where that is refused.
             FaultError: ``"copy"`` found pages that the guest gave up and did not get
                 back; the others were copied, and the lease is given back.
-            XenCallError: Xen failed; the lease is still held, and can be released again.
+            XenCallError, ClosedError: Xen failed, or the backend is closed; the lease is still
+                held, and can be released again.
         """
         self._lessor.take_back(self)
 
@@ -191,19 +195,23 @@ class Lessor:
         sequence = self.sequence
         return tuple(lease.info(sequence) for lease in self.ledger.held())
 
-    def survivors(self) -> tuple[tuple[LeaseInfo, ...], tuple[LeaseInfo, ...]]:
-        """Return the device and the DMA leases that are held; warn of each DMA lease, once."""
+    def survivors(self, sequence: int) -> tuple[tuple[LeaseInfo, ...], tuple[LeaseInfo, ...]]:
+        """Return the device and the DMA leases held over an invalidation; warn of DMA, once each.
+
+        A DMA lease that another thread has taken since is none of them.
+        """
         device, dma = [], []
-        sequence = self.sequence
         for lease in self.ledger.held():
             info = lease.info(sequence)
             if lease.kind is LeaseKind.DEVICE:
                 device.append(info)
                 continue
+            if not info.stale:
+                continue
             dma.append(info)
             if not lease.warned:
-                lease.warned = True
                 logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
+                lease.warned = True
         return tuple(device), tuple(dma)
 
     def take_back(self, lease: Lease) -> None:
@@ -228,8 +236,8 @@ class Lessor:
     def drop(self, lease: Lease) -> None:
         """End a lease without its consequences: the cache is closed by force."""
         if self.ledger.remove(lease):
-            logger.warning("closed by force, still held: %s", lease.info(self.sequence))
             self._end(lease)
+            logger.warning("closed by force, still held: %s", lease.info(self.sequence))
 
     def _end(self, lease: Lease) -> None:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
@@ -244,19 +252,20 @@ class Lessor:
         stale = lease.sequence != self.sequence and lease.kind is LeaseKind.DMA
         report: XenMapCacheError | None = None
         if view is not None and not view.readonly:
-            if stale and self._on_stale == "copy":
+            if stale and self._on_stale == "copy" and lease.delivered != self.sequence:
                 report = self._deliver(lease, view)
+                lease.delivered = self.sequence
             if self._tracks_dirty:
                 self._backend.mark_dirty(*page_span(lease.address, lease.length))
         if not stale:
             return None
-        self.returned_stale.append(lease.id)
         info = lease.info(self.sequence)
         if self._on_stale == "raise":
-            return LeaseError(f"released stale: {info}: {self._loss(lease)}")
+            report = LeaseError(f"released stale: {info}: {self._loss(lease)}")
         # A copy mends what the device wrote, not what it read.
-        if self._on_stale == "warn" or lease.direction is DmaDirection.TO_DEVICE:
+        elif self._on_stale == "warn" or lease.direction is DmaDirection.TO_DEVICE:
             logger.warning("released stale: %s: %s", info, self._loss(lease))
+        self.returned_stale.append(lease.id)
         return report
 
     @staticmethod

@@ -76,6 +76,7 @@ class LeaseRecord:
 
     __slots__ = (
         "address",
+        "delivered",
         "direction",
         "id",
         "kind",
@@ -111,6 +112,7 @@ class LeaseRecord:
         self.thread = _current_thread()
         self.warned = False
         self.lost = False
+        self.delivered = 0
 
     def stale_at(self, sequence: int) -> bool:
         """Tell whether the invalidation of that number has made it stale."""

@@ -34,13 +34,13 @@ Unmap = Callable[[int, int], None]
 class _Finalizer(weakref.ref["Memory"]):
     """Unmaps when the memory dies. ``weakref.finalize`` would need three times the memory."""
 
-    __slots__ = ("address", "length", "on_unmap", "pid", "unmap")
+    __slots__ = ("address", "keeps", "length", "pid", "unmap")
 
     address: int
     length: int
     pid: int
     unmap: Unmap
-    on_unmap: Callable[[int], object] | None
+    keeps: object
 
 
 # Keeps the finalizers, by host address. At exit it is emptied: nothing is called
@@ -54,8 +54,6 @@ def _finalize(finalizer: _Finalizer) -> None:
     _live.pop(finalizer.address, None)
     if finalizer.pid == os.getpid():
         finalizer.unmap(finalizer.address, finalizer.length)
-        if finalizer.on_unmap is not None:
-            finalizer.on_unmap(finalizer.length)
 
 
 def _after_fork_in_child() -> None:
@@ -94,6 +92,7 @@ class Mapping:
             a page is not valid crashes; :meth:`view` does not let you.
         address, gfn, count, writable, errors: as given.
         length: bytes.
+        abandoned: its memory is lost, and something else may be at its address.
         pins: how many leases the cache has given out of it; kept by the cache.
 
     Synchronization: immutable but for ``gfn`` and ``pins``, which the cache changes
@@ -102,6 +101,7 @@ class Mapping:
 
     __slots__ = (
         "__weakref__",
+        "abandoned",
         "address",
         "bytes",
         "count",
@@ -134,7 +134,7 @@ class Mapping:
             raise
         finalizer.address, finalizer.length = address, length
         finalizer.unmap, finalizer.pid = unmap, os.getpid()
-        finalizer.on_unmap = None
+        finalizer.keeps = None
         _live[address] = finalizer
         view = memoryview(memory).cast("B")
         self.bytes = view if writable else view.toreadonly()
@@ -145,6 +145,7 @@ class Mapping:
         self.writable = writable
         self.errors = errors
         self.pins = 0
+        self.abandoned = False
 
     def __repr__(self) -> str:
         start = self.gfn << PAGE_SHIFT
@@ -185,14 +186,19 @@ class Mapping:
 
         Raises:
             FaultError: a page of the range is not there.
+            ValueError: the range does not lie in the mapping.
         """
+        if offset < 0 or length < 0 or offset + length > self.length:
+            raise ValueError(f"offset {offset:#x}, length {length:#x} is not inside {self!r}")
         if self.errors is not None and not self.valid(offset, length):
             raise self.fault(offset, length)
         return self.bytes[offset : offset + length]
 
-    def on_unmap(self, callback: Callable[[int], object]) -> None:
-        """Have ``callback(length)`` called once after the unmap, in whatever thread that happens.
+    def keep(self, companion: object) -> None:
+        """Keep an object alive for as long as the memory is mapped. One at most."""
+        _live[self.address].keeps = companion
 
-        It must not take a lock that the thread may already hold.
-        """
-        _live[self.address].on_unmap = callback
+    def abandon(self) -> None:
+        """Never unmap: something else lives at its address by now. Views must not be used."""
+        _live.pop(self.address, None)
+        self.abandoned = True

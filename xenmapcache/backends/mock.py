@@ -18,7 +18,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
-from ..address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, check_range, page_span, parse_size
+from ..address import (
+    ADDRESS_LIMIT,
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    check_range,
+    page_span,
+    parse_size,
+)
 from ..backend import Backend, Capability
 from ..binding import libc
 from ..errors import ClosedError, FaultError, MappingLostError, XenCallError
@@ -191,10 +199,14 @@ class MockDomain:
             repeat: every such call from then on, not just one.
 
         Raises:
-            ValueError: there is no such call.
+            ValueError: there is no such call or errno, or ``nth`` is not positive.
         """
         if call not in _CALLS:
             raise ValueError(f"call {call!r} is none of {_CALLS}")
+        if nth < 1:
+            raise ValueError(f"nth {nth}: calls are counted from 1")
+        if errno and errno not in _errno.errorcode:
+            raise ValueError(f"errno {errno} is none of this system's, which are positive")
         self._faults.append(_ArmedFault(call, errno, nth, gfn, delay, repeat))
 
     def disarm(self) -> None:
@@ -211,7 +223,7 @@ class MockDomain:
             frames.extend([_ABSENT] * (count - len(frames)))
             for page in page_errors:
                 frames[page - gfn] = _ABSENT
-            address = self._map_frames(frames, writable, None)
+            address = self._map_frames(frames, writable)
         self._calls.append(("map", gfn, count, 0))
         self._mappings += 1
         if _ABSENT not in frames:
@@ -237,7 +249,7 @@ class MockDomain:
             except XenCallError as error:
                 libc.cover(mapping.address, mapping.length, replace=True)
                 raise MappingLostError(error.call, self.domid, error.errno, "injected") from None
-            self._map_frames(frames, mapping.writable, mapping.address)
+            self._map_frames(frames, mapping.writable, mapping)
         self._calls.append(("remap", gfn, mapping.count, 0))
 
     def unmap(self, address: int, length: int) -> None:
@@ -282,7 +294,11 @@ class MockDomain:
             raise XenCallError(f"mock_{call}", self.domid, errno, hint)
         return page_errors
 
-    def _map_frames(self, frames: array[int], writable: bool, address: int | None) -> int:
+    def _map_frames(
+        self, frames: array[int], writable: bool, mapping: Mapping | None = None
+    ) -> int:
+        """Map frames, over a mapping if one is given, and return the host address."""
+        address = mapping.address if mapping else None
         fd = self._hypervisor.fd
         runs = list(_runs(frames))
         length = len(frames) << PAGE_SHIFT
@@ -303,9 +319,12 @@ class MockDomain:
                         address=address + (position << PAGE_SHIFT),
                     )
             libc.dont_fork(address, length)
-        except XenCallError:
-            libc.unmap(address, length)
-            raise
+        except XenCallError as error:
+            if not mapping:
+                libc.unmap(address, length)
+                raise
+            libc.cover(address, length, replace=True)
+            raise MappingLostError("mock_remap", self.domid, error.errno, error.hint) from error
         return address
 
     def _pages(self, address: int, length: int, *, grow: bool = False) -> tuple[int, int]:
@@ -384,7 +403,7 @@ class MockHypervisor:
             ValueError: not whole pages, or a hole beyond the end.
         """
         size = parse_size(memory)
-        if not size or size & PAGE_MASK:
+        if not 0 < size <= ADDRESS_LIMIT or size & PAGE_MASK:
             raise ValueError(f"memory {size:#x} is not a number of whole pages of 4 KiB")
         domid = len(self.domains) + 1
         domain = MockDomain(self, domid, size >> PAGE_SHIFT, holes)

@@ -57,6 +57,7 @@ class XenBackend(DomainBackend):
         self.map(gfn, mapping.count, writable=mapping.writable).view(0, mapping.length)
         prot = libc.protection(mapping.writable)
         gfns = array("Q", range(gfn, gfn + mapping.count))
+        file = libc.file_at(mapping.address)
         try:
             address, errors = self._memory.map(
                 self.domid, prot, gfns, address=mapping.address, flags=libc.MAP_FIXED
@@ -64,6 +65,10 @@ class XenBackend(DomainBackend):
         except XenCallError as error:
             if libc.cover(mapping.address, mapping.length):
                 raise MappingLostError(MAP2, self.domid, error.errno, error.hint) from error
+            if libc.file_at(mapping.address) != file:
+                mapping.abandon()
+                hint = f"{error.hint}; another thread has its address now: use no view of it"
+                raise MappingLostError(MAP2, self.domid, error.errno, hint) from error
             raise
         if address != mapping.address:
             libc.unmap(address, mapping.length)

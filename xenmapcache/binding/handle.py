@@ -114,7 +114,7 @@ class Handle:
         self._pid = os.getpid()
         loader = get_loader(binding)
         self.binding = loader.name
-        self.path = library or find_library(self.declared)
+        self.path = os.fspath(library) if library else find_library(self.declared)
         try:
             self._functions = loader.open(self.declared, self.path)
         except OSError as error:

@@ -10,6 +10,7 @@ import errno as _errno
 import mmap as _mmap
 import sys
 from functools import cache
+from pathlib import Path
 
 from ..errors import XenCallError
 from .declarations import LIBC
@@ -87,6 +88,16 @@ def cover(address: int, length: int, *, replace: bool = False) -> bool:
     prot, flags = protection(True), _ANONYMOUS | (MAP_FIXED if replace else MAP_FIXED_NOREPLACE)
     result, _ = functions()["mmap"](address, length, prot, flags, -1, 0)
     return result == address
+
+
+def file_at(address: int) -> tuple[str, str] | None:
+    """Return device and inode of the file that is mapped at an address; None if nothing is."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, device, inode, *_ = line.split()
+        start, end = (int(number, 16) for number in span.split("-"))
+        if start <= address < end:
+            return device, inode
+    return None
 
 
 def unmap(address: int, length: int) -> None:

@@ -47,7 +47,6 @@ class Loader(Protocol):
         ...
 
 
-@cache
 def get_loader(name: str | None = None) -> Loader:
     """Return the loader of that name; cffi, or else ctypes, when none is named.
 
@@ -57,6 +56,11 @@ def get_loader(name: str | None = None) -> Loader:
     """
     if name not in (None, "cffi", "ctypes"):
         raise ValueError(f"binding {name!r} is unknown: it is 'cffi' or 'ctypes'")
+    return _loader(name)
+
+
+@cache
+def _loader(name: str | None) -> Loader:
     if name != "ctypes":
         try:
             from .cffi_loader import CffiLoader
