@@ -101,7 +101,10 @@ def test_a_child_of_a_busy_parent_is_not_stuck() -> None:
                 done.wait()
         holder = threading.Thread(target=hold)
         holder.start(); locked.wait()
-        in_child(lambda: refused(ClosedError, lambda: cache.read(0x2000, 1)))
+        for call in (lambda: cache.read(0x2000, 1), cache.invalidate,
+                     lambda: cache.replace(0x1000, 0x2000, 8)):
+            in_child(lambda: refused(ClosedError, call))
+        in_child(cache.stats)
         done.set(); holder.join()
     """)
 
@@ -222,6 +225,31 @@ def test_a_signal_handler_may_use_the_cache() -> None:
         with cache._lock:
             signal.raise_signal(signal.SIGALRM)
         assert len(seen) == 2
+    """)
+
+
+def test_a_signal_handler_does_not_wait_for_a_thread_that_waits_for_it() -> None:
+    """A handler that runs under the lock maps for itself what another thread is mapping."""
+    run("""
+        import faulthandler
+        faulthandler.dump_traceback_later(60, exit=True)
+        entered, go = threading.Event(), threading.Event()
+        original = backend.map
+        def slow(*arguments, **options):
+            backend.map = original
+            entered.set(); go.wait()
+            return original(*arguments, **options)
+        backend.map = slow
+        thread = threading.Thread(target=lambda: cache.read(0x300000, 1))
+        thread.start(); entered.wait()
+        seen = []
+        signal.signal(signal.SIGALRM, lambda *_: seen.append(cache.read(0x300000, 1)))
+        with cache._lock:
+            go.set()
+            signal.raise_signal(signal.SIGALRM)
+        thread.join()
+        assert seen == [b"\\0"]
+        faulthandler.cancel_dump_traceback_later()
     """)
 
 

@@ -8,6 +8,7 @@ import gc
 import logging
 import pickle
 import threading
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -185,6 +186,8 @@ def test_a_cache_needs_a_backend() -> None:
         ("mock", {"domain": 3}, TypeError, "domain must be a MockDomain, not int"),
         ("mock", {"memory": "1k"}, ValueError, "memory 0x400 is not a number of whole pages"),
         ("mock", {"memory": 0}, ValueError, "whole pages"),
+        ("mock", {"memory": "9999999T"}, ValueError, "whole pages"),
+        ([], {}, ValueError, r"backend \[\] is unknown"),
         ("mock", {"colour": 1}, TypeError, "colour"),
         ("xen", {"domid": -1}, ValueError, "domid -1 is not in"),
         ("xen", {"domid": "guest"}, TypeError, "domid must be an int, not str"),
@@ -711,3 +714,83 @@ def test_an_exception_that_is_kept_keeps_no_memory(domain: MockDomain, cache: Ma
         assert len(kept) == 3
     finally:
         gc.enable()
+
+
+def test_a_hit_takes_no_lock(cache: MapCache) -> None:
+    """Reads and writes of a resident bucket go on while another thread holds the cache's lock."""
+    for _ in range(2):
+        cache.read(0x2000, 8)
+    done = []
+
+    def hit() -> None:
+        cache.write(0x2000, b"12345678")
+        done.append(cache.read(0x2000, 8))
+
+    with cache._lock:
+        thread = threading.Thread(target=hit)
+        thread.start()
+        thread.join(10)
+        assert done == [b"12345678"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_whatever_a_backend_raises_the_books_are_right(
+    backend: Backend, cache: MapCache, error: type[BaseException]
+) -> None:
+    """An interrupt or a bug in the middle of a map leaves no claim and no note behind."""
+
+    def broken(gfn: int, count: int, *, writable: bool) -> object:
+        raise error
+
+    original, backend.map = backend.map, broken  # type: ignore[method-assign,assignment]
+    for call in (
+        lambda: cache.read(0x2000, 1),
+        lambda: cache.map_device(0x2000, 1, owner="t"),
+    ):
+        with pytest.raises(error):
+            call()
+    backend.map = original  # type: ignore[method-assign]
+    assert cache.stats().resident_bytes == 0
+    assert cache._pending == {}
+    assert cache.read(0x2000, 1) == b"\0"
+    assert cache.stats().resident_bytes == BUCKET
+
+
+def test_a_failed_retry_of_a_hole_keeps_the_bucket(domain: MockDomain, cache: MapCache) -> None:
+    """What is resident beside a hole stays resident when the hole is still one."""
+    cache.read(0x9F000, 1)
+    kept = cache._buckets[0x9]
+    for _ in range(2):
+        with pytest.raises(FaultError):
+            cache.map_dma(0x9FFF0, 0x20, owner="t")
+    cache.read(0xB0000 - 0x11000, 1)
+    assert cache._buckets[0x9] is kept
+    with pytest.raises(FaultError):
+        cache.read(0xA0000, 1)
+    hole = cache._buckets[0xA]
+    with pytest.raises(FaultError):
+        cache.read(0xA0000, 1)
+    assert cache._buckets[0xA] is hole
+
+
+def test_an_edge_is_crossed_with_room_for_one_bucket(domain: MockDomain, backend: Backend) -> None:
+    """The least max_resident is enough for writes and read_into over an edge, all or nothing."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=BUCKET)
+    cache.write(0x300000 - 4, b"12345678")
+    assert domain.read(0x300000 - 4, 8) == b"12345678"
+    buffer = bytearray(8)
+    cache.read_into(0x300000 - 4, buffer)
+    assert buffer == b"12345678"
+    with pytest.raises(FaultError, match=f"no page at {HOLE[0]:#x} "):
+        cache.write(HOLE[0] - 4, b"12345678")
+    assert domain.read(HOLE[0] - 4, 4) == bytes(4)
+
+
+def test_a_huge_read_copies_nothing_in_vain(backend: Backend) -> None:
+    """A length far beyond the end is a fault at the end, before a byte is copied."""
+    tracemalloc.start()
+    cache = MapCache(backend)
+    with pytest.raises(FaultError, match="no page at 0x1000000 "):
+        cache.read(HOLE[0] + HOLE[1], 1 << 51)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

@@ -176,3 +176,64 @@ def test_a_block_that_raises_ends_its_leases(memory: GuestMemory, cache: MapCach
     with pytest.raises(LeaseError), memory.segments([(AT, 8)]):
         raise LeaseError("the body's own")
     assert cache.leases() == ()
+
+
+class Named(ctypes.LittleEndianStructure):
+    _fields_ = [("length", ctypes.c_uint64), ("name", ctypes.c_char_p)]
+
+
+class Ring(ctypes.LittleEndianStructure):
+    _fields_ = [("entries", Named * 2)]
+
+
+class Listed(ctypes.LittleEndianStructure):
+    _fields_ = [("next", ctypes.POINTER(ctypes.c_uint32))]
+
+
+class Derived(Listed):
+    _fields_ = [("more", ctypes.c_uint8)]
+
+
+class Either(ctypes.Union):
+    _fields_ = [("callback", ctypes.CFUNCTYPE(None)), ("number", ctypes.c_uint64)]
+
+
+class Nested(ctypes.LittleEndianStructure):
+    _fields_ = [("either", Either)]
+
+
+@pytest.mark.parametrize("layout", [Named, Ring, Listed, Derived, Nested])
+def test_structures_with_pointers_are_refused(
+    memory: GuestMemory, cache: MapCache, layout: type[ctypes.Structure]
+) -> None:
+    """The guest would choose which of this process's memory is read, or crash it."""
+    with pytest.raises(TypeError, match=f"{layout.__name__} has pointers"):
+        with memory.structure(AT, layout):
+            pass
+    assert cache.leases() == ()
+
+
+def test_find_does_not_repeat_or_lose_at_the_edge_of_a_piece(
+    domain: MockDomain, memory: GuestMemory
+) -> None:
+    """A match that runs over the edge is not found again behind it; max_match has to be sane."""
+    domain.write(0x300000 - 8, b"x" * 16)
+    pattern = re.compile(rb"x+")
+    assert list(memory.find(pattern, 0x200000)) == [(0x300000 - 8, b"x" * 16)]
+    for wrong in (0, -4096):
+        with pytest.raises(ValueError, match="is no length of a match"):
+            memory.find(pattern, max_match=wrong)
+
+
+def test_find_maps_as_it_goes(domain: MockDomain, backend: Backend) -> None:
+    """The first match costs the first buckets only, and ballooning meanwhile is passed over."""
+    cache = MapCache(backend)
+    memory = GuestMemory(cache)
+    domain.write(0x10, b"needle")
+    domain.write(0x900000, b"needle")
+    found = memory.find(b"needle")
+    assert next(found)[0] == 0x10
+    assert cache.stats().maps <= 2
+    domain.on_invalidate(cache.invalidate)
+    domain.balloon_out(0x500000, 0x1000)
+    assert [address for address, _ in found] == [0x900000]

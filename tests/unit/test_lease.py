@@ -27,6 +27,7 @@ from xenmapcache import (
     XenCallError,
 )
 from xenmapcache.backend import Capability
+from xenmapcache.binding import libc
 
 BUCKET = 1 << 16
 AT = 0x200000
@@ -502,3 +503,117 @@ def test_leases_of_a_closed_cache(domain: MockDomain, backend: Backend) -> None:
         _ = lease.view
     with pytest.raises(ClosedError):
         cache.map_dma(AT, 8, owner="t")
+
+
+def test_a_view_is_the_callers_own(domain: MockDomain, cache: MapCache) -> None:
+    """A caller may release the view that it was given; the lease can still be released."""
+    lease = cache.map_dma(AT, 8, owner="t")
+    with lease.view as view:
+        view[:4] = b"mine"
+    assert bytes(lease.view[:4]) == b"mine"
+    lease.release()
+    assert domain.dirty == {0x200}
+
+
+def test_a_lease_taken_during_an_invalidation_belongs_to_the_next(
+    cache: MapCache, warnings: Callable[[], list[str]]
+) -> None:
+    """It is not in the report, is not warned of, and is when the next invalidation comes."""
+    survivors = cache._lessor.survivors
+
+    def late(sequence: int) -> object:
+        cache.map_dma(AT, 8, owner="late")
+        cache._lessor.survivors = survivors  # type: ignore[method-assign]
+        return survivors(sequence)
+
+    cache.map_dma(AT, 8, owner="early")
+    cache._lessor.survivors = late  # type: ignore[method-assign,assignment]
+    assert [info.owner for info in cache.invalidate().dma] == ["early"]
+    assert [info.owner for info in cache.invalidate().dma] == ["early", "late"]
+    assert sum("'late'" in message for message in warnings()) == 1
+
+
+class Refusal(logging.Filter):
+    """Raises at the first record that it sees."""
+
+    armed = True
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.fixture
+def interrupted() -> Iterator[None]:
+    """The next warning is interrupted."""
+    refusal = Refusal()
+    logger = logging.getLogger("xenmapcache")
+    logger.addFilter(refusal)
+    yield
+    logger.removeFilter(refusal)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_forced_close_that_was_interrupted_goes_on(cache: MapCache) -> None:
+    """The second close(force=True) drops what the first did not come to."""
+    leases = [cache.map_dma(AT, 8, owner=str(number)) for number in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        cache.close(force=True)
+    cache.close(force=True)
+    assert cache.leases() == ()
+    assert all(lease.released for lease in leases)
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_a_stale_release_that_was_interrupted_counts_once(cache: MapCache) -> None:
+    """Interrupted at its warning, the release can be repeated, and is counted once."""
+    lease = cache.map_dma(AT, 8, owner="t")
+    with pytest.raises(KeyboardInterrupt):
+        cache.invalidate()
+    assert len(cache.invalidate().dma) == 1
+    lease.release()
+    assert cache.stats().stale_dma == 1
+
+
+def test_a_copy_is_delivered_once(domain: MockDomain, backend: Backend) -> None:
+    """When only the marking fails, the repeated release does not overwrite what came since."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 4, owner="t")
+    reballoon(domain, AT)
+    lease.view[:] = b"DMA!"
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        lease.release()
+    assert domain.read(AT, 4) == b"DMA!"
+    domain.write(AT, b"NEW!")
+    lease.release()
+    assert domain.read(AT, 4) == b"NEW!"
+    assert domain.dirty == {0x200}
+
+
+def test_a_replace_that_fails_halfway_is_safe(
+    domain: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the kernel runs out of mappings in the middle, views are zeros, and it is said."""
+    for page in range(0, 8, 2):  # fragments: one mapping each
+        reballoon(domain, 0x900000 + page * 0x1000)
+    lease = cache.map_device(AT, 0x8000, owner="vram")
+    view = lease.view
+    view[:3] = b"old"
+    calls = []
+    original = libc.map_file
+
+    def limited(*arguments: int, **options: object) -> int:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise XenCallError("mmap", None, errno.ENOMEM)
+        return original(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(libc, "map_file", limited)
+    with pytest.raises(MappingLostError, match="ENOMEM"):
+        cache.replace(AT, 0x900000, 0x8000)
+    assert bytes(view) == bytes(0x8000)
+    assert lease.stale
+    lease.release()

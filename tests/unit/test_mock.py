@@ -103,8 +103,14 @@ def test_faults_can_be_armed(domain: MockDomain, backend: Backend) -> None:
             backend.mark_dirty(4, 2)
     domain.disarm()
     backend.mark_dirty(4, 2)
-    with pytest.raises(ValueError, match="call 'read' is none of"):
-        domain.arm("read")
+    for wrong, message in (
+        ({"call": "read"}, "call 'read' is none of"),
+        ({"call": "map", "nth": 0}, "calls are counted from 1"),
+        ({"call": "map", "errno": -5}, "errno -5 is none"),
+        ({"call": "map", "errno": 300}, "errno 300 is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            domain.arm(**wrong)
 
 
 def test_calls_are_logged_in_order(domain: MockDomain, backend: Backend) -> None:
