@@ -241,6 +241,33 @@ def test_a_lease_whose_memory_was_lost_is_stale(backend: XenBackend, fake: FakeX
             lease.release()
 
 
+def test_a_lost_address_that_another_thread_was_given(
+    backend: XenBackend, fake: FakeXen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that something else got meanwhile is neither shown by the lease nor unmapped."""
+    cover = libc.cover
+    stolen = []
+
+    def thief_first(address: int, length: int, *, replace: bool = False) -> bool:
+        assert cover(address, length)  # stands for another thread's mmap
+        stolen.append((address, length))
+        return cover(address, length, replace=replace)
+
+    with MapCache(backend, bucket_shift=14) as cache:
+        lease = cache.map_device(8 * PAGE_SIZE, PAGE_SIZE, owner="vga")
+        fake.plan(MAP2, Behaviour.DROP, errno.ENOMEM, nth=2)
+        monkeypatch.setattr(libc, "cover", thief_first)
+        with pytest.raises(MappingLostError, match="another thread has its address now"):
+            cache.replace(8 * PAGE_SIZE, 20 * PAGE_SIZE, PAGE_SIZE)
+        assert lease.stale
+        with pytest.raises(LeaseError, match="was lost"):
+            _ = lease.view
+        lease.release()
+    ((address, length),) = stolen
+    assert libc.file_at(address) is not None
+    libc.unmap(address, length)
+
+
 def test_remap_elsewhere_than_asked(backend: XenBackend, mapping: Mapping, fake: FakeXen) -> None:
     """A library that ignores the address is an error; its stray mapping goes, the old one stays."""
     before = stray_maps(fake)
