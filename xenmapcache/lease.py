@@ -52,7 +52,7 @@ class Lease(LeaseRecord):
         origin: tuple[str, ...] | None,
     ) -> None:
         self._start = start = address - (mapping.gfn << PAGE_SHIFT)  # in the mapping
-        view = mapping.view(start, length)
+        view = mapping.bytes[start : start + length]  # which the cache has found valid
         LeaseRecord.__init__(self, kind, address, length, owner, direction, lessor.sequence, origin)
         self._lessor = lessor
         self._mapping: Mapping | None = mapping

@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -78,6 +79,7 @@ class Source:
         yield self._row("random 8-byte reads over 256 MiB / the same on mmap", self.random(), 1.6)
         yield self._row("4 KiB sequential / mmap", self.sequential(4 * KiB), 1.8)
         yield self._row("1 MiB sequential / mmap", self.sequential(MiB), 1.1)
+        yield self._row("hot reads by two threads / by one", self.threads(), 1.5)
         yield self._row('view.cast("Q")[i] / a plain memoryview', self.cast(), 1.1)
         yield self._row("map_dma + release, 4 KiB / mmap[a:b]", self.dma(), 60)
         yield self._row("invalidating 256 buckets / bare munmaps", self.invalidation(), 1.5)
@@ -102,6 +104,24 @@ class Source:
                 memory[0x300000:0x300008]
 
         return ratio(ours, bare)
+
+    def threads(self) -> float:
+        """As many reads in all; what is more than 1 is the interpreter's switching."""
+        cache = self.cache
+
+        def loop(count: int) -> None:
+            read = cache.read
+            for _ in range(count):
+                read(0x300000, 8)
+
+        def two() -> None:
+            threads = [threading.Thread(target=loop, args=(50_000,)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        return ratio(two, functools.partial(loop, 100_000))
 
     def random(self) -> float:
         cache, plain = self.cache, self.plain
