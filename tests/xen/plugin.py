@@ -111,7 +111,7 @@ def live_domid(request: pytest.FixtureRequest) -> int:
 def victim(request: pytest.FixtureRequest) -> Iterator[int]:
     """Domain id of a guest made for one test, which may do to it what it likes.
 
-    It has only just been started: wait on `guest_console("victim")` for it to be up.
+    It is paused, its kernel loaded: unpause it to have it boot.
     """
     config: Path | None = request.config.getoption("victim_config")
     if config is None:
@@ -121,7 +121,7 @@ def victim(request: pytest.FixtureRequest) -> Iterator[int]:
         raise pytest.UsageError(f"{config} names no guest")
     name = found[1]
     (CONSOLE / f"guest-{name}.log").unlink(missing_ok=True)  # an earlier victim's words
-    _xl("create", "-q", str(config))
+    _xl("create", "-q", "-p", str(config))
     try:
         yield int(_xl("domid", name))
     finally:
