@@ -118,8 +118,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(release: Release, folder: Path) -> None:
-    # We hold the lock: what else of this release lies here is out of date or a dead builder's.
-    for old in folder.parent.glob(f"{release.xen}-*"):
+    # We hold the lock: a folder being built is a dead builder's. One finished image is kept, since
+    # two checkouts that differ would else build in turns.
+    others = sorted(folder.parent.glob(f"{release.xen}-*"), key=lambda path: path.stat().st_mtime)
+    dead = [path for path in others if "-building-" in path.name]
+    for old in [*dead, *[path for path in others if path not in dead][:-1]]:
         shutil.rmtree(old)
     work = Path(tempfile.mkdtemp(prefix=f"{release.xen}-building-", dir=folder.parent))
     try:
