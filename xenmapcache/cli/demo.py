@@ -81,7 +81,7 @@ class _Machine:
         self.guest.on_invalidate(lambda: self.invalidations.append(cache.invalidate()))
         self.guest.write(_PACKET, _OLD_PACKET)
         self.guest.write(_PLAIN, b"before")
-        self.plain_before = cache.read(_PLAIN, 6)
+        cache.read(_PLAIN, 6)  # resident from here on, so a stale read would be seen later
         dma, way = cache.map_dma, DmaDirection
         self.video = cache.map_device(_VIDEO, 8 * MiB, owner="vga")
         self.sector = dma(_SECTOR, 512, owner="ide0", direction=way.FROM_DEVICE)
