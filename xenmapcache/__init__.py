@@ -1,7 +1,6 @@
 """A map cache over Xen guests' memory that tells device mappings from DMA mappings."""
 
 from .backend import Backend, Capability, open_backend
-from .backends.mock import MockDomain, MockHypervisor
 from .cache import CacheStats, Invalidation, MapCache
 from .errors import (
     BackendUnavailableError,
@@ -19,6 +18,7 @@ from .guest import GuestMemory
 from .lease import Lease
 from .ledger import DmaDirection, LeaseInfo, LeaseKind
 from .mapping import Mapping
+from .mock import MockDomain, MockHypervisor
 
 __version__ = "0.1.0"
 

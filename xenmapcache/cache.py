@@ -451,6 +451,11 @@ class MapCache(Buckets):
             )
 
     @property
+    def backend(self) -> Backend:
+        """The source of memory that it was made with."""
+        return self._backend
+
+    @property
     def memory_end(self) -> int | None:
         """One past the last guest address that may be there, or None if that is not known."""
         return self._backend.memory_end

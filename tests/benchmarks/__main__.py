@@ -227,7 +227,7 @@ class Source:
             snapshot = tracemalloc.take_snapshot()
             tracemalloc.stop()
         kept = snapshot.filter_traces(
-            [tracemalloc.Filter(False, "*/mock.py", lineno=line) for line in log_lines()]
+            [tracemalloc.Filter(False, "*/mock/domain.py", lineno=line) for line in log_lines()]
         )
         return sum(trace.size for trace in kept.traces) / (SIZE // step)
 
@@ -249,10 +249,10 @@ def unmap_all(addresses: list[int]) -> None:
 
 
 def log_lines() -> list[int]:
-    """Return the lines of mock.py that write its log."""
-    from xenmapcache.backends import mock
+    """Return the lines of the mock that write its log."""
+    from xenmapcache.mock import domain
 
-    text = Path(mock.__file__).read_text().splitlines()
+    text = Path(domain.__file__).read_text().splitlines()
     return [number for number, line in enumerate(text, 1) if "_calls.append" in line]
 
 

@@ -12,15 +12,15 @@ import xenmapcache
 PACKAGE = Path(xenmapcache.__file__).parent
 
 LAYERS = [
-    {"errors", "address"},
+    {"errors", "address", "ioreq"},
     {"binding"},
     {"mapping", "ledger"},
     {"backend"},
-    {"lease"},
+    {"lease", "mock"},
     {"buckets", "backends"},
     {"cache"},
-    {"guest"},
-    {"cli"},
+    {"guest", "devicemodel"},
+    {"cli", "pytest_plugin"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 ABOVE_ALL = {"__init__", "__main__"}

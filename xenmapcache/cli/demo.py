@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from ..address import KiB, MiB
 from ..backend import open_backend
-from ..backends.mock import PAGES_PER_INVALIDATE, MockHypervisor
 from ..cache import Invalidation, MapCache
 from ..lease import OnStale
 from ..ledger import DmaDirection, LeaseInfo
+from ..mock import PAGES_PER_INVALIDATE, MockHypervisor
 from .output import Output, print_json
 
 _MEMORY = 32 * MiB

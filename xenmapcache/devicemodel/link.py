@@ -1,0 +1,83 @@
+"""What an :class:`.server.IoreqServer` needs of the hypervisor: live Xen's, or the mock's."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from ..ioreq import RequestKind
+
+
+class Link(Protocol):
+    """An ioreq server as the hypervisor keeps it, seen from its device model.
+
+    Synchronization: for one thread at a time.
+    """
+
+    @property
+    def id(self) -> int:
+        """Its number in the domain."""
+
+    @property
+    def page(self) -> memoryview:
+        """The synchronous requests, one slot of 32 bytes a vCPU."""
+
+    @property
+    def ring(self) -> memoryview | None:
+        """The page of buffered requests, or None."""
+
+    def enable(self) -> None:
+        """Get requests from now on; after it each vCPU's slot has its event channel."""
+
+    def disable(self) -> None:
+        """Get no more requests. Those that were sent still wait for their answers."""
+
+    def buffered_port(self) -> int:
+        """Return the event channel of the ring, for :meth:`bind`."""
+
+    def bind(self, remote_port: int) -> int:
+        """Connect to an event channel and return the port at this end."""
+
+    def claim(self, kind: RequestKind, first: int, last: int) -> None:
+        """Take over a range, both ends included; for PCI_CONFIG a function's number, twice."""
+
+    def unclaim(self, kind: RequestKind, first: int, last: int) -> None:
+        """Give a range back."""
+
+    def fileno(self) -> int:
+        """Return what becomes readable when there is an event."""
+
+    def pending(self) -> int | None:
+        """Return a port that has an event, and mask it; None if there is none. Never blocks."""
+
+    def unmask(self, port: int) -> None:
+        """Let a port have events again."""
+
+    def notify(self, port: int) -> None:
+        """Tell the other end of a port to look."""
+
+    def restrict(self) -> None:
+        """Give up this process's rights to other domains."""
+
+    def inject_msi(self, address: int, data: int) -> None:
+        """Raise a message-signalled interrupt."""
+
+    def set_isa_irq(self, irq: int, level: bool) -> None:
+        """Set the level of an ISA interrupt line."""
+
+    def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
+        """Set the level of a PCI function's interrupt pin."""
+
+    def close(self) -> None:
+        """Destroy the server and let go of its pages and channels."""
+
+
+@runtime_checkable
+class IoreqDomain(Protocol):
+    """A domain that can have ioreq servers of its own making, such as a MockDomain."""
+
+    @property
+    def domid(self) -> int:
+        """Its number."""
+
+    def open_ioreq_server(self, *, buffered: bool) -> Link:
+        """Create one."""

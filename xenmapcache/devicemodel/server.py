@@ -1,0 +1,592 @@
+"""IoreqServer: carries out what a guest's vCPUs do to the devices that a program models."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Self, TypeVar
+
+from ..address import check_range
+from ..cache import MapCache
+from ..errors import ClosedError
+from ..ioreq import (
+    BUS_OFFSET,
+    SLOT_SIZE,
+    Request,
+    RequestKind,
+    State,
+    answer,
+    bdf_number,
+    decode,
+    next_buffered,
+    parse_bdf,
+    port_of,
+    set_state,
+    state_of,
+    take_buffered,
+)
+from .link import IoreqDomain, Link
+from .regions import Device, Region, Regions
+
+logger = logging.getLogger("xenmapcache.devicemodel")
+
+Callback = TypeVar("Callback", bound=Callable[[], object])
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PORTS = 1 << 16
+_PCI_CONFIG_SIZE = 4096
+
+
+class IoreqServer:
+    """An ioreq server of a domain, and the devices behind it. Also a context manager.
+
+    Making one only describes it. It goes live with ``with server:`` (or :meth:`open`):
+    created, its page mapped, enabled, an event channel bound for every vCPU, and what was
+    claimed is claimed. Leaving answers all that is pending and destroys it.
+
+    Every request is answered: a handler that raises is logged with its request, its read
+    gives all ones, and the server goes on. INVALIDATE, which Xen sends when the guest gives
+    up memory, is answered after the callbacks of :meth:`on_quiesce` and then
+    ``cache.invalidate()`` have returned. Follows ``xendevicemodel.h`` and ``hvm/ioreq.h``.
+
+    Args:
+        domain: a domid, for root in Dom0 on x86; or a :class:`MockDomain`.
+        cache: of that domain's memory. It stays yours to close, after the server.
+        buffered: take buffered requests too (Xen sends some for a standard VGA).
+        restrict: once it is open, give up this process's rights to all other domains, for
+            good (``xentoolcore_restrict_all``). Open everything else before.
+        recover: first clear away ioreq servers of the domain whose process has died without
+            destroying them: their vCPUs go on, reading all ones. Only where no other
+            device model of this domain starts at the same moment.
+        binding: ``"cffi"`` or ``"ctypes"``; None takes cffi if it is there.
+
+    Attributes:
+        requests: how many requests were answered, INVALIDATE included.
+        invalidations: how many of them were INVALIDATE.
+        failures: how many could not be carried out as the guest asked; each was logged.
+
+    Synchronization: claims, ``stop`` and ``close`` may be called in any thread. Handlers and
+    callbacks run one at a time, in the thread that serves.
+    """
+
+    def __init__(
+        self,
+        domain: int | IoreqDomain,
+        cache: MapCache,
+        *,
+        buffered: bool = False,
+        restrict: bool = False,
+        recover: bool = False,
+        binding: str | None = None,
+    ) -> None:
+        if isinstance(domain, bool) or not isinstance(domain, int | IoreqDomain):
+            raise TypeError(f"domain must be a domid or a MockDomain, not {domain!r}")
+        if not isinstance(cache, MapCache):
+            raise TypeError(f"cache must be a MapCache, not {type(cache).__name__}")
+        domid = domain if isinstance(domain, int) else domain.domid
+        mapped = getattr(cache.backend, "domid", domid)
+        if mapped != domid:
+            raise ValueError(f"the cache maps domain {mapped}, the server is for domain {domid}")
+        self.domid = domid
+        self.cache = cache
+        self.requests = 0
+        self.invalidations = 0
+        self.failures = 0
+        self._domain = domain
+        self._buffered = buffered
+        self._restrict = restrict
+        self._recover = recover
+        self._binding = binding
+        self._regions = Regions()
+        self._quiesce: list[Callable[[], object]] = []
+        self._link: Link | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._vcpus: dict[int, int] = {}  # by local port
+        self._ring_port = -1
+        self._lock = threading.RLock()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self._wake)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open" if self._link else "not open"
+        return f"<IoreqServer of domain {self.domid}, {state}>"
+
+    # --- life -----------------------------------------------------------------------
+
+    @property
+    def id(self) -> int:
+        """Xen's number of the server; ClosedError if it is not open."""
+        return self._open_link().id
+
+    def open(self) -> None:
+        """Go live; on an error nothing is left behind.
+
+        Raises:
+            BackendUnavailableError: no library, no Xen, or no permission.
+            UnsupportedOperationError: not on x86, or Xen's libraries are older than 4.11.
+            XenCallError: Xen refused; for example the domain has eight servers, or is a PV guest.
+            ClosedError: it was opened before.
+        """
+        with self._lock:
+            if self._closed or self._link is not None:
+                raise ClosedError(f"{self!r}: make another one to open it again")
+            self._link = link = self._connect()
+            # Without it an exit that nobody planned would leave vCPUs stuck for ever.
+            atexit.register(self.close)
+            try:
+                link.enable()
+                for vcpu in range(len(link.page) // SLOT_SIZE):
+                    if port := port_of(link.page, vcpu):
+                        self._vcpus[link.bind(port)] = vcpu
+                if link.ring is not None:
+                    self._ring_port = link.bind(link.buffered_port())
+                for region in self._regions:
+                    link.claim(region.kind, *_ends(region))
+                if self._restrict:
+                    link.restrict()
+            except BaseException:
+                self.close()
+                raise
+
+    def _connect(self) -> Link:
+        if not isinstance(self._domain, int):
+            return self._domain.open_ioreq_server(buffered=self._buffered)
+        from .xen import XenLink
+
+        return XenLink(
+            self._domain, buffered=self._buffered, recover=self._recover, binding=self._binding
+        )
+
+    def close(self) -> None:
+        """Get no more requests, answer those that wait, and destroy the server. Idempotent.
+
+        A handler may call it; :meth:`stop` is kinder.
+        """
+        if os.getpid() != self._pid:
+            return  # the server is the parent's
+        with self._lock:
+            link = self._link
+            if link is None:
+                self._closed = True
+                return
+            try:
+                link.disable()
+                for port, vcpu in self._vcpus.items():
+                    if self._link is link:
+                        self._serve(link, port, vcpu)
+            finally:
+                if self._link is link:  # or one of these handlers has closed it
+                    self._destroy(link)
+
+    def _destroy(self, link: Link) -> None:
+        """Destroy the server, after an answer to whoever still waits: who is closing, say."""
+        try:
+            for port, vcpu in self._vcpus.items():
+                if state_of(link.page, vcpu) in (State.READY, State.INPROCESS):
+                    request = decode(link.page, vcpu)
+                    self._fail(request, "the server was closed before it was carried out")
+                    answer(link.page, vcpu, _nothing(request))
+                    link.notify(port)
+        finally:
+            self._closed = True
+            self._link = None
+            os.eventfd_write(self._wake, 1)
+            atexit.unregister(self.close)
+            link.close()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_link(self) -> Link:
+        if os.getpid() != self._pid:
+            raise ClosedError(f"this ioreq server belongs to process {self._pid}, which forked")
+        if self._link is None:
+            raise ClosedError(f"{self!r}: use it inside `with server:`")
+        return self._link
+
+    # --- what it answers for ----------------------------------------------------------
+
+    def claim_ports(self, first: int, count: int, device: Device | None = None) -> Region:
+        """Answer for ports ``first .. first + count``.
+
+        Args:
+            first: the first port.
+            count: how many.
+            device: has ``read(offset, size)`` and/or ``write(offset, size, value)``; or
+                give the region its handlers with its decorators.
+
+        Raises:
+            ValueError: those are no ports, or some are claimed by this server.
+            TypeError: a device without either method.
+            XenCallError: Xen refused.
+        """
+        if not (first >= 0 < count and first + count <= _PORTS):
+            raise ValueError(f"ports {first:#x}..{first + count:#x} are not within 0..{_PORTS:#x}")
+        return self._claim(RequestKind.PORT, first, count, device)
+
+    def claim_mmio(self, address: int, length: int, device: Device | None = None) -> Region:
+        """Answer for accesses to guest-physical addresses where there is no memory.
+
+        Args:
+            address: the first byte.
+            length: in bytes; the range is half-open.
+            device: as for :meth:`claim_ports`.
+
+        Raises:
+            TypeError, ValueError, XenCallError: as :meth:`claim_ports`.
+        """
+        address, length = check_range(address, length)
+        return self._claim(RequestKind.MMIO, address, length, device)
+
+    def claim_pci(self, bdf: str, device: Device | None = None) -> Region:
+        """Answer for the configuration space of a PCI function.
+
+        Args:
+            bdf: as ``"0000:00:05.0"``.
+            device: as for :meth:`claim_ports`; offsets are in configuration space.
+
+        Raises:
+            TypeError, ValueError, XenCallError: as :meth:`claim_ports`.
+        """
+        start = bdf_number(bdf) << BUS_OFFSET
+        return self._claim(RequestKind.PCI_CONFIG, start, _PCI_CONFIG_SIZE, device)
+
+    def _claim(self, kind: RequestKind, start: int, length: int, device: object) -> Region:
+        region = Region(kind, start, length, device, self._release)
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"{self!r} can claim no more")
+            self._regions.add(region)
+            if self._link is not None:
+                try:
+                    self._link.claim(kind, *_ends(region))
+                except BaseException:
+                    self._regions.remove(region)
+                    raise
+        return region
+
+    def _release(self, region: Region) -> None:
+        with self._lock:
+            self._regions.remove(region)
+            if self._link is not None:
+                try:
+                    self._link.unclaim(region.kind, *_ends(region))
+                except BaseException:
+                    self._regions.add(region)
+                    raise
+
+    def on_quiesce(self, callback: Callback) -> Callback:
+        """Have ``callback()`` called before an INVALIDATE drops the mappings; a decorator.
+
+        It is the last moment for DMA that is under way: finish it, and release its leases.
+        The guest's vCPU waits, so be quick. One that raises is logged.
+        """
+        self._quiesce.append(callback)
+        return callback
+
+    # --- interrupts -------------------------------------------------------------------
+
+    def inject_msi(self, address: int, data: int) -> None:
+        """Raise a message-signalled interrupt, as the guest has programmed it.
+
+        Raises:
+            XenCallError: Xen refused.
+            ClosedError: the server is not open.
+        """
+        self._open_link().inject_msi(address, data)
+
+    def set_isa_irq(self, irq: int, level: bool) -> None:
+        """Set the level of an ISA interrupt line, 0 to 15 (HVM guests); as :meth:`inject_msi`."""
+        self._open_link().set_isa_irq(irq, level)
+
+    def set_pci_intx(self, bdf: str, pin: int, level: bool) -> None:
+        """Set a PCI function's interrupt pin, 0 (INTA) to 3 (HVM guests); as :meth:`inject_msi`."""
+        self._open_link().set_pci_intx(parse_bdf(bdf), pin, level)
+
+    # --- serving ----------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Return what becomes readable when :meth:`process_pending` has something to do."""
+        return self._open_link().fileno()
+
+    def process_pending(self) -> int:
+        """Answer what is there, without waiting; so many events at most as there are channels.
+
+        Returns:
+            How many requests were answered.
+
+        Raises:
+            XenCallError: Xen failed; for example the domain is gone.
+            ClosedError: the server is not open.
+        """
+        self._open_link()  # before a lock that a parent's thread may have held at the fork
+        answered = self.requests
+        with self._lock:
+            link = self._open_link()
+            # A guest that never stops asking must not keep a foreign loop from its other work.
+            for _ in range(len(self._vcpus) + 1):
+                port = link.pending()
+                if port is None:
+                    break
+                # Before the slot is looked at: what comes after that is a new event.
+                link.unmask(port)
+                if port == self._ring_port:
+                    self._drain(link)
+                elif port in self._vcpus:
+                    self._serve(link, port, self._vcpus[port])
+                if self._link is not link:  # closed by a handler
+                    break
+            return self.requests - answered
+
+    def serve_forever(self) -> int | None:
+        """Answer requests until :meth:`stop` or :meth:`close`, or SIGINT or SIGTERM.
+
+        In the main thread the two signals end it between two requests; a second one
+        interrupts the handler that does not return.
+
+        Returns:
+            The signal's number, or None if no signal ended it.
+
+        Raises:
+            XenMapCacheError: as :meth:`process_pending`.
+        """
+        with _signals(self._wake) as caught:
+            poller = select.poll()
+            poller.register(self._wake, select.POLLIN)
+            poller.register(self.fileno(), select.POLLIN)
+            while True:
+                events = poller.poll()
+                if self._closed or any(fd == self._wake for fd, _ in events):
+                    self._awake()
+                    return caught[0] if caught else None
+                self.process_pending()
+
+    def stop(self) -> None:
+        """End :meth:`serve_forever` or :meth:`serve_async`, or the next one. From any thread."""
+        os.eventfd_write(self._wake, 1)
+
+    def _awake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Self]:
+        """Serve in a thread of its own for a ``with`` block.
+
+        Raises:
+            XenMapCacheError: at the end, what ended that thread.
+        """
+        ended: list[BaseException] = []
+
+        def serve() -> None:
+            try:
+                self.serve_forever()
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=serve, name=f"ioreq server of domain {self.domid}")
+        thread.start()
+        try:
+            yield self
+        finally:
+            self.stop()
+            thread.join()
+            self._awake()  # where it had ended before
+        if ended:
+            raise ended[0]
+
+    async def serve_async(self) -> None:
+        """Answer requests in the running event loop until :meth:`stop`, SIGTERM, or cancelled.
+
+        Handlers run in the loop's thread, between other callbacks.
+
+        Raises:
+            XenMapCacheError: as :meth:`process_pending`.
+        """
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def serve() -> None:
+            try:
+                self.process_pending()
+            except BaseException as error:
+                if done.done() or not isinstance(error, Exception):
+                    raise
+                done.set_exception(error)
+
+        def end() -> None:
+            self._awake()
+            if not done.done():
+                done.set_result(None)
+
+        fd = self.fileno()
+        with contextlib.ExitStack() as stack:
+            loop.add_reader(fd, serve)
+            stack.callback(loop.remove_reader, fd)
+            loop.add_reader(self._wake, end)
+            stack.callback(loop.remove_reader, self._wake)
+            if _is_default(signal.SIGTERM):
+                loop.add_signal_handler(signal.SIGTERM, end)
+                stack.callback(loop.remove_signal_handler, signal.SIGTERM)
+            await done
+
+    # --- requests ---------------------------------------------------------------------
+
+    def _serve(self, link: Link, port: int, vcpu: int) -> None:
+        """Answer a vCPU's request, whatever happens; events without one are passed over."""
+        page = link.page
+        if state_of(page, vcpu) != State.READY:
+            return
+        request = decode(page, vcpu)
+        set_state(page, vcpu, State.INPROCESS)
+        data = _nothing(request)
+        try:
+            self._drain(link)  # what the vCPU wrote before comes before
+            data = self._perform(request)
+        except Exception:
+            self._fail(request, "failed", exc_info=True)
+        finally:
+            if self._link is link:  # or the handler has closed it, with an answer
+                self.requests += 1
+                answer(page, vcpu, data)
+                link.notify(port)
+
+    def _drain(self, link: Link) -> None:
+        """Carry out the buffered requests."""
+        ring = link.ring
+        while ring is not None and self._link is link:
+            request = next_buffered(ring)
+            if request is None:
+                return
+            self.requests += 1
+            try:
+                self._perform(request)
+            except Exception:
+                self._fail(request, "failed", exc_info=True)
+            finally:
+                if self._link is link:
+                    take_buffered(ring, request)
+
+    def _fail(self, request: Request, what: str, *, exc_info: bool = False) -> None:
+        self.failures += 1
+        logger.error("domain %d: %s: %s", self.domid, request, what, exc_info=exc_info)
+
+    def _perform(self, request: Request) -> int:
+        """Carry out a request and return its data."""
+        kind = request.kind
+        if kind == RequestKind.INVALIDATE:
+            self._invalidate(request)
+            return request.data
+        if kind == RequestKind.TIMEOFFSET:
+            return request.data
+        if kind not in (RequestKind.PORT, RequestKind.MMIO, RequestKind.PCI_CONFIG):
+            raise ValueError("a kind of request that this package does not know")
+        if request.size not in (1, 2, 4, 8):
+            raise ValueError(f"size {request.size} is none of 1, 2, 4, 8")
+        if request.is_pointer:
+            self._move(request)
+            return request.data
+        data = request.data
+        for number in range(request.items):
+            data = self._access(request, number, data)
+        return data
+
+    def _access(self, request: Request, number: int, data: int) -> int:
+        """Do one item of a request; return what was read, or what was written."""
+        kind, size = RequestKind(request.kind), request.size
+        address = request.address
+        if number and kind is RequestKind.MMIO:  # a port stays where it is
+            address += -number * size if request.is_backward else number * size
+        region = self._regions.find(kind, address, size)
+        if region is None:
+            raise LookupError(f"no region of this server holds {size} bytes at {address:#x}")
+        if request.is_read:
+            return region.do_read(address - region.start, size)
+        region.do_write(address - region.start, size, data & request.all_ones)
+        return data
+
+    def _move(self, request: Request) -> None:
+        """Move data between a device and guest memory, through the cache."""
+        size, length = request.size, request.size * request.items
+        low = request.data - (length - size if request.is_backward else 0)
+        places = range(0, length, size)
+        if request.is_backward:
+            places = places[::-1]
+        if not request.is_read:
+            block = self.cache.read(low, length)
+            for number, place in enumerate(places):
+                value = int.from_bytes(block[place : place + size], "little")
+                self._access(request, number, value)
+            return
+        # A handler that raises leaves all ones where it and those after it would have come.
+        items = bytearray(b"\xff" * length)
+        try:
+            for number, place in enumerate(places):
+                value = self._access(request, number, 0)
+                items[place : place + size] = value.to_bytes(size, "little")
+        finally:
+            self.cache.write(low, items)
+
+    def _invalidate(self, request: Request) -> None:
+        self.invalidations += 1
+        for callback in self._quiesce:
+            try:
+                callback()
+            except Exception:
+                self._fail(request, f"{callback!r} failed", exc_info=True)
+        self.cache.invalidate()
+
+
+def _nothing(request: Request) -> int:
+    """Return the data of an answer where nothing could be done."""
+    return request.all_ones if request.is_read and not request.is_pointer else request.data
+
+
+def _ends(region: Region) -> tuple[int, int]:
+    """Return what Xen is told of a region: its first and last, or a PCI function's number."""
+    if region.kind is RequestKind.PCI_CONFIG:
+        bdf = region.start >> BUS_OFFSET
+        return bdf, bdf
+    return region.start, region.end - 1
+
+
+def _is_default(number: signal.Signals) -> bool:
+    """Tell whether this thread may handle a signal that nobody handles yet."""
+    return threading.current_thread() is threading.main_thread() and signal.getsignal(number) in (
+        signal.SIG_DFL,
+        signal.default_int_handler,
+    )
+
+
+@contextlib.contextmanager
+def _signals(wake: int) -> Iterator[list[int]]:
+    """Have signals that nobody handles wake a descriptor; yields those that came."""
+    caught: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
+        caught.append(number)
+        os.eventfd_write(wake, 1)
+
+    before = {number: signal.signal(number, handle) for number in _SIGNALS if _is_default(number)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,12 @@
+"""A small Xen without Xen: domains with a p2m, real memory, vCPUs, ballooning, faults on demand.
+
+Frames live in a memfd and are mapped with real ``mmap``: a hole really faults, a
+frame that was ballooned out lives on under old mappings as an orphan, and a gfn that
+was ballooned in again has a new frame, so that DMA through a stale mapping is really
+lost. All of it can be seen from the guest's side.
+"""
+
+from .domain import PAGES_PER_INVALIDATE, Call, MockDomain
+from .hypervisor import MockHypervisor
+
+__all__ = ["PAGES_PER_INVALIDATE", "Call", "MockDomain", "MockHypervisor"]
