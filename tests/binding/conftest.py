@@ -9,6 +9,8 @@ import pytest
 from tests.fake_xen import FakeXen, need
 from tests.fake_xen.fixtures import MakeFake, make_fake
 from xenmapcache.binding.control import Control
+from xenmapcache.binding.devicemodel import DeviceModel
+from xenmapcache.binding.eventchannel import EventChannels
 from xenmapcache.binding.foreignmemory import ForeignMemory
 
 __all__ = ["make_fake"]
@@ -42,4 +44,20 @@ def control(fake: FakeXen, binding: str) -> Iterator[Control]:
     """An open libxenctrl; its functions were used properly."""
     with Control(binding=binding, library=fake.library) as control:
         yield control
+    assert fake.misuses == 0
+
+
+@pytest.fixture
+def model(fake: FakeXen, binding: str) -> Iterator[DeviceModel]:
+    """An open libxendevicemodel; its functions were used properly."""
+    with DeviceModel(binding=binding, library=fake.library) as model:
+        yield model
+    assert fake.misuses == 0
+
+
+@pytest.fixture
+def channels(fake: FakeXen, binding: str) -> Iterator[EventChannels]:
+    """An open libxenevtchn; its functions were used properly."""
+    with EventChannels(binding=binding, library=fake.library) as channels:
+        yield channels
     assert fake.misuses == 0

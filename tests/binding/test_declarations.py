@@ -13,13 +13,16 @@ import pytest
 
 import build_ffi
 from tests.fake_xen import compiler, missing, need
-from xenmapcache.binding import ctypes_loader
+from xenmapcache.binding import ctypes_loader, devicemodel
 from xenmapcache.binding.declarations import (
     CONTROL,
+    DEVICE_MODEL,
+    EVENT_CHANNEL,
     FOREIGN_MEMORY,
     LIBC,
     LIBRARIES,
     SCALARS,
+    TOOL_CORE,
     TOOL_LOG,
     TYPES,
     Library,
@@ -100,6 +103,16 @@ def test_declarations_match_the_headers(library: Library, check: Check, tmp_path
             "const xen_pfn_t *arr,\n                          int *err",
             "int *arr, int *err",
         ),
+        (DEVICE_MODEL, "int handle_bufioreq,", ""),
+        (DEVICE_MODEL, "xen_pfn_t *ioreq_gfn", "int *ioreq_gfn"),
+        (
+            DEVICE_MODEL,
+            "struct xen_dm_op_modified_memory_extent extents[]",
+            "xen_pfn_t extents[]",
+        ),
+        (EVENT_CHANNEL, "uint32_t domid,\n", "\n"),
+        (EVENT_CHANNEL, "xenevtchn_fd(xenevtchn_handle *xce)", "xenevtchn_fd(int xce)"),
+        (TOOL_CORE, "domid_t domid", "domid_t *domid"),
         (TOOL_LOG, "FILE *f, xentoollog_level", "int *f, xentoollog_level"),
         (LIBC, "const char *mode", "const int *mode"),
     ],
@@ -114,14 +127,41 @@ def test_a_wrong_declaration_is_found(
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"), [("uint32_t dom,", "uint64_t dom,"), ("domid_t domid", "uint32_t domid")]
+    ("library", "right", "wrong"),
+    [
+        (FOREIGN_MEMORY, "uint32_t dom,", "uint64_t dom,"),
+        (FOREIGN_MEMORY, "domid_t domid", "uint32_t domid"),
+        (DEVICE_MODEL, "typedef uint16_t ioservid_t", "typedef uint32_t ioservid_t"),
+        (DEVICE_MODEL, "uint8_t intx", "uint16_t intx"),
+        (DEVICE_MODEL, "uint64_t first_pfn", "uint32_t first_pfn"),
+        (DEVICE_MODEL, "uint32_t msi_data", "uint64_t msi_data"),
+        (EVENT_CHANNEL, "evtchn_port_t remote_port", "domid_t remote_port"),
+        (EVENT_CHANNEL, "int xenevtchn_port_or_error_t", "long xenevtchn_port_or_error_t"),
+        (TOOL_CORE, "domid_t domid", "uint32_t domid"),
+    ],
 )
-def test_a_wrong_width_is_found(right: str, wrong: str, tmp_path: Path) -> None:
+def test_a_wrong_width_is_found(library: Library, right: str, wrong: str, tmp_path: Path) -> None:
     """A number of the wrong width, which calls would convert silently, is a conflicting type."""
-    need_header(FOREIGN_MEMORY)
-    source = FOREIGN_MEMORY.source.replace(right, wrong)
-    errors = redeclared(FOREIGN_MEMORY._replace(source=source), tmp_path)
+    need_header(library)
+    assert right in library.source
+    source = library.source.replace(right, wrong)
+    errors = redeclared(library._replace(source=source), tmp_path)
     assert "conflicting types for" in errors
+
+
+def test_extent_of_written_pages() -> None:
+    """What modified_memory_bulk is given has the size and the fields of the header's structure."""
+    need_header(DEVICE_MODEL)
+    source = f"""{DEVICE_MODEL.includes}
+typedef struct xen_dm_op_modified_memory_extent extent;
+_Static_assert(sizeof(extent) == {devicemodel._EXTENT.size}, "size");
+_Static_assert(__builtin_offsetof(extent, nr) == 0 && sizeof(((extent *)0)->nr) == 4, "nr");
+_Static_assert(__builtin_offsetof(extent, pad) == 4, "pad");
+_Static_assert(__builtin_offsetof(extent, first_pfn) == 8, "first_pfn");
+"""
+    assert run_gcc(["-fsyntax-only"], source) == ""
+    count, first = (7).to_bytes(4, sys.byteorder), (9).to_bytes(8, sys.byteorder)
+    assert devicemodel._EXTENT.pack(7, 0, 9) == count + bytes(4) + first
 
 
 # --- the parser -------------------------------------------------------------------------

@@ -16,54 +16,63 @@ from tests.fake_xen import Behaviour, FakeXen, missing
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache.binding import handle as handle_module
 from xenmapcache.binding.control import Control
-from xenmapcache.binding.declarations import CONTROL, FOREIGN_MEMORY, LIBRARIES, Library, prototypes
+from xenmapcache.binding.declarations import (
+    CONTROL,
+    FOREIGN_MEMORY,
+    LIBRARIES,
+    TOOL_CORE,
+    Library,
+    prototypes,
+)
+from xenmapcache.binding.devicemodel import DeviceModel
+from xenmapcache.binding.eventchannel import EventChannels
 from xenmapcache.binding.foreignmemory import ForeignMemory
-from xenmapcache.binding.handle import find_library, xen_version
+from xenmapcache.binding.handle import Handle, find_library, xen_version
 from xenmapcache.binding.loader import get_loader
+from xenmapcache.binding.toolcore import restrict_all
 from xenmapcache.errors import BackendUnavailableError, UnsupportedOperationError
 
-KINDS = (ForeignMemory, Control)
+KINDS: tuple[type[Handle], ...] = (ForeignMemory, Control, DeviceModel, EventChannels)
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.declared.name)
-def kind(request: pytest.FixtureRequest) -> type[ForeignMemory | Control]:
-    """Both libraries."""
-    chosen: type[ForeignMemory | Control] = request.param
+def kind(request: pytest.FixtureRequest) -> type[Handle]:
+    """Each library that is opened."""
+    chosen: type[Handle] = request.param
     return chosen
 
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """A function that makes this look like a machine with privcmd, a Xen version, or neither."""
+    """A function that makes this look like a machine with a node, a Xen version, or neither."""
 
     def make(*, node: bool = False, version: str | None = None) -> Path:
-        path = tmp_path / "privcmd"
+        path = tmp_path / "node"
         if node:
             path.touch()
-        monkeypatch.setattr(handle_module, "_PRIVCMD", (tmp_path / "absent", path))
+        for kind in KINDS:
+            monkeypatch.setattr(kind, "nodes", (tmp_path / "absent", path))
         monkeypatch.setattr(handle_module, "xen_version", lambda: version)
         return path
 
     return make
 
 
-def failure(kind: type[ForeignMemory | Control], binding: str, library: str | None = None) -> str:
+def failure(kind: type[Handle], binding: str, library: str | None = None) -> str:
     """Return the message of an open that fails."""
     with pytest.raises(BackendUnavailableError) as caught:
         kind(binding=binding, library=library)
     return str(caught.value)
 
 
-def test_no_library(kind: type[ForeignMemory | Control], binding: str) -> None:
+def test_no_library(kind: type[Handle], binding: str) -> None:
     """A file that is not there: its name, and the package to install."""
     message = failure(kind, binding, "/nowhere/lib.so")
     assert "/nowhere/lib.so cannot be loaded" in message
     assert kind.declared.package in message
 
 
-def test_library_of_something_else(
-    kind: type[ForeignMemory | Control], binding: str, make_fake: MakeFake
-) -> None:
+def test_library_of_something_else(kind: type[Handle], binding: str, make_fake: MakeFake) -> None:
     """A library that lacks a function that cannot be done without: which one."""
     fake = make_fake("WRONG")
     message = failure(kind, binding, fake.library)
@@ -73,18 +82,30 @@ def test_library_of_something_else(
     assert fake.calls == []
 
 
+def test_no_tool_core(binding: str, make_fake: MakeFake) -> None:
+    """Without libxentoolcore, or with another library in its place, restricting says so."""
+    with pytest.raises(
+        BackendUnavailableError, match="/nowhere/lib.so cannot be loaded.*toolcore1"
+    ):
+        restrict_all(1, binding=binding, library="/nowhere/lib.so")
+    wrong = make_fake("WRONG").library
+    with pytest.raises(BackendUnavailableError, match="it is not libxentoolcore"):
+        restrict_all(1, binding=binding, library=wrong)
+
+
 @pytest.mark.parametrize(
     ("node", "version", "number", "expected"),
     [
-        (False, None, errno.ENOENT, "this is not a Xen host"),
+        (False, None, errno.ENOENT, "there is no ABSENT: this is not a Xen host"),
         (True, None, errno.ENOENT, "this is not a Xen host"),
+        (False, "4.17", errno.ENOENT, "there is no ABSENT: load the kernel module MODULE"),
         (True, "4.17", errno.EACCES, "no permission for NODE: run as root in Dom0"),
         (True, "4.17", errno.EPERM, "no permission for NODE: run as root in Dom0"),
         (True, "4.17", errno.ENODEV, "see the kernel's log, and try `xenmapcache doctor`"),
     ],
 )
 def test_failed_open_says_why(
-    kind: type[ForeignMemory | Control],
+    kind: type[Handle],
     fake: FakeXen,
     binding: str,
     host: Callable[..., Path],
@@ -98,7 +119,9 @@ def test_failed_open_says_why(
     fake.plan(kind.open_call, Behaviour.FAIL, number)
     message = failure(kind, binding, fake.library)
     assert message.startswith(f"{kind.open_call} failed (")
-    assert expected.replace("NODE", str(path)) in message
+    for word, meaning in (("NODE", path), ("ABSENT", kind.nodes[0]), ("MODULE", kind.module)):
+        expected = expected.replace(word, str(meaning))
+    assert expected in message
     assert fake.count(kind.close_call) == 0
 
 
@@ -266,7 +289,7 @@ def real(library: Library) -> str:
 
 @pytest.mark.usefixtures("off_xen")
 def test_real_library_without_xen(
-    kind: type[ForeignMemory | Control],
+    kind: type[Handle],
     binding: str,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
@@ -275,11 +298,24 @@ def test_real_library_without_xen(
     real(kind.declared)
     caplog.set_level(logging.DEBUG, "xenmapcache.xen")
     message = failure(kind, binding)
-    assert "this is not a Xen host" in message
+    name = "evtchn" if kind is EventChannels else "privcmd"
+    assert f"there is no /dev/xen/{name}: this is not a Xen host" in message
+    assert f"load the kernel module xen-{name}" in message
     records = [record for record in caplog.records if record.name == "xenmapcache.xen"]
-    assert any("No such file or directory" in record.getMessage() for record in records)
+    if kind is not EventChannels:  # which complains of nothing
+        assert any("No such file or directory" in record.getMessage() for record in records)
     assert "No such file or directory" in message
     assert capfd.readouterr() == ("", "")
+
+
+def test_real_restriction_of_nothing(binding: str) -> None:
+    """The real libxentoolcore restricts all handles of a process that has none."""
+    real(TOOL_CORE)
+    command = (
+        "from xenmapcache.binding.toolcore import restrict_all; "
+        f"restrict_all(1, binding={binding!r})"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)

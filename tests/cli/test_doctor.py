@@ -18,7 +18,14 @@ from tests.fake_xen import DOMID
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache import Backend, MockHypervisor, XenCallError, open_backend
 from xenmapcache.binding import handle, loader
-from xenmapcache.binding.declarations import CONTROL, FOREIGN_MEMORY, TOOL_LOG
+from xenmapcache.binding.declarations import (
+    CONTROL,
+    DEVICE_MODEL,
+    EVENT_CHANNEL,
+    FOREIGN_MEMORY,
+    TOOL_CORE,
+    Library,
+)
 from xenmapcache.cli import doctor, main
 
 Findings = dict[str, dict[str, Any]]
@@ -76,7 +83,7 @@ def test_plain_report_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("machine")
 def test_backends_tell_why_they_cannot_open(capsys: pytest.CaptureFixture[str]) -> None:
     """With --domid both backends are tried, and what they raise becomes text and remedy."""
-    if handle._PRIVCMD[0].exists():
+    if handle.Handle.nodes[0].exists():
         pytest.skip("this is a Xen host: its libraries do open")
     findings = examine(capsys, "--domid", "5")
     for name in ("xen", "xenctrl"):
@@ -131,9 +138,10 @@ def test_no_libraries_at_all(
 ) -> None:
     """Where no library of Xen is installed, it names the package of each."""
     gone = [
-        each._replace(soname=f"libgone-{each.name}.so.1") for each in (FOREIGN_MEMORY, TOOL_LOG)
+        each if each is CONTROL else each._replace(soname=f"libgone-{each.name}.so.1")
+        for each in doctor.LIBRARIES
     ]
-    monkeypatch.setattr(doctor, "LIBRARIES", (gone[0], CONTROL, gone[1]))
+    monkeypatch.setattr(doctor, "LIBRARIES", tuple(gone))
     monkeypatch.setattr(handle, "library_folders", list)
     findings = examine(capsys)
     states = {}
@@ -145,8 +153,44 @@ def test_no_libraries_at_all(
     assert states == {
         "libxenforeignmemory": "problem",
         "libxenctrl": "note",
+        "libxendevicemodel": "note",
+        "libxenevtchn": "note",
+        "libxentoolcore": "note",
         "libxentoollog": "note",
     }
+    # Of those that only few need, it tells for what.
+    for name in ("libxendevicemodel", "libxenevtchn", "libxentoolcore"):
+        assert findings[name]["remedy"].startswith("for device models")
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("library", "needed"),
+    [
+        (DEVICE_MODEL, "xendevicemodel_modified_memory"),
+        (EVENT_CHANNEL, "xenevtchn_pending"),
+        (TOOL_CORE, "xentoolcore_restrict_all"),
+    ],
+    ids=lambda each: getattr(each, "name", None),
+)
+def test_libraries_of_device_models(
+    make_fake: MakeFake,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    library: Library,
+    needed: str,
+) -> None:
+    """They are described; and where one is another library, that is a note which says so."""
+    there, wrong = make_fake().library, make_fake("WRONG").library
+    monkeypatch.setattr(doctor, "LIBRARIES", (FOREIGN_MEMORY, library._replace(soname=there)))
+    finding = examine(capsys)[library.name]
+    assert finding["state"] == "ok"
+    assert needed in finding["details"]["functions"]
+    monkeypatch.setattr(doctor, "LIBRARIES", (FOREIGN_MEMORY, library._replace(soname=wrong)))
+    finding = examine(capsys)[library.name]
+    assert finding["state"] == "note"
+    assert finding["details"]["missing"] == [needed]
+    assert f"this is not {library.name}" in finding["remedy"]
 
 
 @pytest.mark.usefixtures("machine")
@@ -163,15 +207,28 @@ def test_wrong_library_lacks_functions(
 
 
 @pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("declared", "lacks"),
+    [
+        (FOREIGN_MEMORY, "xenforeignmemory_map2"),
+        (DEVICE_MODEL, "xendevicemodel_modified_memory_bulk"),
+    ],
+    ids=["libxenforeignmemory", "libxendevicemodel"],
+)
 def test_old_library_is_only_noted(
-    make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_fake: MakeFake,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    declared: Library,
+    lacks: str,
 ) -> None:
-    """Functions of a newer Xen that the backend can do without are a note, and are named."""
+    """Functions of a newer Xen that can be done without are a note, and are named."""
     library = make_fake("OLD").library
-    monkeypatch.setattr(doctor, "LIBRARIES", (FOREIGN_MEMORY._replace(soname=library),))
-    finding = examine(capsys)["libxenforeignmemory"]
+    monkeypatch.setattr(doctor, "LIBRARIES", (declared._replace(soname=library),))
+    finding = examine(capsys)[declared.name]
     assert finding["state"] == "note"
-    assert "xenforeignmemory_map2" in finding["details"]["missing"]
+    assert finding["remedy"] == "a newer Xen has them"
+    assert lacks in finding["details"]["missing"]
     assert finding["text"].startswith(f"{library}, unversioned, ")
 
 
@@ -246,6 +303,19 @@ def test_old_node_will_do(machine: Machine, capsys: pytest.CaptureFixture[str]) 
     findings = examine(capsys)
     assert findings[str(machine.root / "proc/xen/privcmd")]["state"] == "ok"
     assert findings[str(machine.root / "dev/xen/privcmd")]["state"] == "note"
+
+
+@pytest.mark.parametrize("dom0", [False, True])
+def test_event_channels_node_is_a_note(
+    machine: Machine, capsys: pytest.CaptureFixture[str], dom0: bool
+) -> None:
+    """Without the node of event channels a guest is mapped all the same: device models need it."""
+    if dom0:
+        machine.become_dom0()
+    finding = examine(capsys)[str(machine.root / "dev/xen/evtchn")]
+    assert finding["state"] == ("ok" if dom0 else "note")
+    if not dom0:
+        assert finding["remedy"] == "needed for device models: modprobe xen-evtchn"
 
 
 def test_dom0_is_recognised(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

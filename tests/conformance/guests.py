@@ -52,6 +52,8 @@ class Guest:
         open_absent: opens and maps a guest that is not there.
         read: as the guest reads; None if that cannot be seen.
         write: as the guest writes.
+        dirty: the frames that were reported as written since it was asked last; None if that
+            cannot be seen.
     """
 
     backend: Backend
@@ -120,6 +122,11 @@ def mock() -> Iterator[Guest]:
         holes=[(gfn * PAGE_SIZE, count * PAGE_SIZE) for gfn, count in HOLES],
     )
 
+    def take_dirty() -> set[int]:
+        dirty = set(domain.dirty)
+        domain.dirty.clear()
+        return dirty
+
     def open_absent() -> object:
         gone = hypervisor.create_domain(memory="1M")
         gone.destroy()
@@ -135,7 +142,7 @@ def mock() -> Iterator[Guest]:
             open_absent=open_absent,
             read=domain.read,
             write=domain.write,
-            dirty=lambda: domain.dirty,
+            dirty=take_dirty,
         )
 
 
@@ -147,6 +154,7 @@ def fake_xen(fake: FakeXen, name: str, binding: str) -> Iterator[Guest]:
         return open_backend(name, domid=domid, binding=binding, library=fake.library)
 
     with reopen() as backend:
+        fake.take_dirty()  # opening has reported a page
         yield Guest(
             backend,
             PRESENT,
@@ -156,6 +164,7 @@ def fake_xen(fake: FakeXen, name: str, binding: str) -> Iterator[Guest]:
             open_absent=lambda: reopen(DOMID + 1),
             read=fake.read,
             write=fake.write,
+            dirty=fake.take_dirty,
         )
     assert fake.misuses == 0
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import mmap
 import os
+import select
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +47,10 @@ def need(module: str) -> None:
 
 
 def build(folder: Path, variant: str = "") -> Path:
-    """Build the library into ``folder``, once; ``variant`` is ``""``, ``"OLD"`` or ``"WRONG"``."""
+    """Build the library into ``folder``, once.
+
+    ``variant`` is ``""``, ``"OLD"``, ``"WRONG"`` or ``"ALONE"``, as the C source explains.
+    """
     target = folder / f"libfakexen{variant}.so"
     if not target.exists():
         folder.mkdir(exist_ok=True)
@@ -82,7 +88,7 @@ class Call(NamedTuple):
 
 class _Call(ctypes.Structure):
     _fields_ = (
-        ("name", ctypes.c_char * 40),
+        ("name", ctypes.c_char * 48),
         ("arguments", ctypes.c_uint64 * 9),
         ("count", ctypes.c_uint32),
         ("frames", ctypes.c_uint32),
@@ -92,10 +98,19 @@ class _Call(ctypes.Structure):
 
 class _Plan(ctypes.Structure):
     _fields_ = (
-        ("name", ctypes.c_char * 40),
+        ("name", ctypes.c_char * 48),
         ("behaviour", ctypes.c_int32),
         ("value", ctypes.c_int32),
         ("nth", ctypes.c_int32),
+    )
+
+
+class _Server(ctypes.Structure):
+    _fields_ = (
+        ("live", ctypes.c_uint8),
+        ("enabled", ctypes.c_uint8),
+        ("buffered", ctypes.c_uint8),
+        ("unused", ctypes.c_uint8),
     )
 
 
@@ -106,11 +121,16 @@ class _State(ctypes.Structure):
         ("pages", ctypes.c_uint64),
         ("entered", ctypes.c_int32),
         ("proceed", ctypes.c_int32),
+        ("notified", ctypes.c_int32),
+        ("ioreq_fd", ctypes.c_int32),
+        ("vcpus", ctypes.c_uint32),
         ("calls", ctypes.c_uint32),
         ("misuses", ctypes.c_uint32),
         ("plans", _Plan * 8),
-        ("log", _Call * 256),
+        ("servers", _Server * 8),
+        ("log", _Call * 1024),
         ("errors", ctypes.c_int32 * 4096),
+        ("dirty", ctypes.c_uint8 * 4096),
     )
 
 
@@ -122,6 +142,7 @@ class FakeXen:
         folder: for the copy; used for nothing else.
         pages: of guest memory, zeroed, at most 4096.
         holes: ``(gfn, count)`` pairs that are not there.
+        vcpus: of the guest, at most 63.
 
     Attributes:
         library: the path to hand to a backend.
@@ -129,7 +150,13 @@ class FakeXen:
     """
 
     def __init__(
-        self, built: Path, folder: Path, *, pages: int = 64, holes: Iterable[tuple[int, int]] = ()
+        self,
+        built: Path,
+        folder: Path,
+        *,
+        pages: int = 64,
+        holes: Iterable[tuple[int, int]] = (),
+        vcpus: int = 1,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.library = str(shutil.copy(built, folder / f"{len(list(folder.iterdir()))}.so"))
@@ -139,14 +166,20 @@ class FakeXen:
         assert library.fake_xen_state_size() == ctypes.sizeof(_State)
         # SAFETY: the library never unmaps it, and is never unloaded.
         self._state: _State = library.fake_xen_state().contents
+        self._c = library
         self._fd = os.memfd_create("fake-xen", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, pages << PAGE_SHIFT)
         self.inode = os.fstat(self._fd).st_ino
         self._entered, entered = os.pipe()
         proceed, self._proceed = os.pipe()
-        self._fds = (self._fd, self._entered, entered, proceed, self._proceed)
+        ioreq = os.memfd_create("fake-xen-ioreq", os.MFD_CLOEXEC)
+        os.ftruncate(ioreq, len(self._state.servers) * 2 << PAGE_SHIFT)
+        self._notified, notified = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        pipes = (self._entered, entered, proceed, self._proceed, self._notified, notified)
+        self._fds = (self._fd, ioreq, *pipes)
         self._state.fd, self._state.domid, self._state.pages = self._fd, DOMID, pages
         self._state.entered, self._state.proceed = entered, proceed
+        self._state.notified, self._state.ioreq_fd, self._state.vcpus = notified, ioreq, vcpus
         for gfn, count in holes:
             self.set_error(22, gfn, count)
 
@@ -173,6 +206,39 @@ class FakeXen:
         gfn, count = page_span(address, length)
         assert gfn + count <= self._state.pages
         assert not any(self._state.errors[gfn : gfn + count])
+
+    def take_dirty(self) -> set[int]:
+        """Return the frames that were reported as written since the last time."""
+        dirty = {gfn for gfn in range(self._state.pages) if self._state.dirty[gfn]}
+        ctypes.memset(self._state.dirty, 0, ctypes.sizeof(self._state.dirty))
+        return dirty
+
+    # --- a device model's other side: Xen and the guest -------------------------------
+
+    @property
+    def servers(self) -> dict[int, bool]:
+        """The ioreq servers that there are, and whether each is enabled."""
+        servers = enumerate(self._state.servers)
+        return {number: bool(server.enabled) for number, server in servers if server.live}
+
+    def ioreq_page(self, server: int, *, buffered: bool = False) -> mmap.mmap:
+        """Return the page that a server shares with Xen, to read and to write; close it."""
+        offset = (server * 2 + (not buffered)) << PAGE_SHIFT
+        return mmap.mmap(self._state.ioreq_fd, 1 << PAGE_SHIFT, offset=offset)
+
+    def send(self, port: int) -> None:
+        """Send an event through a port of the guest, which somebody must have bound."""
+        assert self._c.fake_xen_send(port)
+
+    def notified(self, wait: float = 20.0) -> int:
+        """Return the guest's port that was notified next; 0 if none is, for that many seconds."""
+        poll = select.poll()
+        poll.register(self._notified, select.POLLIN)
+        if not poll.poll(wait * 1000):
+            return 0
+        return int.from_bytes(os.read(self._notified, 4), sys.byteorder)
+
+    # --- what is to go wrong, and what was called -------------------------------------
 
     def plan(self, name: str, behaviour: Behaviour, value: int = 0, *, nth: int = 1) -> None:
         """Let the n-th call of a function from now on go wrong."""
@@ -206,5 +272,5 @@ class FakeXen:
 
     @property
     def misuses(self) -> int:
-        """How often a closed handle was used, or one was closed during a call."""
+        """How often a closed handle was used, one closed during a call, an event not polled for."""
         return int(self._state.misuses)

@@ -1,16 +1,24 @@
 /*
- * A stand-in for libxenforeignmemory and for libxenctrl's legacy mapping call.
+ * A stand-in for libxenforeignmemory, for libxenctrl's legacy mapping call, and for
+ * libxendevicemodel, libxenevtchn and libxentoolcore.
  *
  * One guest, whose frame n lies at n << 12 of a memfd and is mapped with real mmap. What a call
  * returns, and how it fails, follows what a real Xen was seen to do (err[] negative, a domain that
  * is not there failing page by page). Every call is recorded in memory that forked children share.
  * Each copy of the built file has a state of its own.
  *
- * -DOLD builds a library of VERS_1.0 alone, -DWRONG one without the functions that map.
+ * An ioreq server's pages are those of another memfd, so that Python can play Xen and the guest.
+ * An event channel handle reads a pipe, which fake_xen_send() writes to; what it notifies goes to
+ * a pipe that Python reads. Guest ports: of vCPU n of server s 64 s + n + 1, for buffered requests 64 s + 64.
+ *
+ * -DOLD builds a library of VERS_1.0 alone, -DWRONG one without the functions that map or are
+ * otherwise required, -DALONE one without what device models need.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,11 +27,16 @@
 
 #define PAGE_SHIFT 12
 #define LIVE 0x584e4846u
+#define IOREQ_SERVER 0 /* XENMEM_resource_ioreq_server */
+#define VP_EPORT 24    /* in struct ioreq, of which there is one for each vCPU */
+#define IOREQ_SIZE 32
 #define EXPORT __attribute__((visibility("default")))
 #define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
 
 typedef uint64_t xen_pfn_t;
 typedef uint16_t domid_t;
+typedef uint16_t ioservid_t;
+typedef uint32_t evtchn_port_t;
 typedef struct handle {
     uint32_t live;
     int64_t restricted; /* to this domain, or -1 */
@@ -46,7 +59,7 @@ enum behaviour {
 };
 
 struct call {
-    char name[40];
+    char name[48];
     uint64_t arguments[9];
     uint32_t count;
     uint32_t frames; /* how many of them are kept */
@@ -54,10 +67,17 @@ struct call {
 };
 
 struct plan {
-    char name[40];
+    char name[48];
     int32_t behaviour;
     int32_t value;
     int32_t nth; /* counted down; 0: no plan */
+};
+
+struct server {
+    uint8_t live;
+    uint8_t enabled;
+    uint8_t buffered;
+    uint8_t unused;
 };
 
 struct state {
@@ -66,11 +86,16 @@ struct state {
     uint64_t pages;
     int32_t entered;  /* pipe ends of BLOCK */
     int32_t proceed;
+    int32_t notified; /* pipe end for the guest's ports that are notified */
+    int32_t ioreq_fd; /* the ioreq servers' pages, two each: buffered, synchronous */
+    uint32_t vcpus;
     uint32_t calls;
-    uint32_t misuses; /* a closed handle was used, or one was closed during a call */
+    uint32_t misuses; /* a closed handle was used, one was closed during a call, pending unpolled */
     struct plan plans[8];
-    struct call log[256];
+    struct server servers[8];
+    struct call log[1024];
     int32_t errors[4096]; /* of each page, positive; 0: present */
+    uint8_t dirty[4096];  /* pages that were reported as written */
 };
 
 static struct state *state;
@@ -307,6 +332,22 @@ EXPORT void *xenforeignmemory_map2(handle *fmem, uint32_t dom, void *addr, int p
     return address;
 }
 
+static void *map_server(void *addr, unsigned id, unsigned long frame, unsigned long frames,
+                        int prot, int flags)
+{
+    if (id >= LENGTH(state->servers) || !state->servers[id].live ||
+        (frame == 0 && !state->servers[id].buffered)) {
+        errno = ENOENT;
+        return MAP_FAILED;
+    }
+    if (!frames || frame + frames > 2) {
+        errno = EINVAL;
+        return MAP_FAILED;
+    }
+    return mmap(addr, frames << PAGE_SHIFT, prot, MAP_SHARED | flags, state->ioreq_fd,
+                (off_t)((id * 2 + frame) << PAGE_SHIFT));
+}
+
 EXPORT resource *xenforeignmemory_map_resource(handle *fmem, domid_t domid, unsigned type,
                                                unsigned id, unsigned long frame,
                                                unsigned long nr_frames, void **paddr, int prot,
@@ -319,7 +360,10 @@ EXPORT resource *xenforeignmemory_map_resource(handle *fmem, domid_t domid, unsi
     if (fails(&plan) || !(made = malloc(sizeof(*made))))
         return NULL;
     made->length = nr_frames << PAGE_SHIFT;
-    made->address = mmap(*paddr, made->length, prot, MAP_SHARED | MAP_ANONYMOUS | flags, -1, 0);
+    if (type == IOREQ_SERVER)
+        made->address = map_server(*paddr, id, frame, nr_frames, prot, flags);
+    else
+        made->address = mmap(*paddr, made->length, prot, MAP_SHARED | MAP_ANONYMOUS | flags, -1, 0);
     if (made->address == MAP_FAILED) {
         free(made);
         return NULL;
@@ -382,4 +426,455 @@ EXPORT void *xc_map_foreign_bulk(handle *xch, uint32_t dom, int prot, const xen_
     leave(xch);
     return address;
 }
+#endif
+
+#ifndef ALONE
+/* --- libxendevicemodel --- */
+
+EXPORT handle *xendevicemodel_open(void *logger, unsigned open_flags)
+{
+    RECORD(U(logger), open_flags);
+    return open_handle(__func__);
+}
+
+EXPORT int xendevicemodel_close(handle *dmod)
+{
+    RECORD(U(dmod));
+    return close_handle(dmod);
+}
+
+/* What such a call begins with; -1 if it fails, or else finish() ends it. */
+static int begin(const char *name, handle *dmod, domid_t domid)
+{
+    struct plan plan = planned(name);
+
+    if (enter(dmod))
+        return -1;
+    if (!fails(&plan)) {
+        if (domid == state->domid)
+            return 0;
+        errno = ESRCH;
+    }
+    leave(dmod);
+    return -1;
+}
+
+static int finish(handle *dmod, int error)
+{
+    leave(dmod);
+    errno = error ? error : EDOM; /* a call that succeeds may leave anything here */
+    return error ? -1 : 0;
+}
+
+static struct server *server_of(ioservid_t id)
+{
+    return id < LENGTH(state->servers) && state->servers[id].live ? &state->servers[id] : NULL;
+}
+
+EXPORT int xendevicemodel_create_ioreq_server(handle *dmod, domid_t domid, int handle_bufioreq,
+                                              ioservid_t *id)
+{
+    ioservid_t free = 0;
+    char zeros[2 << PAGE_SHIFT] = { 0 };
+
+    RECORD(U(dmod), domid, (uint64_t)handle_bufioreq, U(id));
+    if (begin(__func__, dmod, domid))
+        return -1;
+    if (handle_bufioreq < 0 || handle_bufioreq > 2)
+        return finish(dmod, EINVAL);
+    while (free < LENGTH(state->servers) && state->servers[free].live)
+        free++;
+    if (free == LENGTH(state->servers))
+        return finish(dmod, ENOSPC);
+    if (pwrite(state->ioreq_fd, zeros, sizeof(zeros), free * (off_t)sizeof(zeros)) < 0)
+        return finish(dmod, errno);
+    state->servers[free] = (struct server){ .live = 1, .buffered = handle_bufioreq != 0 };
+    *id = free;
+    return finish(dmod, 0);
+}
+
+EXPORT int xendevicemodel_destroy_ioreq_server(handle *dmod, domid_t domid, ioservid_t id)
+{
+    struct server *server;
+
+    RECORD(U(dmod), domid, id);
+    if (begin(__func__, dmod, domid))
+        return -1;
+    if (!(server = server_of(id)))
+        return finish(dmod, ENOENT);
+    server->live = server->enabled = 0;
+    return finish(dmod, 0);
+}
+
+EXPORT int xendevicemodel_set_ioreq_server_state(handle *dmod, domid_t domid, ioservid_t id,
+                                                 int enabled)
+{
+    struct server *server;
+
+    RECORD(U(dmod), domid, id, (uint64_t)enabled);
+    if (begin(__func__, dmod, domid))
+        return -1;
+    if (!(server = server_of(id)))
+        return finish(dmod, ENOENT);
+    for (uint32_t vcpu = 0; enabled && vcpu < state->vcpus; vcpu++) {
+        evtchn_port_t port = 64 * id + vcpu + 1;
+        off_t page = (id * 2 + 1) << PAGE_SHIFT;
+        if (pwrite(state->ioreq_fd, &port, sizeof(port), page + vcpu * IOREQ_SIZE + VP_EPORT) < 0)
+            return finish(dmod, errno);
+    }
+    server->enabled = enabled != 0;
+    return finish(dmod, 0);
+}
+
+EXPORT int xendevicemodel_get_ioreq_server_info(handle *dmod, domid_t domid, ioservid_t id,
+                                                xen_pfn_t *ioreq_gfn, xen_pfn_t *bufioreq_gfn,
+                                                evtchn_port_t *bufioreq_port)
+{
+    struct server *server;
+
+    RECORD(U(dmod), domid, id, U(ioreq_gfn), U(bufioreq_gfn), U(bufioreq_port));
+    if (begin(__func__, dmod, domid))
+        return -1;
+    if (!(server = server_of(id)))
+        return finish(dmod, ENOENT);
+    if (bufioreq_port && server->buffered)
+        *bufioreq_port = 64 * id + 64;
+    return finish(dmod, 0);
+}
+
+static int range(const char *name, handle *dmod, domid_t domid, ioservid_t id, uint64_t start,
+                 uint64_t end)
+{
+    if (begin(name, dmod, domid))
+        return -1;
+    return finish(dmod, start > end ? EINVAL : server_of(id) ? 0 : ENOENT);
+}
+
+EXPORT int xendevicemodel_map_io_range_to_ioreq_server(handle *dmod, domid_t domid, ioservid_t id,
+                                                       int is_mmio, uint64_t start, uint64_t end)
+{
+    RECORD(U(dmod), domid, id, (uint64_t)is_mmio, start, end);
+    return range(__func__, dmod, domid, id, start, end);
+}
+
+EXPORT int xendevicemodel_unmap_io_range_from_ioreq_server(handle *dmod, domid_t domid,
+                                                           ioservid_t id, int is_mmio,
+                                                           uint64_t start, uint64_t end)
+{
+    RECORD(U(dmod), domid, id, (uint64_t)is_mmio, start, end);
+    return range(__func__, dmod, domid, id, start, end);
+}
+
+static int pcidev(const char *name, handle *dmod, domid_t domid, ioservid_t id, uint8_t device,
+                  uint8_t function)
+{
+    if (begin(name, dmod, domid))
+        return -1;
+    return finish(dmod, device > 31 || function > 7 ? EINVAL : server_of(id) ? 0 : ENOENT);
+}
+
+EXPORT int xendevicemodel_map_pcidev_to_ioreq_server(handle *dmod, domid_t domid, ioservid_t id,
+                                                     uint16_t segment, uint8_t bus, uint8_t device,
+                                                     uint8_t function)
+{
+    RECORD(U(dmod), domid, id, segment, bus, device, function);
+    return pcidev(__func__, dmod, domid, id, device, function);
+}
+
+EXPORT int xendevicemodel_unmap_pcidev_from_ioreq_server(handle *dmod, domid_t domid, ioservid_t id,
+                                                         uint16_t segment, uint8_t bus,
+                                                         uint8_t device, uint8_t function)
+{
+    RECORD(U(dmod), domid, id, segment, bus, device, function);
+    return pcidev(__func__, dmod, domid, id, device, function);
+}
+
+/* As during a migration: without one, Xen does not even look at the pages. */
+static int mark(uint64_t first_pfn, uint32_t nr)
+{
+    if (first_pfn > state->pages || nr > state->pages - first_pfn)
+        return EINVAL;
+    memset(state->dirty + first_pfn, 1, nr);
+    return 0;
+}
+
+#ifndef WRONG
+EXPORT int xendevicemodel_modified_memory(handle *dmod, domid_t domid, uint64_t first_pfn,
+                                          uint32_t nr)
+{
+    RECORD(U(dmod), domid, first_pfn, nr);
+    return begin(__func__, dmod, domid) ? -1 : finish(dmod, mark(first_pfn, nr));
+}
+#endif
+
+#ifndef OLD
+struct xen_dm_op_modified_memory_extent {
+    uint32_t nr;
+    uint32_t pad;
+    uint64_t first_pfn;
+};
+
+/* Of the extents the first is recorded. */
+EXPORT int xendevicemodel_modified_memory_bulk(handle *dmod, domid_t domid,
+                                               struct xen_dm_op_modified_memory_extent extents[],
+                                               uint32_t nr)
+{
+    RECORD(U(dmod), domid, nr, extents[0].nr, extents[0].pad, extents[0].first_pfn);
+    if (begin(__func__, dmod, domid))
+        return -1;
+    for (uint32_t i = 0; i < nr; i++) {
+        int error = extents[i].pad ? EINVAL : mark(extents[i].first_pfn, extents[i].nr);
+        if (error)
+            return finish(dmod, error);
+    }
+    return finish(dmod, 0);
+}
+#endif
+
+EXPORT int xendevicemodel_inject_msi(handle *dmod, domid_t domid, uint64_t msi_addr,
+                                     uint32_t msi_data)
+{
+    RECORD(U(dmod), domid, msi_addr, msi_data);
+    return begin(__func__, dmod, domid) ? -1 : finish(dmod, 0);
+}
+
+EXPORT int xendevicemodel_set_isa_irq_level(handle *dmod, domid_t domid, uint8_t irq,
+                                            unsigned level)
+{
+    RECORD(U(dmod), domid, irq, level);
+    return begin(__func__, dmod, domid) ? -1 : finish(dmod, irq > 15 || level > 1 ? EINVAL : 0);
+}
+
+EXPORT int xendevicemodel_set_pci_intx_level(handle *dmod, domid_t domid, uint16_t segment,
+                                             uint8_t bus, uint8_t device, uint8_t intx,
+                                             unsigned level)
+{
+    int odd = segment || bus || device > 31 || intx > 3 || level > 1;
+
+    RECORD(U(dmod), domid, segment, bus, device, intx, level);
+    return begin(__func__, dmod, domid) ? -1 : finish(dmod, odd ? EINVAL : 0);
+}
+
+/* --- libxenevtchn --- */
+
+typedef struct channels {
+    handle base; /* first, so that it can stand for all */
+    int events[2];
+    struct {
+        evtchn_port_t remote; /* 0: not bound */
+        int masked;           /* it was told of, and is not unmasked yet */
+        int again;            /* it came meanwhile */
+    } ports[64];
+} channels;
+
+static pthread_mutex_t events_lock = PTHREAD_MUTEX_INITIALIZER;
+static channels *opened[16];
+
+EXPORT channels *xenevtchn_open(void *logger, unsigned flags)
+{
+    struct plan plan = planned(__func__);
+    channels *made;
+    size_t i = 0;
+
+    RECORD(U(logger), flags);
+    if (fails(&plan))
+        return NULL;
+    while (i < LENGTH(opened) && opened[i])
+        i++;
+    if (i == LENGTH(opened) || !(made = calloc(1, sizeof(*made)))) {
+        errno = EMFILE;
+        return NULL;
+    }
+    if (pipe2(made->events, O_CLOEXEC)) {
+        free(made);
+        return NULL;
+    }
+    made->base.live = LIVE;
+    opened[i] = made;
+    return made;
+}
+
+EXPORT int xenevtchn_close(channels *xce)
+{
+    RECORD(U(xce));
+    pthread_mutex_lock(&events_lock);
+    for (size_t i = 0; xce->base.live == LIVE && i < LENGTH(opened); i++) {
+        if (opened[i] == xce) {
+            opened[i] = NULL;
+            close(xce->events[0]);
+            close(xce->events[1]);
+        }
+    }
+    pthread_mutex_unlock(&events_lock);
+    return close_handle(&xce->base);
+}
+
+static int begin_event(const char *name, channels *xce)
+{
+    struct plan plan = planned(name);
+
+    if (enter(&xce->base))
+        return -1;
+    if (!fails(&plan))
+        return 0;
+    leave(&xce->base);
+    return -1;
+}
+
+/* result, or -1 with error; either may be what the work came to. */
+static int end_event(channels *xce, int result, int error)
+{
+    leave(&xce->base);
+    errno = error ? error : EDOM;
+    return error ? -1 : result;
+}
+
+static int bound(const channels *xce, evtchn_port_t port)
+{
+    return port < LENGTH(xce->ports) && xce->ports[port].remote;
+}
+
+/* Under the lock. As in Linux, a port that was told of is masked, read or not. */
+static void tell(channels *xce, evtchn_port_t port)
+{
+    if (xce->ports[port].masked)
+        xce->ports[port].again = 1;
+    else
+        xce->ports[port].masked = write(xce->events[1], &port, sizeof(port)) == sizeof(port);
+}
+
+/* Under the lock: who has bound the guest's port, and to which of its own. */
+static channels *owner(evtchn_port_t remote, evtchn_port_t *port)
+{
+    for (size_t i = 0; i < LENGTH(opened); i++) {
+        for (*port = 1; opened[i] && *port < LENGTH(opened[i]->ports); ++*port) {
+            if (opened[i]->ports[*port].remote == remote)
+                return opened[i];
+        }
+    }
+    return NULL;
+}
+
+/* An event of the guest's port, from Python. Whether somebody has bound it. */
+EXPORT int fake_xen_send(evtchn_port_t remote)
+{
+    evtchn_port_t port;
+    channels *to;
+
+    pthread_mutex_lock(&events_lock);
+    to = owner(remote, &port);
+    if (to)
+        tell(to, port);
+    pthread_mutex_unlock(&events_lock);
+    return to != NULL;
+}
+
+EXPORT int xenevtchn_fd(channels *xce)
+{
+    RECORD(U(xce));
+    return begin_event(__func__, xce) ? -1 : end_event(xce, xce->events[0], 0);
+}
+
+EXPORT int xenevtchn_bind_interdomain(channels *xce, uint32_t domid, evtchn_port_t remote_port)
+{
+    evtchn_port_t port;
+
+    RECORD(U(xce), domid, remote_port);
+    if (begin_event(__func__, xce))
+        return -1;
+    if (domid != state->domid)
+        return end_event(xce, -1, ESRCH);
+    pthread_mutex_lock(&events_lock);
+    if (!remote_port || owner(remote_port, &port)) {
+        pthread_mutex_unlock(&events_lock);
+        return end_event(xce, -1, EINVAL);
+    }
+    for (port = 1; port < LENGTH(xce->ports) && xce->ports[port].remote; port++)
+        ;
+    if (port < LENGTH(xce->ports)) {
+        memset(&xce->ports[port], 0, sizeof(xce->ports[port]));
+        xce->ports[port].remote = remote_port;
+        tell(xce, port); /* as Xen does: something may have been sent before */
+    }
+    pthread_mutex_unlock(&events_lock);
+    return end_event(xce, (int)port, port < LENGTH(xce->ports) ? 0 : ENOSPC);
+}
+
+EXPORT int xenevtchn_unbind(channels *xce, evtchn_port_t port)
+{
+    int error = ENOTCONN;
+
+    RECORD(U(xce), port);
+    if (begin_event(__func__, xce))
+        return -1;
+    pthread_mutex_lock(&events_lock);
+    if (bound(xce, port)) {
+        xce->ports[port].remote = 0;
+        error = 0;
+    }
+    pthread_mutex_unlock(&events_lock);
+    return end_event(xce, 0, error);
+}
+
+EXPORT int xenevtchn_notify(channels *xce, evtchn_port_t port)
+{
+    int error = 0;
+
+    RECORD(U(xce), port);
+    if (begin_event(__func__, xce))
+        return -1;
+    if (!bound(xce, port))
+        error = ENOTCONN;
+    else if (write(state->notified, &xce->ports[port].remote, sizeof(port)) < 0)
+        error = errno == EAGAIN ? 0 : errno; /* nobody looks, and the pipe is full */
+    return end_event(xce, 0, error);
+}
+
+#ifndef WRONG
+EXPORT int xenevtchn_pending(channels *xce)
+{
+    struct pollfd wait = { .fd = xce->events[0], .events = POLLIN };
+    evtchn_port_t port = 0;
+
+    RECORD(U(xce));
+    if (begin_event(__func__, xce))
+        return -1;
+    if (poll(&wait, 1, 0) != 1) {
+        __atomic_fetch_add(&state->misuses, 1, __ATOMIC_SEQ_CST); /* the real one would block */
+        return end_event(xce, -1, EAGAIN);
+    }
+    if (read(xce->events[0], &port, sizeof(port)) != sizeof(port))
+        return end_event(xce, -1, EIO);
+    return end_event(xce, (int)port, 0);
+}
+#endif
+
+EXPORT int xenevtchn_unmask(channels *xce, evtchn_port_t port)
+{
+    RECORD(U(xce), port);
+    if (begin_event(__func__, xce))
+        return -1;
+    pthread_mutex_lock(&events_lock);
+    if (bound(xce, port) && xce->ports[port].masked) {
+        int again = xce->ports[port].again;
+        xce->ports[port].masked = xce->ports[port].again = 0;
+        if (again)
+            tell(xce, port);
+    }
+    pthread_mutex_unlock(&events_lock);
+    return end_event(xce, 0, 0);
+}
+
+/* --- libxentoolcore --- */
+
+#ifndef WRONG
+EXPORT int xentoolcore_restrict_all(domid_t domid)
+{
+    struct plan plan;
+
+    RECORD(domid);
+    plan = planned(__func__);
+    return fails(&plan) ? -1 : 0;
+}
+#endif
 #endif

@@ -20,10 +20,19 @@ def make_fake(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Itera
     with ExitStack() as stack:
 
         def make(
-            variant: str = "", *, pages: int = 64, holes: list[tuple[int, int]] | None = None
+            variant: str = "",
+            *,
+            pages: int = 64,
+            holes: list[tuple[int, int]] | None = None,
+            vcpus: int = 1,
         ) -> FakeXen:
-            built = build(folder, variant)
-            fake = FakeXen(built, tmp_path / "fake_xen", pages=pages, holes=holes or [])
+            fake = FakeXen(
+                build(folder, variant),
+                tmp_path / "fake_xen",
+                pages=pages,
+                holes=holes or [],
+                vcpus=vcpus,
+            )
             stack.callback(fake.close)
             return fake
 

@@ -714,15 +714,20 @@ def test_what_ends_the_thread_is_raised(
 ) -> None:
     """A failure of Xen's own in the serving thread comes out of the with block."""
 
+    failed = threading.Event()
+
     def fail(port: int) -> None:
+        failed.set()
         raise XenCallError("xenevtchn_unmask", 1, errno.EIO)
 
     with server:
         link = server._link
         assert link is not None
+        server.process_pending()  # the events of binding
         link.unmask = fail  # type: ignore[method-assign]
         with pytest.raises(XenCallError, match="xenevtchn_unmask failed"), server.serving():
             thread, seen = in_thread(lambda: guest.port_in(PORT))
+            assert failed.wait(20)
     thread.join()
     assert seen == [0]
 

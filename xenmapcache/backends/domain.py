@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import abc
 import errno as _errno
+import logging
 from array import array
 from pathlib import Path
 
 from ..address import as_int
 from ..backend import Backend, Capability
 from ..binding import libc
+from ..binding.declarations import DEVICE_MODEL
+from ..binding.devicemodel import DeviceModel
 from ..binding.handle import HINTS, Handle
-from ..errors import XenCallError
+from ..binding.loader import get_loader
+from ..errors import BackendUnavailableError, XenCallError
 from ..mapping import Mapping
+
+logger = logging.getLogger("xenmapcache")
 
 _DOMID_FIRST_RESERVED = 0x7FF0
 _CAPABILITIES = Path("/proc/xen/capabilities")
@@ -41,10 +47,16 @@ def _is_own(domid: int) -> bool:
 class DomainBackend(Backend):
     """A live domain. Opening it maps one page, to learn whether there is such a domain.
 
+    It has :attr:`.Capability.DIRTY` where libxendevicemodel is there and Xen takes its
+    reports of written pages: an HVM or PVH guest's. Where not, the logger ``xenmapcache``
+    tells why, at INFO.
+
     Attributes:
         domid: the domain.
         binding: ``"cffi"`` or ``"ctypes"``.
         library: the file that the dynamic linker was asked for.
+        log_dirty: whether written pages are reported to Xen (for migration). Set it to
+            False while the guest is not being migrated, to save a hypercall per write.
     """
 
     capabilities = Capability.WRITE
@@ -55,11 +67,43 @@ class DomainBackend(Backend):
         self._handle = handle
         self.binding = handle.binding
         self.library = handle.path
+        self.log_dirty = True
+        self._device_model: DeviceModel | None = None
         try:
             self.map(0, 1, writable=False)
+            self._device_model = self._open_device_model()
         except BaseException:
             handle.close()
             raise
+        if self._device_model is not None:
+            self.capabilities |= Capability.DIRTY
+
+    def _open_device_model(self) -> DeviceModel | None:
+        """Open what takes reports of written pages, after a report that changes nothing."""
+        # A stand-in for the library that maps may be one for this library, too.
+        functions = get_loader(self.binding).open(DEVICE_MODEL, self.library)
+        library = self.library if DeviceModel.open_call in functions else None
+        try:
+            model = DeviceModel(binding=self.binding, library=library)
+        except BackendUnavailableError as error:
+            self._tell_why_not(error)
+            return None
+        try:
+            model.modified_memory(self.domid, 0, 1)
+        except BaseException as error:
+            model.close()
+            if not isinstance(error, XenCallError):
+                raise
+            self._tell_why_not(error)
+            return None
+        return model
+
+    def _tell_why_not(self, reason: Exception) -> None:
+        logger.info(
+            "domain %d: written pages are not reported to Xen, so a migration may miss them: %s",
+            self.domid,
+            reason,
+        )
 
     @abc.abstractmethod
     def _map_pages(self, prot: int, gfns: array[int]) -> tuple[int, bytes | None]:
@@ -82,6 +126,23 @@ class DomainBackend(Backend):
             hint = HINTS[_errno.ESRCH]
         return XenCallError(self.map_call, self.domid, _errno.ESRCH, hint)
 
+    def mark_dirty(self, gfn: int, count: int) -> None:
+        """Report written pages to Xen if ``log_dirty``; see :meth:`Backend.mark_dirty`.
+
+        Follows ``xendevicemodel_modified_memory``. A domain that is gone is no error:
+        nothing of it will be migrated.
+        """
+        if self._device_model is None:
+            super().mark_dirty(gfn, count)
+        elif self.log_dirty:
+            try:
+                self._device_model.modified_memory(self.domid, gfn, count)
+            except XenCallError as error:
+                if error.errno != _errno.ESRCH:
+                    raise
+
     def close(self) -> None:
-        """Close the library's handle; see :meth:`Backend.close`."""
+        """Close the libraries' handles; see :meth:`Backend.close`."""
         self._handle.close()
+        if self._device_model is not None:
+            self._device_model.close()

@@ -16,8 +16,14 @@ _TYPES: dict[str, Any] = {
     "long": ctypes.c_long,
     "unsigned long": ctypes.c_ulong,
     "size_t": ctypes.c_size_t,
+    "uint8_t": ctypes.c_uint8,
+    "uint16_t": ctypes.c_uint16,
     "uint32_t": ctypes.c_uint32,
+    "uint64_t": ctypes.c_uint64,
     "domid_t": ctypes.c_uint16,
+    "ioservid_t": ctypes.c_uint16,
+    "evtchn_port_t": ctypes.c_uint32,
+    "xenevtchn_port_or_error_t": ctypes.c_int,
     "xentoollog_level": ctypes.c_int,
 }
 
@@ -45,18 +51,29 @@ def _pointer(argument: Argument) -> object:
     return (ctypes.c_char * memoryview(argument).nbytes).from_buffer(argument)
 
 
+def _range(kind: str) -> tuple[int, int]:
+    """Return the least and the greatest number that a type holds: ctypes would cut off silently."""
+    bits = 8 * ctypes.sizeof(_TYPES[kind])
+    signed = _TYPES[kind](-1).value < 0
+    return (-1 << bits - 1, (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
 def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
     function = handle[prototype.name]
     kinds = prototype.parameters
     function.argtypes = [_TYPES[kind] for kind in kinds]
     function.restype = _TYPES[prototype.result]
     pointers = [position for position, kind in enumerate(kinds) if kind == "*"]
+    numbers = [(position, *_range(kind)) for position, kind in enumerate(kinds) if kind != "*"]
     get_errno, set_errno = ctypes.get_errno, ctypes.set_errno
 
     def call(*arguments: Argument) -> tuple[int, int]:
         values = list(arguments)
         for position in pointers:
             values[position] = _pointer(values[position])
+        for position, least, greatest in numbers:
+            if not least <= values[position] <= greatest:
+                raise OverflowError(f"integer {values[position]} does not fit {kinds[position]!r}")
         set_errno(0)
         result = function(*values)
         return result or 0, get_errno()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 TYPES = """
 typedef uint64_t xen_pfn_t;
 typedef uint16_t domid_t;
+typedef uint32_t evtchn_port_t;
 typedef struct xentoollog_logger xentoollog_logger;
 """
 
@@ -82,6 +83,84 @@ void *xc_map_foreign_bulk(xc_interface *xch, uint32_t dom, int prot, const xen_p
 """,
 )
 
+DEVICE_MODEL = Library(
+    name="libxendevicemodel",
+    soname="libxendevicemodel.so.1",
+    package="libxendevicemodel1",
+    includes="#include <xendevicemodel.h>",
+    source="""
+typedef uint16_t ioservid_t;
+typedef struct xendevicemodel_handle xendevicemodel_handle;
+/* VERS_1.0, Xen 4.9 */
+xendevicemodel_handle *xendevicemodel_open(xentoollog_logger *logger, unsigned open_flags);
+int xendevicemodel_close(xendevicemodel_handle *dmod);
+int xendevicemodel_create_ioreq_server(xendevicemodel_handle *dmod, domid_t domid,
+                                       int handle_bufioreq, ioservid_t *id);
+int xendevicemodel_destroy_ioreq_server(xendevicemodel_handle *dmod, domid_t domid,
+                                        ioservid_t id);
+int xendevicemodel_set_ioreq_server_state(xendevicemodel_handle *dmod, domid_t domid,
+                                          ioservid_t id, int enabled);
+int xendevicemodel_get_ioreq_server_info(xendevicemodel_handle *dmod, domid_t domid,
+                                         ioservid_t id, xen_pfn_t *ioreq_gfn,
+                                         xen_pfn_t *bufioreq_gfn, evtchn_port_t *bufioreq_port);
+int xendevicemodel_map_io_range_to_ioreq_server(xendevicemodel_handle *dmod, domid_t domid,
+                                                ioservid_t id, int is_mmio,
+                                                uint64_t start, uint64_t end);
+int xendevicemodel_unmap_io_range_from_ioreq_server(xendevicemodel_handle *dmod, domid_t domid,
+                                                    ioservid_t id, int is_mmio,
+                                                    uint64_t start, uint64_t end);
+int xendevicemodel_map_pcidev_to_ioreq_server(xendevicemodel_handle *dmod, domid_t domid,
+                                              ioservid_t id, uint16_t segment, uint8_t bus,
+                                              uint8_t device, uint8_t function);
+int xendevicemodel_unmap_pcidev_from_ioreq_server(xendevicemodel_handle *dmod, domid_t domid,
+                                                  ioservid_t id, uint16_t segment, uint8_t bus,
+                                                  uint8_t device, uint8_t function);
+int xendevicemodel_modified_memory(xendevicemodel_handle *dmod, domid_t domid,
+                                   uint64_t first_pfn, uint32_t nr);
+int xendevicemodel_inject_msi(xendevicemodel_handle *dmod, domid_t domid, uint64_t msi_addr,
+                              uint32_t msi_data);
+int xendevicemodel_set_isa_irq_level(xendevicemodel_handle *dmod, domid_t domid, uint8_t irq,
+                                     unsigned level);
+int xendevicemodel_set_pci_intx_level(xendevicemodel_handle *dmod, domid_t domid,
+                                      uint16_t segment, uint8_t bus, uint8_t device,
+                                      uint8_t intx, unsigned level);
+/* VERS_1.3 */
+int xendevicemodel_modified_memory_bulk(xendevicemodel_handle *dmod, domid_t domid,
+                                        struct xen_dm_op_modified_memory_extent extents[],
+                                        uint32_t nr);
+""",
+)
+
+EVENT_CHANNEL = Library(
+    name="libxenevtchn",
+    soname="libxenevtchn.so.1",
+    package="libxenevtchn1",
+    includes="#include <xenevtchn.h>",
+    source="""
+typedef int xenevtchn_port_or_error_t;
+typedef struct xenevtchn_handle xenevtchn_handle;
+xenevtchn_handle *xenevtchn_open(xentoollog_logger *logger, unsigned flags);
+int xenevtchn_close(xenevtchn_handle *xce);
+int xenevtchn_fd(xenevtchn_handle *xce);
+int xenevtchn_notify(xenevtchn_handle *xce, evtchn_port_t port);
+xenevtchn_port_or_error_t xenevtchn_bind_interdomain(xenevtchn_handle *xce, uint32_t domid,
+                                                     evtchn_port_t remote_port);
+int xenevtchn_unbind(xenevtchn_handle *xce, evtchn_port_t port);
+xenevtchn_port_or_error_t xenevtchn_pending(xenevtchn_handle *xce);
+int xenevtchn_unmask(xenevtchn_handle *xce, evtchn_port_t port);
+""",
+)
+
+TOOL_CORE = Library(
+    name="libxentoolcore",
+    soname="libxentoolcore.so.1",
+    package="libxentoolcore1",
+    includes="#include <xentoolcore.h>",
+    source="""
+int xentoolcore_restrict_all(domid_t domid);
+""",
+)
+
 TOOL_LOG = Library(
     name="libxentoollog",
     soname="libxentoollog.so.1",
@@ -110,7 +189,15 @@ int fclose(FILE *stream);
 """,
 )
 
-LIBRARIES = (FOREIGN_MEMORY, CONTROL, TOOL_LOG, LIBC)
+LIBRARIES = (
+    FOREIGN_MEMORY,
+    CONTROL,
+    DEVICE_MODEL,
+    EVENT_CHANNEL,
+    TOOL_CORE,
+    TOOL_LOG,
+    LIBC,
+)
 
 # Types that the real headers define and our sources only use.
 OPAQUE = """
@@ -127,8 +214,14 @@ SCALARS = frozenset(
         "long",
         "unsigned long",
         "size_t",
+        "uint8_t",
+        "uint16_t",
         "uint32_t",
+        "uint64_t",
         "domid_t",
+        "ioservid_t",
+        "evtchn_port_t",
+        "xenevtchn_port_or_error_t",
         "xentoollog_level",
     }
 )

@@ -65,7 +65,7 @@ class ForeignMemory(Handle):
         Raises:
             XenCallError: it failed, and changed nothing.
         """
-        self._check("xenforeignmemory_unmap", None, address, pages)
+        self.check("xenforeignmemory_unmap", None, address, pages)
 
     def restrict(self, domid: int) -> None:
         """Give up this handle's rights to any domain but one.
@@ -74,7 +74,7 @@ class ForeignMemory(Handle):
             XenCallError: it failed.
             UnsupportedOperationError: the library is older than VERS_1.1.
         """
-        self._check("xenforeignmemory_restrict", domid, domid)
+        self.check("xenforeignmemory_restrict", domid, domid)
 
     def map_resource(
         self, domid: int, kind: int, identifier: int, frame: int, frames: int, prot: int
@@ -101,7 +101,7 @@ class ForeignMemory(Handle):
         Raises:
             XenCallError: it failed.
         """
-        self._check("xenforeignmemory_unmap_resource", None, resource)
+        self.check("xenforeignmemory_unmap_resource", None, resource)
 
     def resource_size(self, domid: int, kind: int, identifier: int) -> int:
         """Return the size of a resource in bytes.
@@ -111,10 +111,5 @@ class ForeignMemory(Handle):
             UnsupportedOperationError: the library is older than VERS_1.4.
         """
         size = array("Q", [0])
-        self._check("xenforeignmemory_resource_size", domid, domid, kind, identifier, size)
+        self.check("xenforeignmemory_resource_size", domid, domid, kind, identifier, size)
         return size[0]
-
-    def _check(self, function: str, domid: int | None, *arguments: object) -> None:
-        result, errno = self.call(function, *arguments)
-        if result:
-            raise self.fail(function, domid, errno)

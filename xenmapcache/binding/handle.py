@@ -11,15 +11,14 @@ import sysconfig
 import threading
 import warnings
 from array import array
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 from ..errors import BackendUnavailableError, ClosedError, UnsupportedOperationError, XenCallError
 from .declarations import Library
-from .loader import Argument, get_loader
+from .loader import Argument, Function, Loader, get_loader
 from .toollog import ToolLog
-
-_PRIVCMD = (Path("/dev/xen/privcmd"), Path("/proc/xen/privcmd"))
 
 HINTS = {
     _errno.ENOMEM: "out of memory, of address space (ulimit -v) or of mappings "
@@ -88,6 +87,45 @@ def positive_errors(errors: array[int]) -> bytes | None:
     return bytes(min(abs(error), 255) for error in errors) if any(errors) else None
 
 
+def load(
+    declared: Library, loader: Loader, library: str | None, required: Iterable[str]
+) -> tuple[str, dict[str, Function]]:
+    """Load a library.
+
+    Args:
+        declared: what is called in it.
+        loader: how.
+        library: a SONAME or path instead of the declared one.
+        required: functions that cannot be done without.
+
+    Returns:
+        What the dynamic linker was asked for, and the functions that are there.
+
+    Raises:
+        BackendUnavailableError: there is none, or it is another library.
+    """
+    path = os.fspath(library) if library else find_library(declared)
+    try:
+        functions = loader.open(declared, path)
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"{path} cannot be loaded ({error}): install Debian's package "
+            f"{declared.package} or your distribution's Xen tools"
+        ) from error
+    for name in required:
+        if name not in functions:
+            raise BackendUnavailableError(
+                f"{path} has no function {name}: it is not {declared.name}"
+            )
+    return path, functions
+
+
+def failure(function: str, domid: int | None, errno: int, complaint: str = "") -> XenCallError:
+    """Return the exception for a failed call, with what its errno means."""
+    hint = "; ".join(filter(None, (HINTS.get(errno, ""), complaint)))
+    return XenCallError(function, domid, errno or _errno.EIO, hint)
+
+
 class Handle:
     """An open handle of a library. The base of this package's bindings.
 
@@ -106,6 +144,10 @@ class Handle:
     open_call: str
     close_call: str
     required: tuple[str, ...]
+    nodes: tuple[Path, ...] = (Path("/dev/xen/privcmd"), Path("/proc/xen/privcmd"))
+    """The device nodes that the library opens, of which it needs one."""
+    module = "xen-privcmd"
+    """The kernel's, which brings them."""
 
     def __init__(self, *, binding: str | None = None, library: str | None = None) -> None:
         self._gate = threading.RLock()  # reentrant: a finalizer may close during a call's entry
@@ -114,19 +156,8 @@ class Handle:
         self._pid = os.getpid()
         loader = get_loader(binding)
         self.binding = loader.name
-        self.path = os.fspath(library) if library else find_library(self.declared)
-        try:
-            self._functions = loader.open(self.declared, self.path)
-        except OSError as error:
-            raise BackendUnavailableError(
-                f"{self.path} cannot be loaded ({error}): install Debian's package "
-                f"{self.declared.package} or your distribution's Xen tools"
-            ) from error
-        for name in (self.open_call, self.close_call, *self.required):
-            if name not in self._functions:
-                raise BackendUnavailableError(
-                    f"{self.path} has no function {name}: it is not {self.declared.name}"
-                )
+        required = (self.open_call, self.close_call, *self.required)
+        self.path, self._functions = load(self.declared, loader, library, required)
         self._log = ToolLog(loader)
         self._pointer, errno = self._open()
         if not self._pointer:
@@ -140,14 +171,17 @@ class Handle:
 
     def _why_not(self, errno: int, complaint: str) -> str:
         what = f"{self.open_call} failed ({complaint or os.strerror(errno)})"
-        node = next((path for path in _PRIVCMD if path.exists()), None)
+        node = next((path for path in self.nodes if path.exists()), None)
         if errno in (_errno.EACCES, _errno.EPERM):
-            return f"{what}: no permission for {node or _PRIVCMD[0]}: run as root in Dom0"
-        if node is None or xen_version() is None:
+            return f"{what}: no permission for {node or self.nodes[0]}: run as root in Dom0"
+        lacks = "" if node else f": there is no {self.nodes[0]}"
+        if xen_version() is None:
             return (
-                f"{what}: this is not a Xen host. Run it in Dom0 (or load the kernel module "
-                "xen-privcmd there), or use open_backend('mock', memory='256M') without Xen"
+                f"{what}{lacks}: this is not a Xen host. Run it in Dom0 (or load the kernel module "
+                f"{self.module} there), or use open_backend('mock', memory='256M') without Xen"
             )
+        if lacks:
+            return f"{what}{lacks}: load the kernel module {self.module} (modprobe), in Dom0"
         return f"{what}: see the kernel's log, and try `xenmapcache doctor`"
 
     def supports(self, function: str) -> bool:
@@ -192,9 +226,27 @@ class Handle:
 
     def fail(self, function: str, domid: int | None, errno: int) -> XenCallError:
         """Return the exception for a failed call, after Xen's complaint has been logged."""
-        complaint = self._log.drain()
-        hint = "; ".join(filter(None, (HINTS.get(errno, ""), complaint)))
-        return XenCallError(function, domid, errno or _errno.EIO, hint)
+        return failure(function, domid, errno, self._log.drain())
+
+    def check(self, function: str, domid: int | None, *arguments: Argument) -> int:
+        """Call a function that returns a negative number when it fails.
+
+        Args:
+            function: its name.
+            domid: the domain that it is about, for the exception.
+            *arguments: after the handle.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            XenCallError: it failed.
+            UnsupportedOperationError, ClosedError: as :meth:`call`.
+        """
+        result, errno = self.call(function, *arguments)
+        if result < 0:
+            raise self.fail(function, domid, errno)
+        return result
 
     def close(self) -> None:
         """Close the handle. Mappings that it made live on. Idempotent, and safe after a fork."""

@@ -21,8 +21,9 @@ Argument = Any
 Function = Callable[..., tuple[int, int]]
 """A C function. Takes :data:`Argument` values and returns ``(result, errno)``.
 
-Pointers are ints both ways and ``errno`` is the one that this call left. The
-interpreter lock is released while the function runs.
+Pointers are ints both ways and ``errno`` is the one that this call left. A number that
+does not fit its C type is an OverflowError. The interpreter lock is released while the
+function runs.
 """
 
 

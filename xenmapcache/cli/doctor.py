@@ -21,15 +21,33 @@ from .. import __version__
 from ..address import PAGE_SIZE
 from ..backend import open_backend
 from ..binding.control import Control
-from ..binding.declarations import CONTROL, FOREIGN_MEMORY, TOOL_LOG, Library, prototypes
+from ..binding.declarations import (
+    CONTROL,
+    DEVICE_MODEL,
+    EVENT_CHANNEL,
+    FOREIGN_MEMORY,
+    TOOL_CORE,
+    TOOL_LOG,
+    Library,
+    prototypes,
+)
+from ..binding.devicemodel import DeviceModel
+from ..binding.eventchannel import EventChannels
 from ..binding.foreignmemory import ForeignMemory
 from ..binding.handle import Handle, find_library, xen_version
 from ..binding.loader import get_loader
 from ..errors import BackendUnavailableError, XenCallError, XenMapCacheError
 from .output import Output, print_json
 
-LIBRARIES = (FOREIGN_MEMORY, CONTROL, TOOL_LOG)
-HANDLES: dict[str, type[Handle]] = {FOREIGN_MEMORY.name: ForeignMemory, CONTROL.name: Control}
+LIBRARIES = (FOREIGN_MEMORY, CONTROL, DEVICE_MODEL, EVENT_CHANNEL, TOOL_CORE, TOOL_LOG)
+HANDLES: dict[str, type[Handle]] = {
+    kind.declared.name: kind for kind in (ForeignMemory, Control, DeviceModel, EventChannels)
+}
+NEEDED_FOR = {
+    DEVICE_MODEL.name: "for device models, and to write to a guest that is being migrated: ",
+    EVENT_CHANNEL.name: "for device models: ",
+    TOOL_CORE.name: "for device models that give up their rights: ",
+}
 BACKENDS = ("xen", "xenctrl")
 HYPERVISOR = Path("/sys/hypervisor")
 PROC_XEN = Path("/proc/xen")
@@ -100,14 +118,17 @@ def check_libraries() -> Iterator[Finding]:
 
 
 def _library(library: Library) -> Iterator[Finding]:
-    # Only one backend of two needs each, but for the first.
+    # The backend that people use needs the first only.
     lacking: Literal["problem", "note"] = "problem" if library is LIBRARIES[0] else "note"
     try:
         asked = find_library(library)
         handle = ctypes.CDLL(asked)
     except (BackendUnavailableError, OSError) as error:
         text = f"not found: {library.soname}" if "*" in library.soname else f"not found: {error}"
-        remedy = f"install Debian's {library.package} or your distribution's Xen tools"
+        remedy = (
+            f"{NEEDED_FOR.get(library.name, '')}install Debian's {library.package} "
+            "or your distribution's Xen tools"
+        )
         yield Finding("Libraries", library.name, lacking, text, remedy, {"found": False})
         return
     declared = prototypes(library)

@@ -98,8 +98,7 @@ class XenLink:
             if waiting is not None:
                 self._model.destroy_ioreq_server(self._domid, server)
                 logger.warning(
-                    "domain %d: cleared away ioreq server %d, whose process is gone; %d vCPUs "
-                    "waited for it",
+                    "domain %d: cleared away ioreq server %d of a dead process; %d vCPUs waited",
                     self._domid,
                     server,
                     waiting,

@@ -1,0 +1,321 @@
+"""An ioreq server over Xen's libraries: what it asks of them, and what it does when they fail."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+import select
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+
+import pytest
+
+from tests.fake_xen import DOMID, Behaviour, FakeXen
+from tests.fake_xen.fixtures import MakeFake
+from xenmapcache import (
+    BackendUnavailableError,
+    MapCache,
+    UnsupportedOperationError,
+    XenCallError,
+    XenMapCacheError,
+    open_backend,
+)
+from xenmapcache.address import PAGE_SIZE
+from xenmapcache.devicemodel import IoreqServer, xen
+from xenmapcache.ioreq import (
+    Request,
+    RequestKind,
+    State,
+    decode,
+    encode,
+    put_buffered,
+    set_state,
+    state_of,
+)
+
+PORT = 0x510
+CREATE = "xendevicemodel_create_ioreq_server"
+SET_STATE = "xendevicemodel_set_ioreq_server_state"
+DESTROY = "xendevicemodel_destroy_ioreq_server"
+MAP = "xenforeignmemory_map_resource"
+BIND = "xenevtchn_bind_interdomain"
+NOTIFY = "xenevtchn_notify"
+CLAIM = "xendevicemodel_map_io_range_to_ioreq_server"
+RESTRICT = "xentoolcore_restrict_all"
+
+
+@pytest.fixture
+def fake(make_fake: MakeFake) -> FakeXen:
+    return make_fake(vcpus=2)
+
+
+@pytest.fixture(autouse=True)
+def libraries(fake: FakeXen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in instead of each of Xen's libraries."""
+    for name in ("DeviceModel", "EventChannels", "ForeignMemory", "restrict_all"):
+        monkeypatch.setattr(xen, name, partial(getattr(xen, name), library=fake.library))
+
+
+@pytest.fixture
+def cache(fake: FakeXen, binding: str) -> Iterator[MapCache]:
+    with open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend:
+        yield MapCache(backend)
+    assert fake.misuses == 0
+
+
+@pytest.fixture
+def server(cache: MapCache, binding: str) -> Iterator[IoreqServer]:
+    server = IoreqServer(DOMID, cache, binding=binding, buffered=True)
+    yield server
+    server.close()
+
+
+def names(fake: FakeXen, start: int) -> list[str]:
+    """Calls of the libraries of device models, without those that open and close handles."""
+    kinds = ("xendevicemodel_", "xenevtchn_", "xentoolcore_", MAP, "xenforeignmemory_unmap_res")
+    return [
+        call.name
+        for call in fake.calls[start:]
+        if call.name.startswith(kinds)
+        and not call.name.endswith(("_open", "_close", "_fd", "_unmask", "_pending"))
+    ]
+
+
+def send(fake: FakeXen, server: int, vcpu: int, request: Request) -> None:
+    """Play Xen: put a request into a vCPU's slot, and tell."""
+    with closing(fake.ioreq_page(server)) as page, memoryview(page) as view:
+        assert state_of(view, vcpu) == State.NONE
+        encode(view, vcpu, request)
+        set_state(view, vcpu, State.READY)
+    fake.send(64 * server + vcpu + 1)
+
+
+def answer_of(fake: FakeXen, server: int, vcpu: int) -> tuple[int, int]:
+    """Return state and data of a vCPU's slot."""
+    with closing(fake.ioreq_page(server)) as page, memoryview(page) as view:
+        return state_of(view, vcpu), decode(view, vcpu).data
+
+
+def read(port: int, size: int = 4) -> Request:
+    return Request(0, RequestKind.PORT, True, port, 0, size)
+
+
+def test_from_open_to_close(fake: FakeXen, server: IoreqServer) -> None:
+    """The order that Xen wants: pages, enabled, channels, ranges; and the way back."""
+    server.claim_ports(PORT, 4)
+    server.claim_mmio(0xF0000000, 0x1000)
+    region = server.claim_pci("0001:02:1f.7")
+    start = len(fake.calls)
+    server.open()
+    assert names(fake, start) == [
+        CREATE,
+        MAP,
+        SET_STATE,
+        BIND,
+        BIND,
+        "xendevicemodel_get_ioreq_server_info",
+        BIND,
+        CLAIM,
+        CLAIM,
+        "xendevicemodel_map_pcidev_to_ioreq_server",
+    ]
+    by_name = {call.name: call.arguments[1:] for call in fake.calls[start:]}
+    assert by_name[CLAIM][:5] == (DOMID, server.id, 1, 0xF0000000, 0xF0000FFF)
+    assert by_name["xendevicemodel_map_pcidev_to_ioreq_server"] == (DOMID, server.id, 1, 2, 31, 7)
+    assert fake.servers == {server.id: True}
+    start = len(fake.calls)
+    region.release()
+    server.inject_msi(0xFEE00000, 0x41)
+    server.set_isa_irq(5, True)
+    server.set_pci_intx("00:05.0", 2, True)
+    server.close()
+    assert names(fake, start) == [
+        "xendevicemodel_unmap_pcidev_from_ioreq_server",
+        "xendevicemodel_inject_msi",
+        "xendevicemodel_set_isa_irq_level",
+        "xendevicemodel_set_pci_intx_level",
+        SET_STATE,
+        "xenforeignmemory_unmap_resource",
+        DESTROY,
+    ]
+    assert fake.servers == {}
+
+
+def test_requests_are_answered(fake: FakeXen, server: IoreqServer) -> None:
+    """Each vCPU's request, in its slot, with its event; the buffered page too."""
+    written: list[int] = []
+    region = server.claim_ports(PORT, 4)
+    region.read(lambda offset, size: 0x11 * (offset + 1))
+    server.claim_mmio(0xA0000, 0x1000).write(lambda offset, size, value: written.append(value))
+    with server:
+        for vcpu, data in ((1, 0x22), (0, 0x11)):
+            send(fake, server.id, vcpu, read(PORT + vcpu, 1))
+            assert select.select([server], [], [], 20)[0]
+            while not server.process_pending():
+                pass
+            assert fake.notified() == 64 * server.id + vcpu + 1
+            assert answer_of(fake, server.id, vcpu) == (State.RESPONSE_READY, data)
+        with closing(fake.ioreq_page(server.id, buffered=True)) as page, memoryview(page) as ring:
+            for value in (1, 2, 3):
+                request = Request(None, RequestKind.MMIO, False, 0xA0000, value, 4)
+                assert put_buffered(ring, request)
+        fake.send(64 * server.id + 64)
+        while not server.process_pending():
+            pass
+    assert written == [1, 2, 3]
+    assert (server.requests, server.failures) == (5, 0)
+
+
+def test_a_request_that_waits_at_close(fake: FakeXen, server: IoreqServer) -> None:
+    """It is carried out, and the vCPU told, before the server goes."""
+    server.claim_ports(PORT, 4).read(lambda offset, size: 7)
+    server.open()
+    number = server.id
+    send(fake, number, 1, read(PORT))
+    start = len(fake.calls)
+    server.close()
+    assert answer_of(fake, number, 1) == (State.RESPONSE_READY, 7)
+    assert names(fake, start)[:2] == [SET_STATE, NOTIFY]
+
+
+@pytest.mark.parametrize(
+    "call", [CREATE, MAP, SET_STATE, BIND, "xendevicemodel_get_ioreq_server_info", CLAIM, RESTRICT]
+)
+def test_an_open_that_fails(fake: FakeXen, cache: MapCache, binding: str, call: str) -> None:
+    """Whatever fails, no server is left, and the message names the call."""
+    server = IoreqServer(DOMID, cache, binding=binding, buffered=True, restrict=True)
+    server.claim_ports(PORT, 4)
+    fake.plan(call, Behaviour.FAIL, errno.ENOSPC)
+    with pytest.raises(XenCallError, match=f"{call} failed.*ENOSPC"):
+        server.open()
+    assert fake.servers == {}
+
+
+def test_restrict(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """It comes last, and is about the one domain."""
+    server = IoreqServer(DOMID, cache, binding=binding, restrict=True)
+    server.claim_ports(PORT, 4)
+    with server:
+        called = [call for call in fake.calls if call.name == RESTRICT]
+        assert [call.arguments for call in called] == [(DOMID,)]
+        assert names(fake, 0)[-1] == RESTRICT
+
+
+@pytest.mark.parametrize("call", [SET_STATE, DESTROY])
+def test_a_domain_that_has_ended(fake: FakeXen, server: IoreqServer, call: str) -> None:
+    """Closing is no error when Xen says that there is no such domain."""
+    server.open()
+    fake.plan(call, Behaviour.FAIL, errno.ESRCH)
+    server.close()
+
+
+def test_a_close_that_fails(fake: FakeXen, server: IoreqServer) -> None:
+    """Another error is raised; the handles are closed all the same, and it does not come twice."""
+    server.open()
+    fake.plan(DESTROY, Behaviour.FAIL, errno.EPERM)
+    with pytest.raises(XenCallError, match=f"{DESTROY} failed"):
+        server.close()
+    server.close()
+
+
+def abandon(fake: FakeXen, binding: str, requests: dict[int, Request]) -> int:
+    """Leave a server behind, as a process does that is killed; its vCPUs wait."""
+    link = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+    link.enable()
+    for vcpu, request in requests.items():
+        with closing(fake.ioreq_page(link.id)) as page, memoryview(page) as view:
+            encode(view, vcpu, request)
+            set_state(view, vcpu, State.READY)
+    link._stack.pop_all()
+    for handle in (link._model, link._memory, link._channels):
+        handle.close()
+    return link.id
+
+
+def test_recover(
+    fake: FakeXen, cache: MapCache, binding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Abandoned servers are answered for and destroyed; one that is served is left alone."""
+    with caplog.at_level(logging.WARNING):
+        alive = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+        alive.enable()
+        for vcpu in range(2):
+            alive.bind(64 * alive.id + vcpu + 1)
+        dead = abandon(fake, binding, {1: read(PORT, 2)})
+        not_enabled = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+        with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+            assert fake.servers == {alive.id: True, not_enabled.id: False, server.id: True}
+            assert server.id == dead  # its number is free
+            assert [n for n in names(fake, 0) if n in (NOTIFY, DESTROY)] == [NOTIFY, DESTROY]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"domain {DOMID}: cleared away ioreq server {dead} of a dead process; 1 vCPUs waited"
+    ]
+    alive.close()
+    not_enabled.close()
+
+
+def test_a_server_that_is_just_being_bound_is_left_alone(
+    fake: FakeXen, cache: MapCache, binding: str
+) -> None:
+    """One channel that somebody has is enough."""
+    half = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+    half.enable()
+    half.bind(64 * half.id + 2)
+    with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+        assert set(fake.servers) == {half.id, server.id}
+    half.close()
+
+
+def test_an_abandoned_answer_is_all_ones(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """What the vCPU of a dead model reads."""
+    dead = abandon(fake, binding, {0: read(PORT, 2)})
+    server = IoreqServer(DOMID, cache, binding=binding, recover=True, buffered=True)
+    fake.plan(CREATE, Behaviour.FAIL, errno.ENOSPC)
+    with pytest.raises(XenCallError):
+        server.open()
+    assert answer_of(fake, dead, 0) == (State.RESPONSE_READY, 0xFFFF)
+    assert fake.servers == {}
+
+
+def test_an_old_library(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Xen 4.11 the pages cannot be mapped this way: it says so, and leaves no server."""
+    old = make_fake("OLD")
+    for name in ("DeviceModel", "EventChannels", "ForeignMemory"):
+        kind = getattr(xen, name).func
+        monkeypatch.setattr(xen, name, partial(kind, library=old.library))
+    with pytest.raises(XenMapCacheError) as caught:
+        xen.XenLink(DOMID, buffered=False, recover=False, binding=None)
+    assert isinstance(caught.value, UnsupportedOperationError)
+    assert old.servers == {}
+
+
+def test_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without x86's order of stores an answer may be seen too early: it is refused."""
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    with pytest.raises(UnsupportedOperationError, match="serving needs x86, not aarch64"):
+        xen.XenLink(DOMID, buffered=False, recover=False, binding=None)
+
+
+def test_no_libraries(cache: MapCache, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
+    """What is missing is named, and open can be tried again."""
+    kind = xen.EventChannels.func  # type: ignore[attr-defined]
+    monkeypatch.setattr(xen, "EventChannels", partial(kind, library="no-such-library.so"))
+    server = IoreqServer(DOMID, cache, binding=binding)
+    for _ in range(2):
+        with pytest.raises(BackendUnavailableError, match="no-such-library.so cannot be loaded"):
+            server.open()
+
+
+def test_the_page_is_the_last(fake: FakeXen, server: IoreqServer) -> None:
+    """Of two mapped pages the first is the ring's."""
+    with server:
+        link = server._link
+        assert link is not None
+        assert link.ring is not None
+        assert (len(link.page), len(link.ring)) == (PAGE_SIZE, PAGE_SIZE)
+        with closing(fake.ioreq_page(server.id, buffered=True)) as page:
+            page[100] = 77
+        assert link.ring[100] == 77
+        assert link.page[100] == 0
