@@ -4,7 +4,7 @@ XEN ?= 4.17 4.20
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-xen lint bench docs clean
+.PHONY: demo test test-xen lint bench bench-xen docs clean
 
 demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
 	@$(BIN)/xenmapcache demo
@@ -23,6 +23,10 @@ lint: $(VENV)/test.stamp  ## lint, format, types, and whether the generated bind
 
 bench: $(VENV)/test.stamp  ## the promised speed, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
+
+bench-xen: $(VENV)/test.stamp  ## the speed of device models on a real Xen, under emulation
+	set -e; for xen in $(XEN); do \
+		$(BIN)/python -m pytest -v -m xen --xen=$$xen tests/xen/test_devicemodel_speed.py; done
 
 docs: $(VENV)/docs.stamp  ## the documentation as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import xenmapcache
+from xenmapcache import devicemodel
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -143,8 +144,9 @@ WITH_PYTHON = [page for page in pages() if python_blocks(page.read_text(encoding
 
 
 def test_the_pages_that_hold_code_are_found() -> None:
-    """README is looked at, and with the folder docs at least its pages on Dom0 and the mock."""
-    expected = {"README.md"} | ({"dom0.md", "mock.md"} if DOCS.is_dir() else set())
+    """README is looked at, and with the folder docs at least its pages that teach."""
+    taught = {"dom0.md", "device-models.md", "mock.md"}
+    expected = {"README.md"} | (taught if DOCS.is_dir() else set())
     assert expected <= {page.name for page in WITH_PYTHON}
 
 
@@ -198,6 +200,14 @@ def test_the_reference_has_every_public_name() -> None:
     """Each name that the package exports has its directive in the reference, and no other has."""
     found = set(DIRECTIVE.findall((DOCS / "api.md").read_text(encoding="utf-8")))
     assert found - {"xenmapcache"} == set(xenmapcache.__all__)
+
+
+@needs_docs
+def test_the_reference_has_the_device_models() -> None:
+    """So has each name of the device-model kit."""
+    reference = (DOCS / "api.md").read_text(encoding="utf-8")
+    for name in devicemodel.__all__:
+        assert f".. autoclass:: xenmapcache.devicemodel.{name}" in reference
 
 
 @needs_docs

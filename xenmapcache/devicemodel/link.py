@@ -10,7 +10,7 @@ from ..ioreq import RequestKind
 class Link(Protocol):
     """An ioreq server as the hypervisor keeps it, seen from its device model.
 
-    Synchronization: for one thread at a time.
+    Synchronization: for one thread at a time, but that any may raise an interrupt.
     """
 
     @property

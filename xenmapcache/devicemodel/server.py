@@ -73,8 +73,8 @@ class IoreqServer:
         invalidations: how many of them were INVALIDATE.
         failures: how many could not be carried out as the guest asked; each was logged.
 
-    Synchronization: claims, ``stop`` and ``close`` may be called in any thread. Handlers and
-    callbacks run one at a time, in the thread that serves.
+    Synchronization: claims, interrupts, ``stop`` and ``close`` may be called in any thread.
+    Handlers and callbacks run one at a time, in the thread that serves.
     """
 
     def __init__(

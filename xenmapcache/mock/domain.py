@@ -165,9 +165,10 @@ class MockDomain(Instructions):
             TimeoutError: a device model has not answered in :attr:`patience` seconds.
         """
         self.invalidations += 1
+        # Servers first: their callbacks may have DMA to finish in a cache that listens too.
+        self._broadcast_invalidate(vcpu)
         for listener in list(self._listeners):
             listener()
-        self._broadcast_invalidate(vcpu)
 
     def destroy(self) -> None:
         """End the domain. Its memory lives on where it is mapped.

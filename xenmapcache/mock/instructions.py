@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import errno as _errno
 import threading
 from collections.abc import Iterator
 
 from ..address import as_int
-from ..errors import FaultError
+from ..errors import FaultError, XenCallError
 from ..ioreq import BUS_OFFSET, Request, RequestKind, bdf_number
 from .ioreq_server import MockIoreqServer
 
@@ -215,13 +216,17 @@ class Instructions(abc.ABC):
         """Create an ioreq server, as libxendevicemodel does.
 
         Raises:
-            XenCallError: a fault was armed.
-            ValueError: the domain has eight.
+            XenCallError: the domain has eight, or a fault was armed.
         """
         self.enter_ioreq_call("create_ioreq_server")
         free = [number for number in range(MAX_IOREQ_SERVERS) if number not in self.ioreq_servers]
         if not free:
-            raise ValueError(f"mock domain {self.domid} has {MAX_IOREQ_SERVERS} ioreq servers")
+            raise XenCallError(
+                "mock_create_ioreq_server",
+                self.domid,
+                _errno.ENOSPC,
+                f"it has {MAX_IOREQ_SERVERS}, as many as Xen allows",
+            )
         server = self.ioreq_servers[free[0]] = MockIoreqServer(self, free[0], buffered)
         return server
 

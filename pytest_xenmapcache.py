@@ -1,0 +1,97 @@
+"""The pytest plugin: fixtures for tests of device models, on the mock.
+
+pytest finds it through the entry point ``xenmapcache``; ``-p no:xenmapcache`` leaves it out.
+It lies beside the package, not in it: pytest imports it in every project of an environment,
+and importing anything in the package would import all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from xenmapcache import MapCache, MockDomain, MockHypervisor
+
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the markers known, to --strict-markers and --markers."""
+    config.addinivalue_line(
+        "markers",
+        "mock_domain(**options): how the fixture mock_domain makes its guest, for example "
+        "memory='16M', holes=[(0xA0000, 0x20000)], vcpus=2 (xenmapcache)",
+    )
+    config.addinivalue_line(
+        "markers",
+        "map_cache(**options): how the fixture map_cache makes its cache, for example "
+        "on_stale='copy', bucket_shift=16 (xenmapcache)",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Remember whether a test ended with an exception."""
+    if call.when != "teardown":
+        item.stash[_FAILED] = call.excinfo is not None
+
+
+@pytest.fixture
+def mock_hypervisor() -> MockHypervisor:
+    """A mock Xen without domains."""
+    from xenmapcache import MockHypervisor
+
+    return MockHypervisor()
+
+
+@pytest.fixture
+def mock_domain(request: pytest.FixtureRequest, mock_hypervisor: MockHypervisor) -> MockDomain:
+    """A mock guest of 64 MiB with one vCPU.
+
+    ``@pytest.mark.mock_domain(memory="16M", holes=[(0xA0000, 0x20000)], vcpus=2)`` makes it
+    otherwise. Markers of a module, a class and a test add up; the nearest wins.
+    """
+    return mock_hypervisor.create_domain(**_options(request, "mock_domain"))
+
+
+@pytest.fixture
+def map_cache(request: pytest.FixtureRequest, mock_domain: MockDomain) -> Iterator[MapCache]:
+    """A map cache of ``mock_domain``, which invalidates it when it balloons.
+
+    While the domain has an ioreq server, that one invalidates it, after its callbacks. In the
+    end the cache is closed, and a lease that is still held then is an error of the test,
+    unless the test had failed anyway. ``@pytest.mark.map_cache(on_stale="copy")`` has options
+    of :class:`xenmapcache.MapCache`.
+    """
+    from xenmapcache import ClosedError, MapCache, open_backend
+
+    with open_backend("mock", domain=mock_domain) as backend:
+        cache = MapCache(backend, **_options(request, "map_cache"))
+
+        def invalidate() -> None:
+            if any(server.enabled for server in list(mock_domain.ioreq_servers.values())):
+                return
+            with suppress(ClosedError):  # a domain that is shared outlives the cache
+                cache.invalidate()
+
+        mock_domain.on_invalidate(invalidate)
+        yield cache
+        held = cache.leases()
+        cache.close(force=True)
+        if held and not request.node.stash.get(_FAILED, False):
+            names = "\n".join(f"  {info}" for info in held)
+            pytest.fail(f"leases are held at the end of the test:\n{names}", pytrace=False)
+
+
+def _options(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:
+    """Return the keyword arguments of a test's markers of a name, the nearest last."""
+    options: dict[str, Any] = {}
+    for marker in reversed(list(request.node.iter_markers(name))):
+        if marker.args:
+            raise TypeError(f"the marker {name} takes keyword arguments, not {marker.args!r}")
+        options |= marker.kwargs
+    return options
