@@ -45,6 +45,8 @@ class BlockDevice:
 
     def read(self, offset: int, size: int) -> int:
         """Answer the guest's ``in``."""
+        if size != 4:
+            return (1 << 8 * size) - 1
         if offset == CAPACITY:
             return self._capacity
         if offset == STATUS:
@@ -53,11 +55,12 @@ class BlockDevice:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take the guest's ``out``."""
-        if offset in self._registers:
+        if offset in self._registers and size == 4:
             self._registers[offset] = value
         elif offset == COMMAND and self._transfer.done():
             self.transfers += 1
-            self._transfer = self._worker.submit(self._run, value)
+            # What the guest writes from now on is for the next one.
+            self._transfer = self._worker.submit(self._run, value, dict(self._registers))
 
     def drain(self) -> None:
         """Wait until no transfer is under way."""
@@ -68,9 +71,9 @@ class BlockDevice:
             return BUSY
         return ERROR if self._transfer.exception() else DONE
 
-    def _run(self, command: int) -> None:
-        sector, count = self._registers[SECTOR], self._registers[COUNT]
-        address = self._registers[ADDRESS_HIGH] << 32 | self._registers[ADDRESS_LOW]
+    def _run(self, command: int, registers: dict[int, int]) -> None:
+        sector, count = registers[SECTOR], registers[COUNT]
+        address = registers[ADDRESS_HIGH] << 32 | registers[ADDRESS_LOW]
         if command not in (READ, WRITE) or not 0 < count <= self._capacity - sector:
             raise ValueError(f"no transfer: command {command}, {count} sectors at {sector}")
         way = DmaDirection.FROM_DEVICE if command == READ else DmaDirection.TO_DEVICE

@@ -7,6 +7,7 @@ share, byte by byte. Everything is little-endian.
 from __future__ import annotations
 
 import enum
+import re
 import struct
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ RING_POINTERS = struct.Struct("<II")
 RING_SLOT = struct.Struct("<II")
 """type, flags and address in 32 bits; data."""
 
+_BDF = re.compile(
+    r"(?:([0-9a-f]{1,4}):)?([0-9a-f]{1,2}):([01]?[0-9a-f])\.([0-7])", re.ASCII | re.IGNORECASE
+)
 _DATA_IS_POINTER, _READ, _BACKWARD = 0x10, 0x20, 0x40
 
 
@@ -99,7 +103,7 @@ class Request(NamedTuple):
     @property
     def all_ones(self) -> int:
         """What a read of nothing gives, as on a real bus."""
-        return (1 << 8 * self.size) - 1
+        return (1 << 8 * min(self.size, 8)) - 1
 
 
 def decode(page: memoryview, vcpu: int) -> Request:
@@ -164,7 +168,7 @@ def answer(page: memoryview, vcpu: int, data: int) -> None:
 
     Program order is enough on x86: data first, state last.
     """
-    DATA.pack_into(page, vcpu * SLOT_SIZE + DATA_OFFSET, data)
+    DATA.pack_into(page, vcpu * SLOT_SIZE + DATA_OFFSET, data & 0xFFFF_FFFF_FFFF_FFFF)
     set_state(page, vcpu, State.RESPONSE_READY)
 
 
@@ -176,7 +180,7 @@ def next_buffered(ring: memoryview) -> Request | None:
     head, data = _ring_slot(ring, read)
     size = 1 << (head >> 10 & 3)
     if size == 8:
-        data |= _ring_slot(ring, read + 1)[1] << 32
+        data |= _ring_slot(ring, read + 1 & 0xFFFFFFFF)[1] << 32
     return Request(None, head & 0xFF, bool(head & 0x200), head >> 12, data, size)
 
 
@@ -216,18 +220,11 @@ def parse_bdf(bdf: str) -> tuple[int, int, int, int]:
     Raises:
         ValueError: that is none.
     """
-    try:
-        head, _, function = bdf.rpartition(".")
-        *segment, bus, device = (int(part, 16) for part in head.split(":"))
-        parts = (*(segment or [0]), bus, device, int(function, 16))
-        limits = (0xFFFF, 0xFF, 0x1F, 7)
-        if len(parts) != len(limits) or not all(
-            0 <= part <= limit for part, limit in zip(parts, limits, strict=True)
-        ):
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise ValueError(f"{bdf!r} is no PCI function: write 0000:00:05.0 or 00:05.0") from None
-    return parts[0], parts[1], parts[2], parts[3]
+    match = _BDF.fullmatch(bdf) if isinstance(bdf, str) else None
+    if match is None:
+        raise ValueError(f"{bdf!r} is no PCI function: write 0000:00:05.0 or 00:05.0")
+    segment, bus, device, function = (int(part or "0", 16) for part in match.groups())
+    return segment, bus, device, function
 
 
 def bdf_number(bdf: str) -> int:

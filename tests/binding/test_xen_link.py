@@ -203,11 +203,12 @@ def test_restrict(fake: FakeXen, cache: MapCache, binding: str) -> None:
         assert names(fake, 0)[-1] == RESTRICT
 
 
+@pytest.mark.parametrize("error", [errno.ESRCH, errno.ENOENT])
 @pytest.mark.parametrize("call", [SET_STATE, DESTROY])
-def test_a_domain_that_has_ended(fake: FakeXen, server: IoreqServer, call: str) -> None:
-    """Closing is no error when Xen says that there is no such domain."""
+def test_a_domain_that_has_ended(fake: FakeXen, server: IoreqServer, call: str, error: int) -> None:
+    """Closing is no error when Xen says that the domain, or its server, is gone."""
     server.open()
-    fake.plan(call, Behaviour.FAIL, errno.ESRCH)
+    fake.plan(call, Behaviour.FAIL, error)
     server.close()
 
 
@@ -263,9 +264,46 @@ def test_a_server_that_is_just_being_bound_is_left_alone(
     half = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
     half.enable()
     half.bind(64 * half.id + 2)
+    encode(half.page, 0, read(PORT))
+    set_state(half.page, 0, State.READY)
     with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
         assert set(fake.servers) == {half.id, server.id}
+        assert answer_of(fake, half.id, 0) == (State.READY, 0)
     half.close()
+
+
+def test_whatever_a_dead_process_left(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """The last of eight, one that nobody waits for, a request that was begun or just answered."""
+    dead = [abandon(fake, binding, {}) for _ in range(6)]
+    dead.append(abandon(fake, binding, {0: read(PORT, 1), 1: read(PORT, 1)}))
+    with closing(fake.ioreq_page(dead[-1])) as page, memoryview(page) as view:
+        set_state(view, 0, State.INPROCESS)
+        view[8:16] = (5).to_bytes(8, "little")
+        view[32 + 8 : 32 + 16] = (6).to_bytes(8, "little")
+        set_state(view, 1, State.RESPONSE_READY)
+    dead.append(abandon(fake, binding, {0: read(PORT, 4)}))
+    with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+        assert set(fake.servers) == {server.id}
+        assert names(fake, 0).count(NOTIFY) == 3
+    assert answer_of(fake, dead[6], 0) == (State.RESPONSE_READY, 0xFF)
+    assert answer_of(fake, dead[6], 1) == (State.RESPONSE_READY, 6)
+    assert answer_of(fake, dead[7], 0) == (State.RESPONSE_READY, 0xFFFFFFFF)
+    maps = [call for call in fake.calls if call.name == MAP]
+    unmaps = [call for call in fake.calls if call.name == "xenforeignmemory_unmap_resource"]
+    assert len(maps) - len(unmaps) == len(dead)  # the dead ones' own
+
+
+def test_unmask_comes_first(fake: FakeXen, server: IoreqServer) -> None:
+    """A request that comes while a slot is looked at raises a new event."""
+    server.claim_ports(PORT, 4).read(lambda offset, size: 7)
+    with server:
+        start = len(fake.calls)
+        send(fake, server.id, 0, read(PORT))
+        while not server.process_pending():
+            pass
+        order = [call.name for call in fake.calls[start:] if call.name.startswith("xenevtchn")]
+    at = order.index(NOTIFY)
+    assert order[at - 2 : at] == ["xenevtchn_pending", "xenevtchn_unmask"]
 
 
 def test_an_abandoned_answer_is_all_ones(fake: FakeXen, cache: MapCache, binding: str) -> None:

@@ -13,12 +13,13 @@ Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], object]
 ReadT = TypeVar("ReadT", bound=Read)
 WriteT = TypeVar("WriteT", bound=Write)
+Handler = TypeVar("Handler")
 
 _start = attrgetter("start")
 
 
-class Device(Protocol):
-    """What answers for a region. A class may have just one of the two."""
+class Readable(Protocol):
+    """A device that the guest can read."""
 
     def read(self, offset: int, size: int) -> int:
         """Return what the guest is to read.
@@ -31,6 +32,10 @@ class Device(Protocol):
             A number that fits ``size`` bytes.
         """
 
+
+class Writable(Protocol):
+    """A device that the guest can write."""
+
     def write(self, offset: int, size: int, value: int) -> object:
         """Take what the guest wrote.
 
@@ -39,6 +44,10 @@ class Device(Protocol):
             size: 1, 2, 4 or 8 bytes.
             value: a number of that size.
         """
+
+
+Device = Readable | Writable
+"""What answers for a region: it has one of the two methods, or both."""
 
 
 class Region:
@@ -85,12 +94,12 @@ class Region:
 
     def read(self, handler: ReadT) -> ReadT:
         """Have ``handler(offset, size) -> int`` called for reads; a decorator."""
-        self._handle_read = handler
+        self._handle_read = _callable(handler)
         return handler
 
     def write(self, handler: WriteT) -> WriteT:
         """Have ``handler(offset, size, value)`` called for writes; a decorator."""
-        self._handle_write = handler
+        self._handle_write = _callable(handler)
         return handler
 
     def release(self) -> None:
@@ -112,7 +121,7 @@ class Region:
         if self._handle_read is None:
             return (1 << 8 * size) - 1
         value = index(self._handle_read(offset, size))
-        if value < 0 or value >> 8 * size:
+        if value >> 8 * size:  # -1 of a negative number
             raise ValueError(f"the handler returned {value:#x}, which does not fit {size} bytes")
         return value
 
@@ -120,6 +129,12 @@ class Region:
         """Hand what was written to the device; raises what the handler raises."""
         if self._handle_write is not None:
             self._handle_write(offset, size, value)
+
+
+def _callable(handler: Handler) -> Handler:
+    if not callable(handler):
+        raise TypeError(f"handler {handler!r} cannot be called")
+    return handler
 
 
 class Regions:

@@ -8,13 +8,15 @@ import logging
 import os
 import select
 import signal
+import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from types import FrameType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from ..address import check_range
+from ..address import as_int, check_range
 from ..cache import MapCache
 from ..errors import ClosedError
 from ..ioreq import (
@@ -36,6 +38,9 @@ from ..ioreq import (
 from .link import IoreqDomain, Link
 from .regions import Device, Region, Regions
 
+if TYPE_CHECKING:
+    import asyncio
+
 logger = logging.getLogger("xenmapcache.devicemodel")
 
 Callback = TypeVar("Callback", bound=Callable[[], object])
@@ -43,6 +48,9 @@ Callback = TypeVar("Callback", bound=Callable[[], object])
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PORTS = 1 << 16
 _PCI_CONFIG_SIZE = 4096
+_ISA_IRQS, _PINS = 16, 4
+_PATIENCE = 0.1
+"""How long a vCPU may take, in seconds, to see its last answer. A paused one does not."""
 
 
 class IoreqServer:
@@ -93,7 +101,8 @@ class IoreqServer:
             raise TypeError(f"cache must be a MapCache, not {type(cache).__name__}")
         domid = domain if isinstance(domain, int) else domain.domid
         mapped = getattr(cache.backend, "domid", domid)
-        if mapped != domid:
+        mock = getattr(cache.backend, "domain", domain)  # two may have one number
+        if mapped != domid or mock is not domain:
             raise ValueError(f"the cache maps domain {mapped}, the server is for domain {domid}")
         self.domid = domid
         self.cache = cache
@@ -112,6 +121,8 @@ class IoreqServer:
         self._pid = os.getpid()
         self._vcpus: dict[int, int] = {}  # by local port
         self._ring_port = -1
+        self._interrupted = False
+        self._serving: set[int] = set()  # vCPUs whose handler runs: it may serve others
         self._lock = threading.RLock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         weakref.finalize(self, os.close, self._wake)
@@ -144,9 +155,10 @@ class IoreqServer:
             atexit.register(self.close)
             try:
                 link.enable()
-                for vcpu in range(len(link.page) // SLOT_SIZE):
-                    if port := port_of(link.page, vcpu):
-                        self._vcpus[link.bind(port)] = vcpu
+                # Until now nobody has told the cache what the guest gave up.
+                self.cache.invalidate()
+                for vcpu, port in self._unbound(link):
+                    self._vcpus[link.bind(port)] = vcpu
                 if link.ring is not None:
                     self._ring_port = link.bind(link.buffered_port())
                 for region in self._regions:
@@ -166,42 +178,108 @@ class IoreqServer:
             self._domain, buffered=self._buffered, recover=self._recover, binding=self._binding
         )
 
-    def close(self) -> None:
-        """Get no more requests, answer those that wait, and destroy the server. Idempotent.
+    def _unbound(self, link: Link) -> list[tuple[int, int]]:
+        """Return ``(vCPU, event channel)`` of those that are not connected."""
+        bound = set(self._vcpus.values())
+        return [
+            (vcpu, port)
+            for vcpu in range(len(link.page) // SLOT_SIZE)
+            if vcpu not in bound and (port := port_of(link.page, vcpu))
+        ]
 
-        A handler may call it; :meth:`stop` is kinder.
+    def close(self) -> None:
+        """Get no more requests, carry out those that wait, and destroy the server. Idempotent.
+
+        The callbacks of :meth:`on_quiesce` are called, too: after it nobody tells the cache what
+        the guest gives up. A handler may call it; :meth:`stop` is kinder. SIGINT and SIGTERM
+        wait until it is done.
+
+        Raises:
+            XenCallError: Xen failed; the server is closed all the same.
         """
         if os.getpid() != self._pid:
             return  # the server is the parent's
-        with self._lock:
+        with self._lock, _signals(self._wake) as caught:
             link = self._link
             if link is None:
                 self._closed = True
-                return
-            try:
-                link.disable()
-                for port, vcpu in self._vcpus.items():
-                    if self._link is link:
-                        self._serve(link, port, vcpu)
-            finally:
-                if self._link is link:  # or one of these handlers has closed it
-                    self._destroy(link)
+            else:
+                self._close(link)
+        for number in caught:
+            os.kill(self._pid, number)
 
-    def _destroy(self, link: Link) -> None:
+    def _close(self, link: Link) -> None:
+        errors: list[Exception] = []
+        try:
+            for step in (
+                link.disable,
+                lambda: self._bind_rest(link),
+                lambda: self._settle(link, errors, set()),
+                lambda: self._drain(link),
+                self._call_quiesce,
+            ):
+                try:
+                    if self._link is link:  # or a handler has closed it
+                        step()
+                except Exception as error:
+                    errors.append(error)
+        finally:
+            if self._link is link:
+                self._destroy(link, errors)
+        if errors:
+            raise errors[0]
+
+    def _bind_rest(self, link: Link) -> None:
+        """Connect to who waits, after an :meth:`open` that failed before it was connected."""
+        for vcpu, port in self._unbound(link):
+            self._vcpus[link.bind(port)] = vcpu
+
+    def _settle(self, link: Link, errors: list[Exception], but: Container[int]) -> None:
+        """Look at every vCPU but some, whether there was an event or not, and let it go on."""
+        for port, vcpu in list(self._vcpus.items()):
+            try:
+                if self._link is link and vcpu not in but:
+                    self._serve(link, port, vcpu)
+                if self._link is link and vcpu not in but:
+                    self._answer_anyway(link, port, vcpu)
+            except Exception as error:
+                errors.append(error)
+
+    def _answer_anyway(self, link: Link, port: int, vcpu: int) -> None:
+        """Answer what a handler that was interrupted, or closes, has left."""
+        state = state_of(link.page, vcpu)
+        if state in (State.READY, State.INPROCESS):
+            request = decode(link.page, vcpu)
+            if request.kind == RequestKind.INVALIDATE:
+                self.cache.invalidate()
+            self._fail(request, "it was given up before it was carried out")
+            answer(link.page, vcpu, _nothing(request))
+        if state:
+            link.notify(port)  # it may have been answered, and not told
+
+    def _destroy(self, link: Link, errors: list[Exception]) -> None:
         """Destroy the server, after an answer to whoever still waits: who is closing, say."""
         try:
             for port, vcpu in self._vcpus.items():
-                if state_of(link.page, vcpu) in (State.READY, State.INPROCESS):
-                    request = decode(link.page, vcpu)
-                    self._fail(request, "the server was closed before it was carried out")
-                    answer(link.page, vcpu, _nothing(request))
-                    link.notify(port)
+                try:
+                    self._answer_anyway(link, port, vcpu)
+                except Exception as error:
+                    errors.append(error)
+            # Destroyed before it looks, a vCPU would not find its answer.
+            end = time.monotonic() + _PATIENCE
+            while time.monotonic() < end and any(
+                state_of(link.page, vcpu) == State.RESPONSE_READY for vcpu in self._vcpus.values()
+            ):
+                time.sleep(0.001)
         finally:
             self._closed = True
-            self._link = None
-            os.eventfd_write(self._wake, 1)
-            atexit.unregister(self.close)
-            link.close()
+            try:
+                link.close()
+            finally:
+                self._link = None
+                self._regions = Regions()  # which know this server: a cycle
+                os.eventfd_write(self._wake, 1)
+                atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         self.open()
@@ -233,6 +311,7 @@ class IoreqServer:
             TypeError: a device without either method.
             XenCallError: Xen refused.
         """
+        first, count = as_int("first", first), as_int("count", count)
         if not (first >= 0 < count and first + count <= _PORTS):
             raise ValueError(f"ports {first:#x}..{first + count:#x} are not within 0..{_PORTS:#x}")
         return self._claim(RequestKind.PORT, first, count, device)
@@ -292,8 +371,15 @@ class IoreqServer:
         """Have ``callback()`` called before an INVALIDATE drops the mappings; a decorator.
 
         It is the last moment for DMA that is under way: finish it, and release its leases.
-        The guest's vCPU waits, so be quick. One that raises is logged.
+        The guest's vCPU waits, so be quick. One that raises is logged. It is called by
+        :meth:`close`, too. It must not wait for a thread that claims, releases or closes:
+        those wait for it.
+
+        Raises:
+            TypeError: it cannot be called.
         """
+        if not callable(callback):
+            raise TypeError(f"callback {callback!r} cannot be called")
         self._quiesce.append(callback)
         return callback
 
@@ -303,17 +389,24 @@ class IoreqServer:
         """Raise a message-signalled interrupt, as the guest has programmed it.
 
         Raises:
+            ValueError: that is no address, or no data of 4 bytes.
             XenCallError: Xen refused.
             ClosedError: the server is not open.
         """
+        if as_int("address", address) >> 64 or as_int("data", data) >> 32:
+            raise ValueError(f"no message: address {address:#x}, data {data:#x}")
         self._open_link().inject_msi(address, data)
 
     def set_isa_irq(self, irq: int, level: bool) -> None:
         """Set the level of an ISA interrupt line, 0 to 15 (HVM guests); as :meth:`inject_msi`."""
+        if not 0 <= as_int("irq", irq) < _ISA_IRQS:
+            raise ValueError(f"irq {irq} is not in 0..{_ISA_IRQS - 1}")
         self._open_link().set_isa_irq(irq, level)
 
     def set_pci_intx(self, bdf: str, pin: int, level: bool) -> None:
         """Set a PCI function's interrupt pin, 0 (INTA) to 3 (HVM guests); as :meth:`inject_msi`."""
+        if not 0 <= as_int("pin", pin) < _PINS:
+            raise ValueError(f"pin {pin} is not in 0..{_PINS - 1}")
         self._open_link().set_pci_intx(parse_bdf(bdf), pin, level)
 
     # --- serving ----------------------------------------------------------------------
@@ -336,19 +429,27 @@ class IoreqServer:
         answered = self.requests
         with self._lock:
             link = self._open_link()
-            # A guest that never stops asking must not keep a foreign loop from its other work.
-            for _ in range(len(self._vcpus) + 1):
-                port = link.pending()
-                if port is None:
-                    break
-                # Before the slot is looked at: what comes after that is a new event.
-                link.unmask(port)
-                if port == self._ring_port:
-                    self._drain(link)
-                elif port in self._vcpus:
-                    self._serve(link, port, self._vcpus[port])
-                if self._link is not link:  # closed by a handler
-                    break
+            try:
+                if self._interrupted:  # its event is gone
+                    errors: list[Exception] = []
+                    self._settle(link, errors, self._serving)
+                    if errors:
+                        raise errors[0]
+                    self._interrupted = False
+                # A guest that never stops must not keep a foreign loop from its other work.
+                for _ in range(len(self._vcpus) + 1):
+                    port = link.pending() if self._link is link else None  # or a handler closed it
+                    if port is None:
+                        break
+                    # Before the slot is looked at: what comes after that is a new event.
+                    link.unmask(port)
+                    if port == self._ring_port:
+                        self._drain(link)
+                    elif port in self._vcpus:
+                        self._serve(link, port, self._vcpus[port])
+            except BaseException:
+                self._interrupted = True
+                raise
             return self.requests - answered
 
     def serve_forever(self) -> int | None:
@@ -376,7 +477,8 @@ class IoreqServer:
 
     def stop(self) -> None:
         """End :meth:`serve_forever` or :meth:`serve_async`, or the next one. From any thread."""
-        os.eventfd_write(self._wake, 1)
+        if os.getpid() == self._pid:  # a forked child has the same descriptor
+            os.eventfd_write(self._wake, 1)
 
     def _awake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -405,8 +507,8 @@ class IoreqServer:
             self.stop()
             thread.join()
             self._awake()  # where it had ended before
-        if ended:
-            raise ended[0]
+            if ended:
+                raise ended[0]
 
     async def serve_async(self) -> None:
         """Answer requests in the running event loop until :meth:`stop`, SIGTERM, or cancelled.
@@ -423,7 +525,8 @@ class IoreqServer:
 
         def serve() -> None:
             try:
-                self.process_pending()
+                if not self._closed:
+                    self.process_pending()
             except BaseException as error:
                 if done.done() or not isinstance(error, Exception):
                     raise
@@ -434,15 +537,15 @@ class IoreqServer:
             if not done.done():
                 done.set_result(None)
 
-        fd = self.fileno()
+        # One of its own: a number that close() gives back may soon be another server's.
+        fd = os.dup(self.fileno())
         with contextlib.ExitStack() as stack:
+            stack.callback(os.close, fd)
             loop.add_reader(fd, serve)
             stack.callback(loop.remove_reader, fd)
             loop.add_reader(self._wake, end)
             stack.callback(loop.remove_reader, self._wake)
-            if _is_default(signal.SIGTERM):
-                loop.add_signal_handler(signal.SIGTERM, end)
-                stack.callback(loop.remove_signal_handler, signal.SIGTERM)
+            stack.enter_context(_sigterm_in(loop, end))
             await done
 
     # --- requests ---------------------------------------------------------------------
@@ -455,12 +558,15 @@ class IoreqServer:
         request = decode(page, vcpu)
         set_state(page, vcpu, State.INPROCESS)
         data = _nothing(request)
+        self._serving.add(vcpu)
         try:
             self._drain(link)  # what the vCPU wrote before comes before
-            data = self._perform(request)
+            if self._link is link:
+                data = self._perform(request)
         except Exception:
-            self._fail(request, "failed", exc_info=True)
+            self._fail(request, "failed")
         finally:
+            self._serving.discard(vcpu)
             if self._link is link:  # or the handler has closed it, with an answer
                 self.requests += 1
                 answer(page, vcpu, data)
@@ -473,24 +579,24 @@ class IoreqServer:
             request = next_buffered(ring)
             if request is None:
                 return
+            take_buffered(ring, request)  # before its handler, which may serve or close
             self.requests += 1
             try:
                 self._perform(request)
             except Exception:
-                self._fail(request, "failed", exc_info=True)
-            finally:
-                if self._link is link:
-                    take_buffered(ring, request)
+                self._fail(request, "failed")
 
-    def _fail(self, request: Request, what: str, *, exc_info: bool = False) -> None:
+    def _fail(self, request: Request, what: str) -> None:
+        """Count and log what was not done, with the exception that is being handled."""
         self.failures += 1
-        logger.error("domain %d: %s: %s", self.domid, request, what, exc_info=exc_info)
+        handled = sys.exc_info()[0] is not None
+        logger.error("domain %d: %s: %s", self.domid, request, what, exc_info=handled)
 
     def _perform(self, request: Request) -> int:
         """Carry out a request and return its data."""
         kind = request.kind
         if kind == RequestKind.INVALIDATE:
-            self._invalidate(request)
+            self._invalidate()
             return request.data
         if kind == RequestKind.TIMEOFFSET:
             return request.data
@@ -542,14 +648,20 @@ class IoreqServer:
         finally:
             self.cache.write(low, items)
 
-    def _invalidate(self, request: Request) -> None:
+    def _invalidate(self) -> None:
         self.invalidations += 1
+        try:
+            self._call_quiesce()
+        finally:
+            self.cache.invalidate()
+
+    def _call_quiesce(self) -> None:
         for callback in self._quiesce:
             try:
                 callback()
             except Exception:
-                self._fail(request, f"{callback!r} failed", exc_info=True)
-        self.cache.invalidate()
+                self.failures += 1
+                logger.exception("domain %d: on_quiesce: %r failed", self.domid, callback)
 
 
 def _nothing(request: Request) -> int:
@@ -578,7 +690,13 @@ def _signals(wake: int) -> Iterator[list[int]]:
     """Have signals that nobody handles wake a descriptor; yields those that came."""
     caught: list[int] = []
 
+    pid = os.getpid()
+
     def handle(number: int, _: FrameType | None) -> None:
+        if os.getpid() != pid:  # forked off by a handler: nobody handles it here
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if caught:
             raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
         caught.append(number)
@@ -590,3 +708,30 @@ def _signals(wake: int) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+_ending: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+
+
+@contextlib.contextmanager
+def _sigterm_in(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> Iterator[None]:
+    """Have SIGTERM end this one and all others of an event loop, if nobody handles it."""
+    if loop not in _ending and not _is_default(signal.SIGTERM):
+        yield
+        return
+    ends = _ending.setdefault(loop, [])
+
+    def end_all() -> None:
+        for each in list(ends):
+            each()
+
+    if not ends:
+        loop.add_signal_handler(signal.SIGTERM, end_all)
+    ends.append(end)
+    try:
+        yield
+    finally:
+        ends.remove(end)
+        if not ends:
+            del _ending[loop]
+            loop.remove_signal_handler(signal.SIGTERM)

@@ -8,6 +8,7 @@ import errno as _errno
 import logging
 import platform
 import select
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -34,6 +35,7 @@ logger = logging.getLogger("xenmapcache.devicemodel")
 _RESOURCE_IOREQ_SERVER = 0
 _RING_FRAME, _PAGE_FRAME = 0, 1
 _MAX_IOREQ_SERVERS = 8
+_PATIENCE = 0.1
 _ORDERED = ("x86_64", "i386", "i686")
 
 
@@ -110,23 +112,25 @@ class XenLink:
         The kernel closes a dead process's event channels, and Xen then lets others bind
         them; those of a process that lives are refused.
         """
-        waiting = None
+        bound: dict[int, int] = {}
         # Unbinds all that it binds.
         with EventChannels(binding=self._binding) as channels:
             for vcpu in range(len(page) // SLOT_SIZE):
-                remote_port = port_of(page, vcpu)
-                if not remote_port:
-                    continue
-                try:
-                    port = channels.bind_interdomain(self._domid, remote_port)
-                except XenCallError:
-                    return None
-                waiting = waiting or 0
-                if state_of(page, vcpu) in (State.READY, State.INPROCESS):
-                    waiting += 1
+                if remote_port := port_of(page, vcpu):
+                    try:
+                        bound[vcpu] = channels.bind_interdomain(self._domid, remote_port)
+                    except XenCallError:
+                        return None
+            waiting = [vcpu for vcpu in bound if state_of(page, vcpu) != State.NONE]
+            for vcpu in waiting:
+                if state_of(page, vcpu) != State.RESPONSE_READY:
                     answer(page, vcpu, decode(page, vcpu).all_ones)
-                    channels.notify(port)
-        return waiting
+                channels.notify(bound[vcpu])
+            # Destroyed before it looks, a vCPU would not find its answer.
+            end = time.monotonic() + _PATIENCE
+            while time.monotonic() < end and any(state_of(page, vcpu) for vcpu in waiting):
+                time.sleep(0.001)
+        return len(waiting) if bound else None
 
     def enable(self) -> None:
         """See :meth:`.link.Link.enable`."""
@@ -199,11 +203,14 @@ class XenLink:
         self._stack.close()
 
     def _ignoring_its_end(self, call: Callable[..., None], *arguments: object) -> None:
-        """Call something about the server; a domain that has ended took the server with it."""
+        """Call something about the server; a domain that has ended took the server with it.
+
+        ENOENT: it is dying, and lives on for as long as we map its memory.
+        """
         try:
             call(self._domid, *arguments)
         except XenCallError as error:
-            if error.errno != _errno.ESRCH:
+            if error.errno not in (_errno.ESRCH, _errno.ENOENT):
                 raise
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .hypervisor import MockHypervisor
 
 _ABSENT = -1
-_IOREQ_CALLS = ("create_ioreq_server", "claim")
+_IOREQ_CALLS = ("create_ioreq_server", "claim", "bind")
 _CALLS = ("map", "remap", "mark_dirty", *_IOREQ_CALLS)
 _LOG_LENGTH = 1 << 16
 
@@ -177,6 +177,8 @@ class MockDomain(Instructions):
         for are not there (EINVAL). After that there is no such domain (ESRCH).
         """
         self._destroyed = True
+        for server in list(self.ioreq_servers.values()):
+            server.destroy()
         self._p2m = array("q")
 
     # --- the tester's side ------------------------------------------------------
@@ -201,8 +203,8 @@ class MockDomain(Instructions):
         """Make a call fail, or slow.
 
         Args:
-            call: ``"map"``, ``"remap"``, ``"mark_dirty"``, ``"create_ioreq_server"`` or
-                ``"claim"``.
+            call: ``"map"``, ``"remap"``, ``"mark_dirty"``, ``"create_ioreq_server"``,
+                ``"claim"`` or ``"bind"``.
             errno: what it fails with; 0 makes it succeed (slowly).
             nth: which such call from now on, counted from 1.
             gfn: only calls about this frame; for ``"map"`` only this page of it fails.

@@ -256,15 +256,14 @@ class Instructions(abc.ABC):
             raise ValueError(f"no instruction does that: {request}")
         with self._on(vcpu):
             server = self._server_of(request)
-            data = None
-            if server is not None:
-                server.send(vcpu, request)
-                data = server.wait(vcpu, self.patience)
-            if data is None:
-                data = request.all_ones
+            if server is None:
                 if request.is_pointer and request.is_read:
                     self._fill_with_ones(request)
-            return data & request.all_ones
+                return request.all_ones
+            server.send(vcpu, request)
+            data = server.wait(vcpu, self.patience)
+            # With its server gone, the vCPU goes on with what stood in the request.
+            return (request.data if data is None else data) & request.all_ones
 
     def _fill_with_ones(self, request: Request) -> None:
         length = request.size * request.items

@@ -10,6 +10,7 @@ import errno as _errno
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 _BUFFERED_PORT = 9
 _FIRST_VCPU_PORT = 10
+MAX_RANGES = 256
+"""As many as Xen lets a server claim of each kind."""
 _LOCAL = 100  # local port = remote port + this
 
 
@@ -43,6 +46,7 @@ class MockIoreqServer:
     Attributes:
         id: its number in the domain.
         enabled: whether it gets requests.
+        destroyed: whether it is gone: closed, or its domain has ended.
         page: the synchronous requests, 32 bytes a vCPU.
         ring: the buffered requests, or None.
 
@@ -52,7 +56,7 @@ class MockIoreqServer:
     def __init__(self, domain: Instructions, number: int, buffered: bool) -> None:
         self.id = number
         self.enabled = False
-        self.vcpu_slots = PAGE_SIZE // SLOT_SIZE
+        self.destroyed = False
         self._domain = domain
         pages = memoryview(mmap.mmap(-1, 2 * PAGE_SIZE))
         self.page = pages[PAGE_SIZE:]
@@ -65,12 +69,13 @@ class MockIoreqServer:
         self._missed: set[int] = set()
         self._bound: set[int] = set()
         self._lock = threading.Lock()
-        self._answered = threading.Condition()
+        self._told = [threading.Event() for _ in range(domain.vcpus)]
 
     # --- the device model's side --------------------------------------------------
 
     def enable(self) -> None:
         """Get requests from now on; every vCPU then has an event channel in the page."""
+        self._check_alive("enable")
         for vcpu in range(self._domain.vcpus):
             IOREQ.pack_into(
                 self.page, vcpu * SLOT_SIZE, 0, 0, 0, 0, _FIRST_VCPU_PORT + vcpu, 0, 0, 0
@@ -87,6 +92,7 @@ class MockIoreqServer:
 
     def bind(self, remote_port: int) -> int:
         """Connect to an event channel; as Xen does, this raises an event at once."""
+        self._domain.enter_ioreq_call("bind")
         ports = {_FIRST_VCPU_PORT + vcpu for vcpu in range(self._domain.vcpus)}
         if remote_port not in ports | {_BUFFERED_PORT}:
             raise XenCallError("mock_bind", self._domain.domid, _errno.EINVAL, "no such port")
@@ -97,13 +103,17 @@ class MockIoreqServer:
 
     def claim(self, kind: RequestKind, first: int, last: int) -> None:
         """Take over a range, its ends included."""
+        self._check_alive("claim")
         self._domain.enter_ioreq_call("claim")
+        if sum(kind == each for each, _, _ in self._claims) == MAX_RANGES:
+            raise XenCallError("mock_claim", self._domain.domid, _errno.ENOSPC, "too many ranges")
         if any(k == kind and first <= e and s <= last for k, s, e in self._claims):
             raise XenCallError("mock_claim", self._domain.domid, _errno.EEXIST, "claimed before")
         self._claims.append((kind, first, last))
 
     def unclaim(self, kind: RequestKind, first: int, last: int) -> None:
         """Give a range back."""
+        self._check_alive("unclaim")
         self._claims.remove((kind, first, last))
 
     def fileno(self) -> int:
@@ -130,8 +140,8 @@ class MockIoreqServer:
         """Raise an event at the other end: the vCPU looks at its slot."""
         if port not in self._bound:
             raise XenCallError("mock_notify", self._domain.domid, _errno.EINVAL, "not bound")
-        with self._answered:
-            self._answered.notify_all()
+        if port != _BUFFERED_PORT + _LOCAL:
+            self._told[port - _LOCAL - _FIRST_VCPU_PORT].set()
 
     def restrict(self) -> None:
         """Give up rights to other domains; the mock has none to give up."""
@@ -149,15 +159,24 @@ class MockIoreqServer:
         self._domain.interrupts.append(("intx", (*function, pin, level)))
 
     def close(self) -> None:
-        """Destroy it. A vCPU that waits is let go, with nothing done, as on Xen."""
-        self.enabled = False
-        self._domain.ioreq_servers.pop(self.id, None)
-        with self._answered:
-            self._answered.notify_all()
-        os.close(self._events)
+        """Destroy it. As on Xen, a vCPU that waits and was not notified is stuck."""
+        self.destroy()
         with self._lock:
-            os.close(self._events_in)
-            self._events_in = -1
+            if self._events_in >= 0:
+                os.close(self._events_in)
+                os.close(self._events)
+                self._events_in = -1
+
+    def destroy(self) -> None:
+        """Send nothing more, and take no answers; also when the domain ends."""
+        self.enabled = False
+        self.destroyed = True
+        if self._domain.ioreq_servers.get(self.id) is self:
+            del self._domain.ioreq_servers[self.id]
+
+    def _check_alive(self, call: str) -> None:
+        if self.destroyed:
+            raise XenCallError(f"mock_{call}", self._domain.domid, _errno.ENOENT, "it is gone")
 
     # --- Xen's side -----------------------------------------------------------------
 
@@ -189,36 +208,33 @@ class MockIoreqServer:
         return True
 
     def wait(self, vcpu: int, patience: float) -> int | None:
-        """Block as a vCPU does until its request is answered, and return the data.
+        """Block as a vCPU does until it is notified of an answer, and return the data.
 
         Returns:
-            None if the server was destroyed meanwhile.
+            None if the server was destroyed before the answer was seen.
 
         Raises:
             TimeoutError: nobody has answered.
             RuntimeError: the device model broke the protocol; Xen would end the guest.
         """
-
-        def is_over() -> bool:
-            self._check(
-                vcpu, {State.READY, State.INPROCESS, State.RESPONSE_READY}, "the state went astray"
-            )
-            return self.id not in self._domain.ioreq_servers or (
-                state_of(self.page, vcpu) == State.RESPONSE_READY
-            )
-
-        with self._answered:
-            if not self._answered.wait_for(is_over, patience):
+        end = time.monotonic() + patience
+        while True:
+            if not self._told[vcpu].wait(end - time.monotonic()):
                 raise TimeoutError(
                     f"vCPU {vcpu} of mock domain {self._domain.domid} is stuck: ioreq server "
                     f"{self.id} has not answered in {patience} s. Does another thread serve it "
                     "(server.serving(), serve_forever())?"
                 )
-        if state_of(self.page, vcpu) != State.RESPONSE_READY:
-            return None
-        data: int = IOREQ.unpack_from(self.page, vcpu * SLOT_SIZE)[1]
-        set_state(self.page, vcpu, State.NONE)
-        return data
+            self._told[vcpu].clear()
+            if self.destroyed:
+                return None
+            self._check(
+                vcpu, {State.READY, State.INPROCESS, State.RESPONSE_READY}, "the state went astray"
+            )
+            if state_of(self.page, vcpu) == State.RESPONSE_READY:
+                data: int = IOREQ.unpack_from(self.page, vcpu * SLOT_SIZE)[1]
+                set_state(self.page, vcpu, State.NONE)
+                return data
 
     def _check(self, vcpu: int, states: set[State], what: str) -> None:
         state, port = state_of(self.page, vcpu), port_of(self.page, vcpu)
