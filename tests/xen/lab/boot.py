@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import subprocess
@@ -18,6 +19,11 @@ from .image import Image
 from .prerequisites import tool
 
 TAIL: Final = 40
+# QEMU now and then forgets an interrupt: entering a guest (helper_vmrun) it changes the set of
+# pending ones without the lock under which devices add theirs. If that was the timer's, nothing in
+# the machine goes on, for minutes; the next interrupt, of whatever device, brings it back. So there
+# is one each second: a character for the console, XON, which a terminal swallows.
+KICK: Final = b"\x11"
 # What costs time under emulation and protects nobody here is off. A crash ends in a reboot, and
 # a reboot ends QEMU.
 XEN: Final = (
@@ -43,7 +49,7 @@ class Machine:
         echo: file descriptor the console is copied to.
 
     Synchronization: one thread may iterate; two threads of our own read the pipes, so that Dom0
-    never waits for us.
+    never waits for us, and one keeps it awake.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class Machine:
         interactive = mode == "shell"
         channel, channel_in = os.pipe()
         console, console_in = os.pipe()
-        serial = "mon:stdio" if interactive else f"file:/dev/fd/{console_in}"
+        serial = "mon:stdio" if interactive else "stdio"
         try:
             self._process = subprocess.Popen(
                 [
@@ -71,10 +77,10 @@ class Machine:
                     tool("qemu-system-x86_64"),
                     *_arguments(image, payload, serial, f"/dev/fd/{channel_in}", mode),
                 ],
-                stdin=None if interactive else subprocess.DEVNULL,
+                stdin=None if interactive else subprocess.PIPE,
                 stdout=None if interactive else console_in,
                 stderr=None if interactive else console_in,
-                pass_fds=(channel_in, console_in),
+                pass_fds=(channel_in,),
                 # Ctrl-C is ours to handle: reaching QEMU, it would look like a crash.
                 start_new_session=not interactive,
                 # QEMU keeps what the machine writes in an unlinked file there.
@@ -83,12 +89,14 @@ class Machine:
         finally:
             os.close(channel_in)
             os.close(console_in)
-        self._readers = [
+        self._closed = threading.Event()
+        self._threads = [
             threading.Thread(target=self._read_channel, args=(channel,), daemon=True),
             threading.Thread(target=self._read_console, args=(console,), daemon=True),
+            threading.Thread(target=self._kick, daemon=True),
         ]
-        for reader in self._readers:
-            reader.start()
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -145,9 +153,18 @@ class Machine:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        for reader in self._readers:
-            reader.join()
+        self._closed.set()
+        for thread in self._threads:
+            thread.join()
         self._snapshots.cleanup()
+
+    def _kick(self) -> None:
+        keyboard = self._process.stdin
+        if keyboard is None:
+            return
+        with contextlib.suppress(BrokenPipeError), keyboard:
+            while not self._closed.wait(1):
+                os.write(keyboard.fileno(), KICK)
 
     def _read_channel(self, descriptor: int) -> None:
         with open(descriptor, encoding="utf-8", errors="replace") as lines:

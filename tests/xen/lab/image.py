@@ -38,6 +38,7 @@ MODULES: Final = (
     "xen_gntalloc",
     "xenfs",
 )
+GUEST_MODULES: Final = ("xen_privcmd",)  # hypercalls of the agent; see tests/xen/guest
 # Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
 EXCLUDED: Final = (
     "/usr/share/doc/*",
@@ -184,7 +185,9 @@ def _bake(release: Release, tree: Path, work: Path) -> None:
     lab.mkdir()
     (lab / "init").write_bytes(baked["dom0-init"].replace(b"@RELEASE@", release.xen.encode()))
     (lab / "init").chmod(0o755)
-    (lab / "guest.img").write_bytes(ramdisk.ramdisk(baked["guest-init"], busybox))
+    order = ramdisk.load_order(modules, GUEST_MODULES)
+    guest = ramdisk.ramdisk(baked["guest-init"], busybox, map(ramdisk.module, order))
+    (lab / "guest.img").write_bytes(guest)
     shutil.copy(work / "vmlinux", lab)
     for name, memory in GUESTS.items():
         text = baked["guest.cfg"].decode().replace("@NAME@", name).replace("@MEMORY@", str(memory))

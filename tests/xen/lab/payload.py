@@ -1,7 +1,7 @@
 """The payload: what the host hands to Dom0, as one tar file that becomes Dom0's second disk.
 
 It holds the wheel, the tests and the examples, but not the package's source: what is tested is
-what would be installed.
+what would be installed. And the agent, built, since Dom0 has no compiler.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from .prerequisites import LabUnavailableError
+from .prerequisites import LabUnavailableError, tool
 
+AGENT: Final = Path(__file__).parents[1] / "guest/agent.c"
 CARRIED: Final = ("tests", "examples", "pyproject.toml", "build_ffi.py", "README.md")
 LEFT_OUT: Final = ("__pycache__", ".*", "build", "dist", "*.egg-info", "venv", "node_modules")
 INSTALL: Final = """#!/bin/sh -e
@@ -55,13 +56,31 @@ def wheel(project: Path, folder: Path) -> Path:
     raise LabUnavailableError(f"the wheel cannot be built:\n{tail}")
 
 
-def payload(project: Path, built: Path, order: Mapping[str, object], target: Path) -> Path:
+def agent(folder: Path) -> Path:
+    """Build the program that tests put into a guest, static: a guest has no libraries.
+
+    Raises:
+        LabUnavailableError: it cannot be built here.
+    """
+    built = folder / "agent"
+    command = [tool("gcc"), "-static", "-O1", "-Wall", "-Wextra", "-Werror", "-std=gnu11"]
+    command += ["-o", str(built), str(AGENT)]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    if done.returncode != 0:
+        raise LabUnavailableError(f"the guest's agent cannot be built:\n{done.stderr}")
+    return built
+
+
+def payload(
+    project: Path, built: Path, agent: Path, order: Mapping[str, object], target: Path
+) -> Path:
     """Write the tar file `target`; `order` is what the supervisor is to do."""
     with tarfile.open(target, "w") as tar:
         for name in CARRIED:
             if (project / name).exists():
                 tar.add(project / name, name, filter=_carried)
         tar.add(built, built.name)
+        tar.add(agent, "agent", filter=_carried)
         _add(tar, "lab.json", json.dumps(dict(order)), 0o644)
         _add(tar, "install", INSTALL, 0o755)
         _add(tar, "run", RUN, 0o755)

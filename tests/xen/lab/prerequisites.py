@@ -10,7 +10,12 @@ import sys
 from pathlib import Path
 from typing import Final
 
-RUNNING: Final = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
+RUNNING: Final = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
+    "gcc": "gcc",  # with it and libc.a, the agent for the guest: see payload.py
+    "/usr/lib/x86_64-linux-gnu/libc.a": "libc6-dev",
+}
 BUILDING: Final = {
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 VICTIM: Final = "/lab/victim.cfg"
+FIXTURES: Final = ("victim", "agent")
 SELECTION: Final = Path("/run/lab-selection.json")
 TAIL: Final = 40
 
@@ -47,7 +48,8 @@ class Supervisor:
                 self._send(event="crash", nodeid=self._current, summary=ended, text=text)
                 self._done(self._current)
                 # The dead test's fixtures were not torn down.
-                subprocess.run(["xl", "destroy", "victim"], capture_output=True, check=False)
+                for name in FIXTURES:
+                    subprocess.run(["xl", "destroy", name], capture_output=True, check=False)
             elif len(self._pending) == before:
                 for nodeid in list(self._pending):
                     self._missing(nodeid, f"pytest ran nothing: {ended}; its output:\n{output}")
