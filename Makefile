@@ -3,8 +3,10 @@ PYTHON ?= python3
 XEN ?= 4.17 4.20
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS_VENV := .venv-peers
+PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
-.PHONY: demo test test-xen lint bench bench-xen docs clean
+.PHONY: demo test test-xen lint bench bench-sources bench-xen docs man completion clean
 
 demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
 	@$(BIN)/xenmapcache demo
@@ -24,6 +26,9 @@ lint: $(VENV)/test.stamp  ## lint, format, types, and whether the generated bind
 bench: $(VENV)/test.stamp  ## the promised speed, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
 
+bench-sources: $(PEERS_VENV)/stamp  ## files, beside what else reads them; ARGS=--write for the docs
+	$(PEERS_VENV)/bin/python -m tests.benchmarks.sources $(ARGS)
+
 bench-xen: $(VENV)/test.stamp  ## the speed of device models on a real Xen, under emulation
 	set -e; for xen in $(XEN); do \
 		$(BIN)/python -m pytest -v -m xen --xen=$$xen tests/xen/test_devicemodel_speed.py; done
@@ -32,11 +37,34 @@ docs: $(VENV)/docs.stamp  ## the documentation as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
 	@echo "docs/_build/index.html"
 
+man: $(VENV)/docs.stamp  ## the man page, from the command's own --help
+	mkdir -p build/man
+	$(BIN)/argparse-manpage --module xenmapcache.cli.parser --function make_parser \
+		--project-name xenmapcache --manual-title "User Commands" \
+		--output build/man/xenmapcache.1
+	@echo "build/man/xenmapcache.1"
+
+completion: $(VENV)/docs.stamp  ## completion for shells
+	mkdir -p build/completion
+	for shell in bash zsh tcsh; do \
+		$(BIN)/python -m shtab xenmapcache.cli.parser.make_parser --shell $$shell \
+			> build/completion/xenmapcache.$$shell || exit 1; done
+	@echo "build/completion/xenmapcache.{bash,zsh,tcsh}"
+
 clean:
-	rm -rf $(VENV) build dist docs/_build *.egg-info
+	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build *.egg-info
 
 # A stamp per set of extras: installed again when pyproject.toml changes.
 $(VENV)/%.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+# A peer that cannot be installed leaves a log behind, from which the benchmark tells why.
+$(PEERS_VENV)/stamp: pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --editable '.[cli,elf]'
+	for peer in $(PEERS); do \
+		$(PEERS_VENV)/bin/python -m pip install --quiet $$peer > $(PEERS_VENV)/$$peer.log 2>&1 || \
+			echo "$$peer cannot be installed: see $(PEERS_VENV)/$$peer.log"; done
 	touch $@

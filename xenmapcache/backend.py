@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import enum
+from collections.abc import Iterator
 from importlib import import_module
 from typing import ClassVar, Self
 
@@ -56,6 +57,21 @@ class Backend(abc.ABC):
             ClosedError: the backend is closed.
         """
 
+    def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:  # noqa: ARG002
+        """Return ``(gfn, pages)`` of what is there of a range of pages, in order, apart.
+
+        Returns:
+            None if only mapping tells.
+        """
+        return None
+
+    def describe(self) -> dict[str, object]:
+        """Return what else is known of the source, by name: its notes, versions and the like.
+
+        Values are what JSON can hold: numbers, text, lists and dictionaries of such.
+        """
+        return {}
+
     def remap(self, mapping: Mapping, gfn: int) -> None:  # noqa: ARG002 - a contract
         """Let a mapping show other guest pages, at the host address that it has.
 
@@ -96,7 +112,11 @@ class Backend(abc.ABC):
 
 
 _BACKENDS = {
+    "coredump": ".backends.coredump:CoredumpBackend",
+    "elfcore": ".backends.elfcore:ElfCoreBackend",
     "mock": ".backends.mock:MockBackend",
+    "raw": ".backends.raw:RawBackend",
+    "save": ".backends.save:SaveBackend",
     "xen": ".backends.xen:XenBackend",
     "xenctrl": ".backends.xenctrl:XenControlBackend",
 }
@@ -106,10 +126,10 @@ def open_backend(name: str, **options: object) -> Backend:
     """Open a source of guest memory.
 
     Args:
-        name: ``"xen"`` (libxenforeignmemory), ``"xenctrl"`` (libxenctrl's legacy call)
-            or ``"mock"``.
-        **options: ``domid=`` for the first two; ``domain=`` or ``memory=`` for the mock.
-            See the backend's own class for all of them.
+        name: ``"xen"`` (libxenforeignmemory), ``"xenctrl"`` (libxenctrl's legacy call) or
+            ``"mock"``; of files ``"coredump"``, ``"elfcore"``, ``"raw"`` or ``"save"``.
+        **options: ``domid=`` for the first two; ``domain=`` or ``memory=`` for the mock;
+            ``path=`` for files. See the backend's own class for all of them.
 
     Returns:
         An open backend; close it when its caches are closed.
@@ -119,6 +139,7 @@ def open_backend(name: str, **options: object) -> Backend:
         TypeError: an option is unknown to it or missing.
         BackendUnavailableError: it cannot work here; the message says why.
         XenCallError: Xen refused; for example there is no such domain.
+        CorruptImageError: a file contradicts its format.
     """
     if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(map(repr, sorted(_BACKENDS)))

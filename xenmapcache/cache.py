@@ -155,6 +155,20 @@ class MapCache(Buckets):
         )
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
+    def views(self, address: int, length: int) -> Iterator[memoryview]:
+        """Return an iterator of read-only views of a range, one for each bucket, without a copy.
+
+        Let go of each before the next is asked for: a bucket that is viewed is not evicted.
+        Views stay safe, and go on showing what was there when an invalidation passes.
+
+        Raises:
+            XenMapCacheError: as :meth:`read`, when that bucket's turn has come.
+        """
+        return self._pieces(
+            *check_range(address, length, empty=True),
+            lambda mapping, start, count: mapping.view(start, count).toreadonly(),
+        )
+
     def read_into(self, address: int, buffer: Buffer) -> None:
         """Fill a buffer from guest memory; on an error it is left as it was.
 
@@ -473,6 +487,12 @@ class MapCache(Buckets):
     def _present(self, address: int, length: int) -> Iterator[tuple[int, int]]:
         self._check_open()
         end = address + length
+        known = self._backend.present(*page_span(address, length)) if length else None
+        if known is not None:
+            for gfn, pages in known:
+                first = max(address, gfn << PAGE_SHIFT)
+                yield first, min(end, (gfn + pages) << PAGE_SHIFT) - first
+            return
         run = address  # where the present part that is being extended began
         while address < end:
             index = address >> self._shift

@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Iterable, Iterator
-from functools import cache
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Literal, TypeVar
 
-from .address import PAGE_MASK, MiB, as_int, check_range
+from .address import PAGE_MASK, PAGE_SHIFT, KiB, MiB, as_int, check_range, page_span
+from .binding import libc
 from .cache import MapCache
 from .errors import FaultError
 from .ledger import DmaDirection
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
+_Search = Callable[[bytearray, int, int], Iterator[tuple[int, int]]]
+"""Finds matches between two positions of a text: where each begins and where it ends."""
+
 _PIECE = MiB
+_LONGEST_STRING = 64 * KiB
+_KINDS = bytes(1 if 32 <= byte < 127 or byte == 9 else 2 * (not byte) for byte in range(256))
+"""Translates printable characters to 1, zeros to 2, others to 0: quicker than a regular class."""
+_CHARACTERS = {"ascii": rb"\x01", "utf-16le": rb"\x01\x02"}
 _POINTERS = (
     ctypes.c_char_p,
     ctypes.c_wchar_p,
@@ -195,43 +203,123 @@ class GuestMemory:
             ValueError: it matches nothing, or the source does not know its end and no
                 length is given.
         """
-        if isinstance(pattern, re.Pattern):
-            expression = pattern
-            if not isinstance(pattern.pattern, bytes):
-                raise TypeError("pattern must be compiled from bytes, not from str")
-        elif isinstance(pattern, bytes | bytearray):
-            expression = re.compile(re.escape(bytes(pattern)), re.DOTALL)
-            max_match = max(max_match, len(pattern))
-        else:
-            raise TypeError(f"pattern must be bytes or a compiled pattern, not {pattern!r}")
         if as_int("max_match", max_match) < 1:
             raise ValueError(f"max_match {max_match} is no length of a match")
-        if expression.match(b""):
+        if isinstance(pattern, re.Pattern):
+            if not isinstance(pattern.pattern, bytes):
+                raise TypeError("pattern must be compiled from bytes, not from str")
+            empty = pattern.match(b"") is not None
+            search = partial(_spans, pattern)
+        elif isinstance(pattern, bytes | bytearray):
+            empty = not pattern
+            if len(pattern) == 2:  # for which memmem has no shortcut, and the engine has
+                search = partial(_spans, re.compile(re.escape(bytes(pattern))))
+            else:
+                search = partial(_spans_of_bytes, bytes(pattern))
+            max_match = len(pattern)
+        else:
+            raise TypeError(f"pattern must be bytes or a compiled pattern, not {pattern!r}")
+        if empty:
             raise ValueError(f"pattern {pattern!r} matches nothing at all, and so everywhere")
+        return self._search(search, *self._range(address, length), max_match)
+
+    def strings(
+        self,
+        address: int = 0,
+        length: int | None = None,
+        *,
+        min_length: int = 4,
+        encoding: Literal["ascii", "utf-16le"] = "ascii",
+    ) -> Iterator[tuple[int, str]]:
+        """Return an iterator of ``(address, text)`` of the runs of printable ASCII, in order.
+
+        Printable are the space, the tab and what is between ``!`` and ``~``. Holes end a run.
+        One of more than 64 KiB may come in pieces.
+
+        Args:
+            address: where to begin, guest-physical.
+            length: how far to go, in bytes; by default to the end of memory.
+            min_length: of a run, in characters.
+            encoding: one byte a character, or two with the second one zero.
+
+        Raises:
+            ValueError: an argument is none of these, or as :meth:`find`.
+        """
+        if as_int("min_length", min_length) < 1:
+            raise ValueError(f"min_length {min_length} is no length of a string")
+        if encoding not in _CHARACTERS:
+            raise ValueError(f"encoding {encoding!r} is not one of {', '.join(_CHARACTERS)}")
+        one = _CHARACTERS[encoding]
+        # Written out, so that the engine has a prefix to look for.
+        expression = re.compile(one * min_length + b"(?:%b)*+" % one)
+        found = self._search(
+            lambda text, *span: _spans(expression, text.translate(_KINDS), *span),
+            *self._range(address, length),
+            _LONGEST_STRING,
+        )
+        return ((start, text.decode(encoding)) for start, text in found)
+
+    def _range(self, address: int, length: int | None) -> tuple[int, int]:
+        """Return the first address of a range and its end; the end of memory by default."""
         if length is None:
             end = self.cache.memory_end
             if end is None:
                 raise ValueError("this source does not know where its memory ends: give a length")
             length = max(0, end - address)
         address, length = check_range(address, length, empty=True)
-        return self._find(expression, address, address + length, max_match)
+        return address, address + length
 
-    def _find(
-        self, expression: re.Pattern[bytes], address: int, end: int, overlap: int
+    def _search(
+        self, search: _Search, address: int, end: int, overlap: int
     ) -> Iterator[tuple[int, bytes]]:
         after = address  # where the last match ended
-        for piece in range(address, end, _PIECE):
-            edge = min(piece + _PIECE, end)
+        # One for all pieces: taking and giving back so much memory costs more than the search.
+        text = bytearray(_PIECE + overlap)
+        for piece, edge in self._pieces(address, end):
             for start, size in self.cache.present(piece, min(edge + overlap, end) - piece):
+                if start >= edge:
+                    break
                 try:
-                    text = self.cache.read(start, size)
+                    self._fill(text, start, size)
                 except FaultError:
                     continue  # ballooned out just now: a hole like others
-                for match in expression.finditer(text, max(0, after - start)):
-                    if start + match.start() >= edge:
+                for first, behind in search(text, max(0, after - start), size):
+                    if start + first >= edge:
                         break  # the next piece finds it whole
-                    yield start + match.start(), match[0]
-                    after = start + match.end()
+                    yield start + first, bytes(text[first:behind])
+                    after = start + behind
+
+    def _pieces(self, address: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield where each piece of a range begins and ends, without those known to be holes."""
+        known = self.cache.backend.present(*page_span(address, end - address))
+        whole = [(address >> PAGE_SHIFT, (end - address >> PAGE_SHIFT) + 2)]
+        for gfn, pages in whole if known is None else known:
+            address = max(address, gfn << PAGE_SHIFT)
+            while address < min(end, gfn + pages << PAGE_SHIFT):
+                edge = min((address | _PIECE - 1) + 1, end)
+                yield address, edge
+                address = edge
+
+    def _fill(self, text: bytearray, address: int, length: int) -> None:
+        position = 0
+        for view in self.cache.views(address, length):
+            behind = position + len(view)
+            text[position:behind] = view
+            position = behind
+            del view  # or there may be no room for the next one
+
+
+def _spans(
+    expression: re.Pattern[bytes], text: bytearray, start: int, end: int
+) -> Iterator[tuple[int, int]]:
+    return (match.span() for match in expression.finditer(text, start, end))
+
+
+def _spans_of_bytes(
+    pattern: bytes, text: bytearray, start: int, end: int
+) -> Iterator[tuple[int, int]]:
+    size = len(pattern)
+    return ((found, found + size) for found in libc.positions(text, pattern, start, end))
 
 
 @cache

@@ -14,12 +14,14 @@ import pytest
 
 from tests.fake_xen import DOMID, Behaviour, FakeXen
 from tests.fake_xen.fixtures import MakeFake
-from xenmapcache import Capability, MapCache, Mapping, open_backend
+from xenmapcache import Capability, GuestMemory, MapCache, Mapping, open_backend
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends import domain as domain_module
 from xenmapcache.backends.xen import XenBackend
 from xenmapcache.binding import libc
+from xenmapcache.binding.control import MAXIMUM_GPFN, Control
 from xenmapcache.errors import (
+    BackendUnavailableError,
     FaultError,
     LeaseError,
     MappingLostError,
@@ -307,3 +309,58 @@ def test_control_backend_cannot_remap(fake: FakeXen, binding: str) -> None:
         with pytest.raises(UnsupportedOperationError, match="'xenctrl' cannot move"):
             backend.remap(mapping, 9)
         assert len(fake.calls) == calls
+
+
+# --- the end of memory --------------------------------------------------------------
+
+
+def test_memory_ends_where_xen_says(name: str, fake: FakeXen, binding: str) -> None:
+    """It is asked for when it is needed, and once; the handle for it is closed."""
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        assert fake.count(MAXIMUM_GPFN) == 0
+        assert backend.memory_end == backend.memory_end == 64 * PAGE_SIZE
+        assert fake.count(MAXIMUM_GPFN) == 1
+        call = next(call for call in fake.calls if call.name == MAXIMUM_GPFN)
+        assert call.arguments == (ANY, DOMID, ANY)
+        with MapCache(backend, bucket_shift=14) as cache:
+            fake.write(63 * PAGE_SIZE, b"needle")
+            assert list(GuestMemory(cache).find(b"needle")) == [(63 * PAGE_SIZE, b"needle")]
+    assert fake.count("xc_interface_open") == fake.count("xc_interface_close")
+    assert fake.misuses == 0
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ESRCH])
+def test_an_end_that_xen_refuses_to_tell(
+    name: str, fake: FakeXen, binding: str, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """It is None then, and the reason is logged at INFO, once."""
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        fake.plan(MAXIMUM_GPFN, Behaviour.FAIL, number)
+        with caplog.at_level("INFO", "xenmapcache"):
+            assert backend.memory_end is None
+            assert backend.memory_end is None
+    (message,) = (each for each in caplog.messages if "the end of its memory" in each)
+    assert errno.errorcode[number] in message
+
+
+def test_an_end_without_libxenctrl(
+    make_fake: MakeFake,
+    binding: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the library is missing, or has no such function, the end is not known."""
+    fake = make_fake("ALONE")
+
+    def absent(**_: object) -> Control:
+        raise BackendUnavailableError("libxenctrl.so.* is in none of: install it")
+
+    monkeypatch.setattr(domain_module, "Control", absent)
+    with caplog.at_level("INFO", "xenmapcache"):
+        with open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend:
+            assert backend.memory_end is None
+    assert "the end of its memory is not known: libxenctrl.so.* is in none of" in caplog.text
+    monkeypatch.undo()
+    with Control(binding=binding, library=fake.library) as control:
+        with pytest.raises(UnsupportedOperationError, match="no function xc_domain_maximum_gpfn"):
+            control.maximum_gfn(DOMID)

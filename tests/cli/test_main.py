@@ -28,6 +28,12 @@ def environment(**variables: str) -> dict[str, str]:
         (["--help"], "xenmapcache doctor --domid 3"),
         (["demo", "--help"], "xenmapcache demo --json"),
         (["doctor", "--help"], "$(xl domid NAME)"),
+        (["info", "--help"], "xenmapcache info guest.core"),
+        (["read", "--help"], "xenmapcache read guest.core 1MiB 4k > page"),
+        (["find", "--help"], "xenmapcache find guest.core 'Linux version'"),
+        (["strings", "--help"], "xenmapcache strings guest.core | less"),
+        (["dump", "--help"], "xenmapcache dump xen:web -o web.core --format coredump"),
+        (["diff", "--help"], "xenmapcache diff before.core after.core"),
     ],
 )
 def test_help_has_examples(
@@ -56,16 +62,25 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         (["doctor", "--domid", "three"], "three"),
         (["doctor", "--domid", "32752"], "domid 32752 is not in 0..32751"),
         (["demo", "--domid", "1"], "--domid"),
+        (["read", "mock:4M", "0x10q"], "'0x10q' is not a size: write 4096, 0x1000, 4k"),
+        (["read", "mock:4M", "0", "--fill", "123"], "'123' is not a byte in hex"),
+        (["find", "mock:4M", "x", "--max", "0"], "'0' is not a number from 1 on"),
+        (["find", "mock:4M", "x", "--hex", "--regex"], "not allowed with argument --hex"),
+        (["dump", "mock:4M"], "required: -o/--output"),
+        (["strings", "mock:4M", "--encoding", "ebcdic"], "ebcdic"),
     ],
 )
 def test_wrong_usage_is_status_2(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong usage ends with status 2, and stderr names what is wrong."""
+    """Wrong usage ends with status 2, and one line on stderr names what is wrong."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
-    assert complaint in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("xenmapcache: error: ")
+    assert complaint in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["demo", "doctor"])
@@ -83,7 +98,7 @@ def test_without_rich_tables_name_the_extra(
 def test_an_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error of the package ends a command with status 1 and one line on stderr."""
+    """An error of the package ends a command with status 2 and one line on stderr."""
     from xenmapcache.cli import demo
 
     def fail(_: object) -> int:
@@ -91,14 +106,26 @@ def test_an_error_is_one_line(
 
     monkeypatch.setattr(demo, "run", fail)
     monkeypatch.setattr("xenmapcache.cli._discard_output", lambda: None)
-    assert main(["demo", "--json"]) == 1
+    assert main(["demo", "--json"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("xenmapcache: no page at 0xa0000")
+    assert printed.err.startswith("xenmapcache: error: no page at 0xa0000")
     assert printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--json"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo"],
+        ["demo", "--json"],
+        ["doctor"],
+        ["info", "mock:4M"],
+        ["read", "mock:4M", "0", "4M"],
+        ["read", "mock:4M", "0", "--hexdump"],
+        ["find", "mock:4M", "--hex", "00", "--max", "100000"],
+        ["diff", "mock:4M", "mock:8M"],
+    ],
+)
 def test_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     """When whoever reads the output has gone, the command ends without a word, as by SIGPIPE."""
     read_end, write_end = os.pipe()
@@ -128,7 +155,7 @@ def test_full_disk_is_an_error_of_one_line() -> None:
             timeout=60,
             check=False,
         )
-    assert (run.returncode, run.stderr.count(b"\n")) == (1, 1)
+    assert (run.returncode, run.stderr.count(b"\n")) == (2, 1)
     assert b"No space left" in run.stderr
 
 

@@ -9,11 +9,19 @@ import pytest
 from tests.fake_xen.fixtures import make_fake
 from xenmapcache import Capability, MapCache
 
-from .guests import Guest, open_guest
+from .guests import IMAGES, XL_FILES, Guest, open_guest
 
 __all__ = ["make_fake"]
 
-HERE = ("mock", "fake-xen-cffi", "fake-xen-ctypes", "fake-xenctrl-cffi", "fake-xenctrl-ctypes")
+HERE = (
+    "mock",
+    "fake-xen-cffi",
+    "fake-xen-ctypes",
+    "fake-xenctrl-cffi",
+    "fake-xenctrl-ctypes",
+    *XL_FILES,
+    *IMAGES,
+)
 LIVE = ("xen-cffi", "xen-ctypes", "xenctrl-cffi", "xenctrl-ctypes")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
 
 from tests.fake_xen import DOMID, FakeXen, need
 from tests.fake_xen.fixtures import MakeFake
+from tests.images import writers, xl_files
 from xenmapcache import Backend, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SIZE, MiB
 
@@ -54,6 +57,7 @@ class Guest:
         write: as the guest writes.
         dirty: the frames that were reported as written since it was asked last; None if that
             cannot be seen.
+        copied: whether its memory may be read into this process's own: it is in a file.
     """
 
     backend: Backend
@@ -65,6 +69,7 @@ class Guest:
     read: Callable[[int, int], bytes] | None = None
     write: Callable[[int, bytes], object] | None = None
     dirty: Callable[[], set[int]] | None = None
+    copied: bool = False
     pages: int = 3 * BUCKET_PAGES
     address: int = field(init=False)
 
@@ -105,10 +110,10 @@ def find_holes(errors: bytes) -> dict[str, Span]:
     return found
 
 
-def made_here() -> dict[str, Span]:
+def made_here(holes: Sequence[tuple[int, int]] = HOLES) -> dict[str, Span]:
     """Return the spans of a guest that is made here."""
     errors = bytearray(PAGES) + bytes([errno.EINVAL] * 8)
-    for gfn, count in HOLES:
+    for gfn, count in holes:
         errors[gfn : gfn + count] = bytes([errno.EINVAL] * count)
     return find_holes(bytes(errors))
 
@@ -200,10 +205,116 @@ def live(domid: int, name: str, binding: str) -> Iterator[Guest]:
         )
 
 
+def _pfns() -> list[int]:
+    holes = {gfn for first, count in HOLES for gfn in range(first, first + count)}
+    return [gfn for gfn in range(PAGES) if gfn not in holes]
+
+
+@contextmanager
+def in_file(
+    name: str,
+    content: bytes,
+    *,
+    holes: Sequence[tuple[int, int]] = HOLES,
+    read: Callable[[int, int], bytes] = xl_files.memory,
+    **options: object,
+) -> Iterator[Guest]:
+    """A guest in a file, opened by the backend of that name."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "guest")
+        path.write_bytes(content)
+
+        def open_absent() -> object:
+            path.rename(path.with_name("gone"))
+            try:
+                return open_backend(name, path=path, **options)
+            finally:
+                path.with_name("gone").rename(path)
+
+        with open_backend(name, path=path, **options) as backend:
+            yield Guest(
+                backend,
+                PRESENT,
+                made_here(holes),
+                scratch=False,
+                reopen=lambda: open_backend(name, path=path, **options),
+                open_absent=open_absent,
+                read=read,
+                copied=True,
+            )
+
+
+def coredump_pvh() -> AbstractContextManager[Guest]:
+    """A PVH guest that xl dump-core wrote."""
+    return in_file("coredump", xl_files.dump_core(_pfns()))
+
+
+def coredump_pv() -> AbstractContextManager[Guest]:
+    """A PV guest that xl dump-core wrote, its pages not aligned in the file."""
+    return in_file("coredump", xl_files.dump_core_pv(_pfns(), shift=24))
+
+
+def save() -> AbstractContextManager[Guest]:
+    """A guest that xl save wrote while it ran: its first pages come again, and last."""
+    pfns = _pfns()
+    batches = [xl_files.pages(*pfns[i : i + 1024]) for i in range(0, len(pfns), 1024)]
+    return in_file("save", xl_files.save(xl_files.pages(*pfns[:700], copy=1), *batches))
+
+
+XL_FILES = {"coredump-pvh": coredump_pvh, "coredump-pv": coredump_pv, "save": save}
+
+
+def _ranges() -> list[tuple[int, int]]:
+    edges = [0, *(edge for gfn, count in HOLES for edge in (gfn, gfn + count)), PAGES]
+    return [(begin, end - begin) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _image(
+    name: str, content: bytes, holes: Sequence[tuple[int, int]] = HOLES, **options: object
+) -> AbstractContextManager[Guest]:
+    return in_file(name, content, holes=holes, read=writers.memory_at, **options)
+
+
+def raw_flat() -> AbstractContextManager[Guest]:
+    """A flat image of a guest without holes."""
+    return _image("raw", writers.memory(0, PAGES), [])
+
+
+def raw_ranges() -> AbstractContextManager[Guest]:
+    """Ranges of memory, one after the other in a file."""
+    ranges = [(gfn * PAGE_SIZE, pages * PAGE_SIZE) for gfn, pages in _ranges()]
+    return _image("raw", writers.packed(_ranges()), ranges=ranges)
+
+
+def lime() -> AbstractContextManager[Guest]:
+    """A LiME file: none of its pages is aligned in it."""
+    return _image("raw", writers.lime(_ranges()))
+
+
+def elfcore(bits: int, align: int) -> AbstractContextManager[Guest]:
+    """A core as kdump (aligned) and QEMU (not aligned) write it."""
+    return _image("elfcore", writers.elf_core_of(_ranges(), bits=bits, align=align))
+
+
+IMAGES: dict[str, Callable[[], AbstractContextManager[Guest]]] = {
+    "raw": raw_flat,
+    "raw-ranges": raw_ranges,
+    "raw-lime": lime,
+    "elfcore": lambda: elfcore(64, PAGE_SIZE),
+    "elfcore-unaligned": lambda: elfcore(64, 1),
+    "elfcore-32": lambda: elfcore(32, PAGE_SIZE),
+}
+
+
 def open_guest(name: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
     """Open the guest of that name."""
     if name == "mock":
         with mock() as guest:
+            yield guest
+        return
+    files = {**XL_FILES, **IMAGES}
+    if name in files:
+        with files[name]() as guest:
             yield guest
         return
     source, _, binding = name.rpartition("-")

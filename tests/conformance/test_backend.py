@@ -51,7 +51,7 @@ def test_map(guest: Guest) -> None:
     assert (mapping.gfn, mapping.count, mapping.length) == (guest.gfn, 3, 3 * PAGE_SIZE)
     assert (mapping.errors, mapping.holes, mapping.writable) == (None, 0, False)
     assert mapping.address % PAGE_SIZE == 0
-    assert foreign(mapping.address, mapping.length) >= 1
+    assert guest.copied or foreign(mapping.address, mapping.length) >= 1
     assert len(bytes(mapping.view(0, mapping.length))) == mapping.length
 
 
@@ -155,12 +155,12 @@ def test_unmapped_whole_and_once(guest: Guest) -> None:
     mapping = None
     gc.collect()
     assert live_mappings() == before + 1
-    assert foreign(address, length) >= 1
+    assert guest.copied or foreign(address, length) >= 1
     part = view[3:] if view else None
     view = None
     assert part is not None
     assert len(bytes(part)) == 7
-    assert foreign(address, length) >= 1
+    assert guest.copied or foreign(address, length) >= 1
     part = None
     assert live_mappings() == before
     assert foreign(address, length) == 0
@@ -241,10 +241,13 @@ def test_mark_dirty(guest: Guest) -> None:
 
 
 def test_no_such_guest(guest: Guest) -> None:
-    """A guest that is not there is a failed call with ESRCH, and not a guest full of holes."""
-    with pytest.raises(XenCallError) as caught:
+    """A guest that is not there is an error that says so, and not a guest full of holes."""
+    kind, number = (
+        (FileNotFoundError, errno.ENOENT) if guest.copied else (XenCallError, errno.ESRCH)
+    )
+    with pytest.raises(kind) as caught:
         guest.open_absent()
-    assert caught.value.errno == errno.ESRCH
+    assert caught.value.errno == number
 
 
 def test_forked_child(guest: Guest) -> None:

@@ -12,7 +12,7 @@
  * a pipe that Python reads. Guest ports: of vCPU n of server s 64 s + n + 1, for buffered requests 64 s + 64.
  *
  * -DOLD builds a library of VERS_1.0 alone, -DWRONG one without the functions that map or are
- * otherwise required, -DALONE one without what device models need.
+ * otherwise required, -DALONE one without what device models need and without a guest's size.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -411,6 +411,23 @@ EXPORT int xc_interface_close(handle *xch)
     RECORD(U(xch));
     return close_handle(xch);
 }
+
+#ifndef ALONE
+EXPORT int xc_domain_maximum_gpfn(handle *xch, uint32_t domid, xen_pfn_t *gpfns)
+{
+    struct plan plan = planned(__func__);
+
+    RECORD(U(xch), domid, U(gpfns));
+    if (fails(&plan))
+        return -1;
+    if (domid != state->domid) {
+        errno = ESRCH;
+        return -1;
+    }
+    *gpfns = state->pages - 1;
+    return 0;
+}
+#endif
 
 #ifndef WRONG
 EXPORT void *xc_map_foreign_bulk(handle *xch, uint32_t dom, int prot, const xen_pfn_t *arr,

@@ -181,7 +181,7 @@ def test_a_cache_needs_a_backend() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("qemu", {}, ValueError, "backend 'qemu' is unknown: there are 'mock', 'xen'"),
+        ("qemu", {}, ValueError, "backend 'qemu' is unknown: there are 'coredump', 'elf"),
         ("mock", {}, TypeError, "either domain= or memory="),
         ("mock", {"domain": 3}, TypeError, "domain must be a MockDomain, not int"),
         ("mock", {"memory": "1k"}, ValueError, "memory 0x400 is not a number of whole pages"),

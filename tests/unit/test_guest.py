@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HOLE
+from tests.unit.test_source import lime
 from xenmapcache import (
     Backend,
     DmaDirection,
@@ -18,6 +19,7 @@ from xenmapcache import (
     LeaseError,
     MapCache,
     MockDomain,
+    open_source,
 )
 
 AT = 0x200000
@@ -237,3 +239,74 @@ def test_find_maps_as_it_goes(domain: MockDomain, backend: Backend) -> None:
     domain.on_invalidate(cache.invalidate)
     domain.balloon_out(0x500000, 0x1000)
     assert [address for address, _ in found] == [0x900000]
+
+
+def test_find_passes_over_what_is_known_to_be_a_hole(tmp_path: Path) -> None:
+    """A file that says it has a page at the end of all addresses takes no longer for it."""
+    path = lime(tmp_path / "far", {0x1000: b"needle".ljust(4096), (1 << 52) - 4096: b"x" * 4096})
+    with open_source(path) as backend, MapCache(backend) as cache:
+        memory = GuestMemory(cache)
+        assert list(memory.find(b"needle")) == [(0x1000, b"needle")]
+        assert [address for address, _ in memory.strings()] == [0x1000, (1 << 52) - 4096]
+
+
+@pytest.mark.parametrize("pattern", [b"a", b"ab", b"aba", b"abcabcab" * 700])
+def test_plain_bytes_are_found_as_python_finds_them(
+    domain: MockDomain, memory: GuestMemory, pattern: bytes
+) -> None:
+    """Dense and far apart, beside each other and overlapping, shorter and longer than a page."""
+    text = bytearray(b"ab" * 10 + b"aba" * 30 + b"." * 5000 + b"abcabcab" * 2000 + b"." * 9000)
+    text += b"ab.aba" + bytes(4096 - 3) + b"abaaba"
+    start = 0x300000 - 7000  # so that the edge of a piece is amid
+    domain.write(start, bytes(text))
+    expected = []
+    found = text.find(pattern)
+    while found >= 0:
+        expected.append((start + found, pattern))
+        found = text.find(pattern, found + len(pattern))
+    assert expected
+    assert list(memory.find(pattern)) == expected
+
+
+def test_find_needs_no_more_than_one_bucket(domain: MockDomain, backend: Backend) -> None:
+    """Pieces are gone through bucket by bucket, so the least max_resident is enough."""
+    domain.write(0x300000 - 3, b"needle")
+    with MapCache(backend, bucket_shift=12, max_resident=4096) as cache:
+        memory = GuestMemory(cache)
+        assert list(memory.find(b"needle", 0x200000)) == [(0x300000 - 3, b"needle")]
+        assert list(memory.strings(0x200000)) == [(0x300000 - 3, "needle")]
+        seen = bytearray()
+        for view in cache.views(0x300000 - 3, 6):
+            assert view.readonly
+            seen += view
+            del view
+        assert seen == b"needle"
+
+
+def test_strings_are_runs_of_printable_characters(domain: MockDomain, memory: GuestMemory) -> None:
+    """In one byte a character or in two, over the edges of pieces, ended by holes."""
+    domain.write(0x10, b'abc\0\x7fwith\ttab \x80~!"#')
+    domain.write(HOLE[0] - 3, b"end")
+    domain.write(sum(HOLE), b"begin")
+    domain.write(0x300000 - 3, b"over the edge")
+    domain.write(0x400001, "wide \u00e9 text".encode("utf-16le"))
+    assert list(memory.strings()) == [
+        (0x15, "with\ttab "),
+        (0x1F, '~!"#'),
+        (sum(HOLE), "begin"),
+        (0x300000 - 3, "over the edge"),
+    ]
+    assert (HOLE[0] - 3, "end") in memory.strings(min_length=3)
+    assert list(memory.strings(0x300000, 10)) == [(0x300000, "r the edge")]
+    wide = [(0x400001, "wide "), (0x400001 + 12, " text")]
+    assert [each for each in memory.strings(encoding="utf-16le") if each[0] > 0x400000] == wide
+    with pytest.raises(ValueError, match="min_length 0"):
+        memory.strings(min_length=0)
+    with pytest.raises(ValueError, match="encoding 'utf-8' is not one of ascii, utf-16le"):
+        memory.strings(encoding="utf-8")  # type: ignore[arg-type]
+
+
+def test_a_long_string_comes_whole(domain: MockDomain, memory: GuestMemory) -> None:
+    """Up to 64 KiB, wherever it lies."""
+    domain.write(0x300000 - 10, b"x" * 65536)
+    assert list(memory.strings(0x200000)) == [(0x300000 - 10, "x" * 65536)]

@@ -6,16 +6,18 @@ import abc
 import errno as _errno
 import logging
 from array import array
+from functools import cached_property
 from pathlib import Path
 
-from ..address import as_int
+from ..address import PAGE_SHIFT, as_int
 from ..backend import Backend, Capability
 from ..binding import libc
-from ..binding.declarations import DEVICE_MODEL
+from ..binding.control import MAXIMUM_GPFN, Control
+from ..binding.declarations import CONTROL, DEVICE_MODEL, Library
 from ..binding.devicemodel import DeviceModel
 from ..binding.handle import HINTS, Handle
 from ..binding.loader import get_loader
-from ..errors import BackendUnavailableError, XenCallError
+from ..errors import BackendUnavailableError, UnsupportedOperationError, XenCallError
 from ..mapping import Mapping
 
 logger = logging.getLogger("xenmapcache")
@@ -80,9 +82,7 @@ class DomainBackend(Backend):
 
     def _open_device_model(self) -> DeviceModel | None:
         """Open what takes reports of written pages, after a report that changes nothing."""
-        # A stand-in for the library that maps may be one for this library, too.
-        functions = get_loader(self.binding).open(DEVICE_MODEL, self.library)
-        library = self.library if DeviceModel.open_call in functions else None
+        library = self._library_with(DEVICE_MODEL, DeviceModel.open_call)
         try:
             model = DeviceModel(binding=self.binding, library=library)
         except BackendUnavailableError as error:
@@ -97,6 +97,26 @@ class DomainBackend(Backend):
             self._tell_why_not(error)
             return None
         return model
+
+    def _library_with(self, declared: Library, function: str) -> str | None:
+        """Return the library that maps if it is a stand-in for another one, too."""
+        functions = get_loader(self.binding).open(declared, self.library)
+        return self.library if function in functions else None
+
+    @cached_property
+    def memory_end(self) -> int | None:  # type: ignore[override] # asked for when it is needed
+        """One past the highest guest address that Xen has given out; None if libxenctrl is silent.
+
+        Follows ``xc_domain_maximum_gpfn``. Asked for once; the logger ``xenmapcache`` tells
+        at INFO why it is None.
+        """
+        library = self._library_with(CONTROL, MAXIMUM_GPFN)
+        try:
+            with Control(binding=self.binding, library=library) as control:
+                return control.maximum_gfn(self.domid) + 1 << PAGE_SHIFT
+        except (BackendUnavailableError, UnsupportedOperationError, XenCallError) as error:
+            logger.info("domain %d: the end of its memory is not known: %s", self.domid, error)
+            return None
 
     def _tell_why_not(self, reason: Exception) -> None:
         logger.info(

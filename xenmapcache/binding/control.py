@@ -1,4 +1,4 @@
-"""libxenctrl's legacy foreign mapping, for hosts whose tools still use it.
+"""libxenctrl: its legacy foreign mapping, for hosts whose tools still use it, and a guest's size.
 
 Follows ``xenctrl.h`` and ``xenctrl_compat.h``.
 """
@@ -11,6 +11,7 @@ from .declarations import CONTROL
 from .handle import Handle, positive_errors
 
 MAP_BULK = "xc_map_foreign_bulk"
+MAXIMUM_GPFN = "xc_domain_maximum_gpfn"
 
 
 class Control(Handle):
@@ -44,3 +45,14 @@ class Control(Handle):
         if not result:
             raise self.fail(MAP_BULK, domid, errno)
         return result, positive_errors(errors)
+
+    def maximum_gfn(self, domid: int) -> int:
+        """Return the highest guest frame number that a domain has had.
+
+        Raises:
+            XenCallError: the call failed.
+            UnsupportedOperationError: this build of the library does not have it.
+        """
+        gfn = array("Q", [0])
+        self.check(MAXIMUM_GPFN, domid, domid, gfn)
+        return gfn[0]

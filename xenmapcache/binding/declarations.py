@@ -80,6 +80,7 @@ xc_interface *xc_interface_open(xentoollog_logger *logger, xentoollog_logger *do
 int xc_interface_close(xc_interface *xch);
 void *xc_map_foreign_bulk(xc_interface *xch, uint32_t dom, int prot, const xen_pfn_t *arr,
                           int *err, unsigned num);
+int xc_domain_maximum_gpfn(xc_interface *xch, uint32_t domid, xen_pfn_t *gpfns);
 """,
 )
 
@@ -178,7 +179,7 @@ LIBC = Library(
     name="libc",
     soname="",
     package="libc6",
-    includes="#include <stdio.h>\n#include <sys/mman.h>",
+    includes="#include <stdio.h>\n#include <string.h>\n#include <sys/mman.h>",
     source="""
 void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
 int munmap(void *addr, size_t length);
@@ -186,6 +187,7 @@ int madvise(void *addr, size_t length, int advice);
 FILE *fdopen(int fd, const char *mode);
 int setvbuf(FILE *stream, char *buf, int mode, size_t size);
 int fclose(FILE *stream);
+void *memmem(const void *haystack, size_t haystacklen, const void *needle, size_t needlelen);
 """,
 )
 

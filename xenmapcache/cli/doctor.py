@@ -37,6 +37,7 @@ from ..binding.foreignmemory import ForeignMemory
 from ..binding.handle import Handle, find_library, xen_version
 from ..binding.loader import get_loader
 from ..errors import BackendUnavailableError, XenCallError, XenMapCacheError
+from ..source import XL_PATH
 from .output import Output, print_json
 
 LIBRARIES = (FOREIGN_MEMORY, CONTROL, DEVICE_MODEL, EVENT_CHANNEL, TOOL_CORE, TOOL_LOG)
@@ -52,7 +53,6 @@ BACKENDS = ("xen", "xenctrl")
 HYPERVISOR = Path("/sys/hypervisor")
 PROC_XEN = Path("/proc/xen")
 DEV_XEN = Path("/dev/xen")
-XL_PATH = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
 GFNS_TO_TRY = (0, 0x100, 0x1000)
 
 _DOM0 = "run it as root in Dom0 of a Xen host"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
+
+Report = Callable[[int, int], object]
+"""Told how much is done, and of how much, in bytes."""
 
 _STYLES = {
     "ok": "green",
@@ -28,6 +33,45 @@ _TABLE_WIDTH = 1000
 def print_json(value: object) -> None:
     """Print one JSON document. Needs nothing but Python."""
     print(json.dumps(value, indent=2))
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for people: ``640 KiB``."""
+    if count < 1024:
+        return f"{count} B"
+    unit = min((count.bit_length() - 1) // 10, 4)
+    text = f"{count / (1 << 10 * unit):.1f}".removesuffix(".0")
+    return f"{text} {' KMGT'[unit]}iB"
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """Show a bar with the rate and the time that is left, if stderr is a terminal."""
+    try:
+        if not sys.stderr.isatty():
+            raise ImportError
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+    except ImportError:
+        yield lambda *_: None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 class Output:

@@ -19,6 +19,7 @@ from .instructions import Instructions
 
 if TYPE_CHECKING:
     from .hypervisor import MockHypervisor
+    from .kernel import LoadedElf
 
 _ABSENT = -1
 _IOREQ_CALLS = ("create_ioreq_server", "claim", "bind")
@@ -117,6 +118,32 @@ class MockDomain(Instructions):
         for offset, size in self._spans(address, len(data)):
             os.pwrite(self._hypervisor.fd, data[position : position + size], offset)
             position += size
+
+    def load_elf(self, path: str | os.PathLike[str]) -> LoadedElf:
+        """Put an ELF kernel's segments at their physical addresses. Nothing is run.
+
+        Args:
+            path: of an ELF file of 64 or 32 bits, for example a ``vmlinux``.
+
+        Returns:
+            Its symbols: guest-physical addresses by name, and what was loaded where.
+
+        Raises:
+            FaultError: a segment lies where there is no memory; nothing has changed.
+            BackendUnavailableError: pyelftools is not installed.
+            CorruptImageError: that is no ELF file to load, or it contradicts the format.
+            OSError, ValueError: it cannot be opened, or is no regular file.
+        """
+        from .kernel import KernelFile  # what reads files is not needed by most
+
+        with KernelFile(path) as kernel:
+            symbols = kernel.loaded()
+            for segment in kernel.segments:
+                self._spans(segment.physical, segment.memory_size)
+            for segment in kernel.segments:
+                for address, data in kernel.content(segment):
+                    self.write(address, data)
+            return symbols
 
     def balloon_out(self, address: int, length: int, *, vcpu: int = 0) -> None:
         """Give pages up, as a guest's balloon driver does, with Xen's burst of INVALIDATEs.

@@ -1,0 +1,198 @@
+"""``dump``: what is in the file, and that nothing is left of one that was not completed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_main import MODULE, environment
+from tests.unit.test_source import lime
+from xenmapcache import FaultError, MapCache
+from xenmapcache.address import PAGE_SIZE, MiB
+from xenmapcache.cli import main
+
+FAR = 8 * MiB
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> str:
+    """Two ranges with a large hole between them."""
+    low = bytes(range(256)) * 48
+    return str(lime(tmp_path / "guest.lime", {0: low, FAR: b"end!" * 1024}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder for nothing but the output."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+def dump(source: str, path: Path, *options: str, status: int = 0) -> None:
+    assert main(["dump", source, "-o", str(path), *options]) == status
+
+
+def test_raw_is_sparse(guest: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Addresses are offsets, holes are holes in the file, and it is its owner's alone."""
+    path = folder / "guest.raw"
+    dump(guest, path)
+    assert capsys.readouterr() == ("", "")
+    data = path.read_bytes()
+    assert len(data) == FAR + PAGE_SIZE
+    assert data[: 3 * PAGE_SIZE] == bytes(range(256)) * 48
+    assert not any(data[3 * PAGE_SIZE : FAR])
+    assert data[FAR:] == b"end!" * 1024
+    state = path.stat()
+    assert state.st_blocks * 512 < MiB
+    assert stat.S_IMODE(state.st_mode) == 0o600
+    assert os.listdir(folder) == ["guest.raw"]
+
+
+def test_a_part(guest: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --start and --length just that is in the file; --json tells what was written."""
+    path = folder / "part"
+    dump(guest, path, "--start", "0x1001", "--length", "0x1000", "--json")
+    assert path.read_bytes() == (bytes(range(256)) * 48)[0x1001:0x2001]
+    facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("seconds") >= 0
+    assert facts == {"file": str(path), "format": "raw", "pages": 1}
+
+
+def test_a_coredump_has_the_same_memory(guest: str, folder: Path) -> None:
+    """Written and read again it is equal, holes included, and is recognised."""
+    pytest.importorskip("elftools", reason="pyelftools is not installed")
+    path = folder / "guest.core"
+    dump(guest, path, "--format", "coredump")
+    assert main(["diff", guest, str(path)]) == 0
+    assert main(["diff", f"core:{path}", "mock:1M", "--quiet"]) == 1
+    assert os.listdir(folder) == ["guest.core"]
+
+
+def test_a_page_that_goes_meanwhile_is_a_hole(
+    guest: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What balloons out between the look and the copy is left out, and what is behind is not."""
+    views = MapCache.views
+
+    def balloon(self: MapCache, address: int, length: int) -> object:
+        if address <= PAGE_SIZE < address + length:
+            yield from views(self, address, PAGE_SIZE - address)
+            raise FaultError(PAGE_SIZE, length, 22)
+        yield from views(self, address, length)
+
+    monkeypatch.setattr(MapCache, "views", balloon)
+    path = folder / "guest.raw"
+    dump(guest, path)
+    low = bytes(range(256)) * 16
+    assert path.read_bytes()[: 3 * PAGE_SIZE] == low + bytes(PAGE_SIZE) + low
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["-o", "{folder}"], "is no regular file"),
+        (["-o", "/dev/null"], "/dev/null is no regular file"),
+        (["-o", "{folder}/absent/file"], "No such file or directory"),
+        (["-o", "{folder}/f", "--format", "coredump", "--start", "1M"], "--format raw"),
+    ],
+)
+def test_what_cannot_be_written(
+    guest: str,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    """Each is one line that says why, and nothing is made."""
+    assert main(["dump", guest, *(each.format(folder=folder) for each in arguments)]) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.err.count("\n") == 1
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("form", ["raw", "coredump"])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_an_interrupt_leaves_nothing(
+    guest: str, folder: Path, form: str, number: signal.Signals, status: int
+) -> None:
+    """Ctrl-C, and a signal that asks to end, leave the file that was there, and no other."""
+    if form == "coredump":
+        pytest.importorskip("elftools", reason="pyelftools is not installed")
+    path = folder / "guest.raw"
+    path.write_bytes(b"before")
+    code = (
+        "import os, sys, time\n"
+        "from xenmapcache.cli import main\n"
+        "def begun(*_):\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(60)\n"
+        "os.pwrite = os.pwritev = begun\n"
+        f"sys.exit(main(['dump', {guest!r}, '-o', {str(path)!r}, '--format', {form!r}]))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(number)
+        _, complaints = process.communicate(timeout=60)
+    assert (process.returncode, complaints) == (status, b"")
+    assert os.listdir(folder) == ["guest.raw"]
+    assert path.read_bytes() == b"before"
+
+
+def test_a_full_disk_leaves_nothing(
+    guest: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An error of the file system is one line, and the file is not there."""
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    dump(guest, folder / "f", status=2)
+    assert capsys.readouterr().err == "xenmapcache: error: No space left on device\n"
+    assert os.listdir(folder) == []
+
+
+def test_progress_on_a_terminal_only(folder: Path) -> None:
+    """A terminal on stderr sees a bar with rate and time; stdout stays for the result."""
+    command = [*MODULE, "dump", "mock:64M", "-o", str(folder / "f")]
+    leader, follower = pty.openpty()
+    variables = environment(TERM="xterm-256color", COLUMNS="120", NO_COLOR="")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=follower, env=variables
+    ) as process:
+        os.close(follower)
+        shown = b""
+        try:
+            while chunk := os.read(leader, 65536):
+                shown += chunk
+        except OSError:
+            pass  # Linux's way to say that the other side has closed
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+    os.close(leader)
+    assert process.returncode == 0
+    assert b"dumping mock:64M" in shown
+    assert b"MiB" in shown
+    quiet = subprocess.run(command, capture_output=True, env=environment(), check=True, timeout=60)
+    assert (quiet.stdout, quiet.stderr) == (b"", b"")

@@ -1,0 +1,73 @@
+"""What docs/commands.md shows is what the commands print."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_generated import COMMANDS
+from tests.cli.test_main import environment
+from tests.docs.test_docs import DOCS, blocks, program, run
+
+PAGE = DOCS / "commands.md"
+MARK = re.compile(r"<!-- run(?P<part>, in part)?(: (?P<status>\d+))? -->")
+
+pytestmark = pytest.mark.skipif(not PAGE.is_file(), reason=f"no file {PAGE}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the page's guests, and a ``xenmapcache`` to call."""
+    pytest.importorskip("elftools", reason="pyelftools is not installed")
+    done = run(program(PAGE.read_text(encoding="utf-8")), "page.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    command = tmp_path / "bin" / "xenmapcache"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -W error -m xenmapcache "$@"\n')
+    command.chmod(0o755)
+    return tmp_path
+
+
+def test_the_page_shows_what_is_printed(folder: Path) -> None:
+    """Each block is run as it stands, and prints what is shown, or at least the lines shown."""
+    variables = environment()
+    variables["PATH"] = f"{folder / 'bin'}:{variables['PATH']}"
+    shown = set()
+    for block in blocks(PAGE.read_text(encoding="utf-8")):
+        mark = MARK.fullmatch(block.before)
+        if mark is None:
+            continue
+        printed = []
+        status = 0
+        for line in block.code.splitlines():
+            if not line.startswith("$ "):
+                continue
+            done = subprocess.run(
+                ["bash", "-c", f"exec 2>&1; {line[2:]}"],
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                env=variables,
+                timeout=60,
+                check=False,
+            )
+            status = done.returncode
+            shown.add(line.split()[2])
+            printed += [line, *done.stdout.splitlines()]
+        assert status == int(mark["status"] or 0), block.code
+        if mark["part"]:
+            lines = {" ".join(line.split()) for line in printed}
+            assert {" ".join(line.split()) for line in block.code.splitlines()} - {""} <= lines
+        else:
+            assert "\n".join(printed) == block.code
+    assert shown == set(COMMANDS) - {"demo", "doctor"}
+
+
+def test_the_table_has_every_command() -> None:
+    """None that there is, is missing."""
+    found = re.findall(r"^\| `xenmapcache (\w+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert tuple(found) == COMMANDS

@@ -1,0 +1,415 @@
+"""``info``, ``read``, ``find``, ``strings`` and ``diff`` over files, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_main import MODULE, environment
+from tests.unit.test_source import lime
+from xenmapcache import Backend, MapCache, MockHypervisor, XenCallError, open_backend
+from xenmapcache.backends.mock import MockBackend
+from xenmapcache.cli import main, session
+from xenmapcache.mapping import Mapping
+
+Run = Callable[..., str]
+
+LOW, HIGH = 0x3000, 0x5000
+"""The hole in the guest's memory of 0x7000 bytes."""
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> str:
+    """A LiME file: 0 to LOW, and HIGH to 0x7000, with a text beside the hole."""
+    low = bytearray(LOW)
+    low[0x10:0x16] = b"needle"
+    low[0x1FFD:0x2003] = b"needle"
+    low[LOW - 5 :] = b"early"
+    high = bytearray(0x2000)
+    high[:4] = b"late"
+    high[0x100:0x10A] = "wide!".encode("utf-16le")
+    return str(lime(tmp_path / "guest.lime", {0: bytes(low), HIGH: bytes(high)}))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A function that runs a command, checks its status, and returns what it printed."""
+
+    def run(*arguments: str, status: int = 0) -> str:
+        assert main(arguments) == status
+        printed = capsys.readouterr()
+        if status == 2:
+            assert printed.out == ""
+            assert printed.err.startswith("xenmapcache: error: ")
+            assert printed.err.count("\n") == 1
+            return printed.err
+        assert printed.err == ""
+        return printed.out
+
+    return run
+
+
+def shell(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*MODULE, *arguments],
+        capture_output=True,
+        env=environment(),
+        timeout=60,
+        check=False,
+    )
+
+
+# --- info ---------------------------------------------------------------------------
+
+
+def test_info_tells_ranges_and_holes(run: Run, guest: str) -> None:
+    """Memory, ranges and holes are told for people, and with --json for scripts."""
+    text = run("info", guest)
+    assert "memory     5 pages, 20 KiB" in text
+    assert "holes      1, 8 KiB" in text
+    assert "0x00005000  0x00007000   8 KiB" in text
+    facts = json.loads(run("info", "--json", guest))
+    assert (facts["backend"], facts["memory_end"], facts["pages"]) == ("raw", 0x7000, 5)
+    assert facts["ranges"] == [
+        {"address": 0, "length": LOW},
+        {"address": HIGH, "length": 0x2000},
+    ]
+    assert facts["holes"] == [{"address": LOW, "length": HIGH - LOW}]
+    assert isinstance(facts["notes"], dict)
+
+
+def test_info_shows_what_a_source_says_of_itself(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What describe() returns is shown, whatever it is made of."""
+    notes = {"xen_version": "4.17", "vcpus": 2, "list": [1, 2], "more": {"a": 1}}
+    monkeypatch.setattr(MockBackend, "describe", lambda _: notes)
+    text = run("info", "mock:4M")
+    for line in ("xen version  4.17", "vcpus        2", "list         1, 2", "more         a 1"):
+        assert line in text
+    assert json.loads(run("info", "--json", "mock:4M"))["notes"] == notes
+
+
+def test_info_limits_the_ranges_that_it_shows(run: Run, tmp_path: Path) -> None:
+    """Of many ranges it shows the first, says how many more there are, and all with --all."""
+    path = str(lime(tmp_path / "many.lime", {at << 13: bytes(4096) for at in range(100)}))
+    text = run("info", path)
+    assert text.count(" 4 KiB\n") == 40
+    assert "and 60 more: see --all or --json" in text
+    assert run("info", "--all", path).count(" 4 KiB\n") == 100
+
+
+def test_info_of_a_guest_whose_holes_only_mapping_tells(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranges go over the edges of the windows in which such a guest is looked at."""
+    hole = (0xFFF000, 0x2000)
+    guest = MockHypervisor().create_domain(memory="40M", holes=[hole])
+    backend = open_backend("mock", domain=guest)
+    monkeypatch.setattr(session, "open_backend", lambda *_, **__: backend)
+    facts = json.loads(run("info", "--json", "mock:40M"))
+    assert facts["ranges"] == [
+        {"address": 0, "length": hole[0]},
+        {"address": sum(hole), "length": (40 << 20) - sum(hole)},
+    ]
+
+
+def test_a_source_without_an_end_needs_a_length(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a live guest's size is not known, commands ask for --length, and go on with it."""
+    monkeypatch.setattr(MockBackend, "memory_end", None)
+    for command in (["info"], ["strings"], ["find"], ["dump", "-o", "never"]):
+        pattern = ["x"] if command == ["find"] else []
+        assert "give --length, such as 4GiB" in run(*command, "mock:4M", *pattern, status=2)
+    assert run("find", "mock:4M", "x", "--length", "4M", status=1) == ""
+
+
+# --- read ---------------------------------------------------------------------------
+
+
+def test_read_shows_lines_as_hexdump_does(run: Run, guest: str) -> None:
+    """Addresses, bytes and characters; lines that repeat are squeezed, unless that is unwanted."""
+    assert run("read", guest, "0x0", "0x50", "--hexdump") == (
+        "00000000  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|\n"
+        "00000010  6e 65 65 64 6c 65 00 00  00 00 00 00 00 00 00 00  |needle..........|\n"
+        "00000020  00 00 00 00 00 00 00 00  00 00 00 00 00 00 00 00  |................|\n"
+        "*\n"
+        "00000050\n"
+    )
+    text = run("read", guest, "0", "0x50", "--hexdump", "--no-squeeze")
+    assert text.count("\n") == 6
+    assert run("read", guest, "0x11", "3", "--hexdump") == (
+        "00000011  65 65 64                                          |eed|\n00000014\n"
+    )
+
+
+def test_hexdump_is_that_of_hexdump(guest: str) -> None:
+    """What util-linux prints for the same bytes is the same, to the last space."""
+    try:
+        theirs = subprocess.run(
+            ["hexdump", "-C", "-s", str(0x4A), "-n", "12000", guest], capture_output=True
+        ).stdout
+    except FileNotFoundError:
+        pytest.skip("hexdump is not installed (Debian: bsdextrautils)")
+    # A LiME header of 32 bytes comes first.
+    ours = shell("read", f"raw:{guest}", "0x2a", "12000", "--hexdump").stdout
+    strip = [line.partition(b"  ")[2] for line in theirs.splitlines()]
+    assert [line.partition(b"  ")[2] for line in ours.splitlines()] == strip
+
+
+def test_read_gives_the_bytes_to_a_pipe_and_a_hexdump_to_a_terminal(guest: str) -> None:
+    """So that > and | do what is expected; --raw and --hexdump say otherwise."""
+    assert shell("read", guest, "0x10", "6").stdout == b"needle"
+    assert shell("read", guest, "0x10", "6", "--hexdump").stdout.startswith(b"00000010  6e 65")
+
+    def on_terminal(*options: str) -> bytes:
+        leader, follower = pty.openpty()
+        command = [*MODULE, "read", guest, "0x10", "6", *options]
+        with subprocess.Popen(command, stdout=follower, env=environment()):
+            os.close(follower)
+            shown = b""
+            try:
+                while chunk := os.read(leader, 65536):
+                    shown += chunk
+            except OSError:
+                pass  # Linux's way to say that the other side has closed
+        os.close(leader)
+        return shown
+
+    assert on_terminal().startswith(b"00000010  6e 65")
+    assert on_terminal("--raw") == b"needle"
+
+
+def test_a_hole_is_an_error_that_offers_fill(run: Run, guest: str) -> None:
+    """Nothing is printed of a range with a hole; with --fill the hole reads as that byte."""
+    for address in ("0x2ff0", "0x3000", "0x6ff0"):
+        said = run("read", guest, address, "64", status=2)
+        place = "0x7000" if address == "0x6ff0" else "0x3000"
+        assert f"there is no page at {place}: add --fill 00" in said
+    data = shell("read", guest, "0x2ffb", "0x200d", "--fill", "ff").stdout
+    assert data == b"early" + b"\xff" * 0x2000 + b"late" + bytes(4)
+    facts = json.loads(run("read", guest, "0x6fff", "3", "--fill", "ab", "--json"))
+    assert facts == {"address": 0x6FFF, "length": 3, "hex": "00abab"}
+
+
+def test_a_range_beyond_all_addresses_is_refused(run: Run) -> None:
+    """As an error of the user's."""
+    assert "52-bit" in run("read", "mock:4M", "0xfffffffffffff", "64", status=2)
+
+
+# --- find ---------------------------------------------------------------------------
+
+
+def test_find_prints_address_and_match(run: Run, guest: str) -> None:
+    """Matches over a page's edge, beside holes; 1 if there is none; a range, a limit, a count."""
+    both = "0x00000010  needle\n0x00001ffd  needle\n"
+    assert run("find", guest, "needle") == both
+    assert run("find", guest, "--hex", "6e 65 65 64 6c 65") == both.replace(
+        "needle", "6e 65 65 64 6c 65"
+    )
+    assert run("find", guest, "--regex", "n[e]+d") == both.replace("needle", "need")
+    assert run("find", guest, "earlylate", status=1) == ""
+    assert run("find", guest, "early") == "0x00002ffb  early\n"
+    assert run("find", guest, "wide!", status=1) == ""
+    assert run("find", guest, "wide!", "--encoding", "utf-16le") == "0x00005100  wide!\n"
+    assert run("find", guest, "needle", "--max", "1") == both.partition("\n")[0] + "\n"
+    assert run("find", guest, "needle", "--start", "0x11") == both.partition("\n")[2]
+    assert run("find", guest, "needle", "--length", "0x15", status=1) == ""
+    assert run("find", guest, "needle", "--count") == "2\n"
+    assert run("find", guest, "absent", "--count", status=1) == "0\n"
+    assert json.loads(run("find", guest, "needle", "--count", "--json")) == {"count": 2}
+
+
+def test_find_shows_surroundings_up_to_a_hole(run: Run, guest: str) -> None:
+    """With --context a hexdump of whole lines; with --json the bytes before and behind."""
+    assert run("find", guest, "early", "--context", "1") == (
+        "00002ff0  00 00 00 00 00 00 00 00  00 00 00 65 61 72 6c 79  |...........early|\n"
+    )
+    assert run("find", guest, "needle", "--context", "16").count("\n--\n") == 1
+    facts = json.loads(run("find", guest, "late", "--context", "2", "--json"))
+    assert facts == {
+        "address": HIGH,
+        "length": 4,
+        "text": "late",
+        "hex": b"late".hex(),
+        "before": "",
+        "after": "0000",
+    }
+
+
+def test_find_escapes_what_is_not_text(run: Run) -> None:
+    """Neither control characters nor broken UTF-8 reach the terminal."""
+    line = run("find", "mock:4M", "--regex", r"\x00{3}", "--max", "1")
+    assert line == "0x00000000  \\x00\\x00\\x00\n"
+    facts = json.loads(run("find", "mock:4M", "--hex", "00:00", "--max", "1", "--json"))
+    assert facts == {"address": 0, "length": 2, "text": "\0\0", "hex": "0000"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--hex", "xy"], "'xy' is not bytes in hex: write --hex 'de ad'"),
+        (["--regex", "("], "'(' is no regular expression: missing )"),
+        (["--regex", "x*"], "matches nothing at all"),
+        ([""], "the pattern is empty"),
+        (["--encoding", "utf-16le", "\udcff"], "search for bytes with --hex"),
+        (["x", "--start", "5P"], ""),
+    ],
+)
+def test_patterns_that_cannot_be(run: Run, arguments: list[str], complaint: str) -> None:
+    """Each is an error of one line that says what to write."""
+    try:
+        assert complaint in run("find", "mock:4M", *arguments, status=2)
+    except SystemExit as exit_:
+        assert exit_.code == 2
+
+
+# --- strings ------------------------------------------------------------------------
+
+
+def test_strings_and_where_they_lie(run: Run, guest: str) -> None:
+    """Runs of printable characters, in either encoding; 1 if there are none."""
+    assert run("strings", guest) == (
+        "0x00000010  needle\n0x00001ffd  needle\n0x00002ffb  early\n0x00005000  late\n"
+    )
+    assert run("strings", guest, "--min", "6", "--start", "0x1000") == "0x00001ffd  needle\n"
+    assert run("strings", guest, "--encoding", "utf-16le") == "0x00005100  wide!\n"
+    assert run("strings", guest, "--min", "7", status=1) == ""
+    lines = run("strings", guest, "--json", "--length", "0x1000").splitlines()
+    assert [json.loads(line) for line in lines] == [{"address": 0x10, "text": "needle"}]
+
+
+# --- diff ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path, guest: str) -> str:
+    """The same guest later: two pages changed, one gone, one new."""
+    low = bytearray(LOW)
+    low[0x10:0x16] = b"noodle"
+    low[0x1000] = 1
+    low[0x2FFB:] = b"early"
+    return str(lime(tmp_path / "other.lime", {0: bytes(low), 0x4000: b"late".ljust(0x2000, b"\0")}))
+
+
+def test_diff_prints_ranges(run: Run, guest: str, other: str) -> None:
+    """Pages that differ and pages that one lacks, as ranges; 0 if all is equal, else 1."""
+    assert run("diff", guest, guest) == ""
+    assert run("diff", guest, other, status=1) == (
+        "0x00000000..0x00003000      12 KiB  differs\n"
+        f"0x00004000..0x00005000       4 KiB  only in {other}\n"
+        "0x00005000..0x00006000       4 KiB  differs\n"
+        f"0x00006000..0x00007000       4 KiB  only in {guest}\n"
+    )
+    facts = json.loads(run("diff", guest, other, "--json", "--start", "0x4000", status=1))
+    assert facts == {
+        "equal": False,
+        "ranges": [
+            {"kind": "only in second", "address": 0x4000, "length": 0x1000},
+            {"kind": "differs", "address": 0x5000, "length": 0x1000},
+            {"kind": "only in first", "address": 0x6000, "length": 0x1000},
+        ],
+    }
+    assert json.loads(run("diff", guest, guest, "--json")) == {"equal": True, "ranges": []}
+    assert run("diff", "--quiet", guest, other, status=1) == ""
+    assert run("diff", "--quiet", guest, guest) == ""
+
+
+def test_diff_prints_bytes(run: Run, guest: str, other: str) -> None:
+    """With --bytes what differs is shown, the old and the new, a line's worth at a time."""
+    assert run("diff", "--bytes", guest, other, "--length", "0x1800", status=1) == (
+        "0x00000011  65 65  ->  6f 6f\n0x00001000  00  ->  01\n"
+    )
+    odd = run("diff", "--bytes", guest, other, "--start", "0x12", "--length", "3", status=1)
+    assert odd == "0x00000012  65  ->  6f\n"
+    facts = json.loads(run("diff", guest, other, "--bytes", "--json", "--length", "64", status=1))
+    assert facts["ranges"] == [
+        {"kind": "differs", "address": 0x11, "length": 2, "first": "6565", "second": "6f6f"}
+    ]
+
+
+# --- all ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["info", "absent.core"], "absent.core: No such file or directory"),
+        (["info", "raw:absent"], "absent: No such file or directory"),
+        (["info", "/"], "/: Is a directory"),
+        (["info", "mock:"], "'mock:' does not say which: write xen:DOMID"),
+        (["info", "mock:many"], "'many' is not a size"),
+        (["info", "disk:0"], "there is no source 'disk:0': write xen:DOMID, xen:NAME"),
+        (["diff", "mock:4M", "absent"], "absent: No such file or directory"),
+        (["info", "/dev/null"], "/dev/null is no regular file"),
+        (["info", "xen:99999"], "domid 99999 is not in 0..32751"),
+        (["find", "mock:4M", "x", "--start", "1M", "--length", "4096T"], "52-bit"),
+    ],
+)
+def test_what_cannot_be_opened_says_why(run: Run, arguments: list[str], complaint: str) -> None:
+    """A source that is not there, or no source, is one line and status 2."""
+    assert complaint in run(*arguments, status=2)
+
+
+def test_errors_of_a_user_show_no_traceback(tmp_path: Path) -> None:
+    """As seen from a shell: one line on stderr, nothing on stdout."""
+    flat = tmp_path / "flat"
+    flat.write_bytes(bytes(8192))
+    done = shell("info", str(flat))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == (
+        f"xenmapcache: error: {flat} is no dump that is known (xl dump-core, xl save, ELF core, "
+        f"LiME): write raw:{flat} if it is a flat image\n"
+    )
+
+
+def test_what_is_resident_stays_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that go through all memory never hold more than 64 MiB of it."""
+    most = 0
+    make = MockBackend.map
+
+    def watched(self: MockBackend, gfn: int, count: int, *, writable: bool) -> Mapping:
+        nonlocal most
+        most = max(most, *(cache.stats().resident_bytes for cache in caches))
+        return make(self, gfn, count, writable=writable)
+
+    caches: list[MapCache] = []
+
+    class Watched(MapCache):
+        def __init__(self, backend: Backend, *, max_resident: int) -> None:
+            super().__init__(backend, max_resident=max_resident)
+            caches.append(self)
+
+    monkeypatch.setattr(session, "MapCache", Watched)
+    monkeypatch.setattr(MockBackend, "map", watched)
+    for arguments in (["find", "mock:128M", "x"], ["strings", "mock:128M"]):
+        run(*arguments, status=1)
+    run("diff", "mock:128M", "mock:128M")
+    assert 32 << 20 < most <= session.MAX_RESIDENT
+
+
+def test_a_library_that_fails_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Xen says is told with its hint."""
+
+    def refuse(*_: object, **__: object) -> Backend:
+        raise XenCallError("xenforeignmemory_map2", 3, 3, "there is no such domain (see xl list)")
+
+    monkeypatch.setattr(session, "open_backend", refuse)
+    assert "for domain 3 with ESRCH" in run("info", "xen:3", status=2)
+
+
+def test_data_needs_no_rich(
+    run: Run, guest: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where rich is not installed only tables are missing, and they say so."""
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert run("find", guest, "late") == "0x00005000  late\n"
+    run("strings", guest)
+    run("read", guest, "0", "--hexdump")
+    run("diff", guest, guest)
+    run("info", guest, "--json")
+    run("dump", guest, "-o", str(tmp_path / "out"))

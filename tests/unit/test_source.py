@@ -1,0 +1,164 @@
+"""Naming a source: what each name opens, how files are recognised, what refusals say."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from xenmapcache import BackendUnavailableError, MockHypervisor, open_source, source
+from xenmapcache.source import find_domain, parse_source, recognise
+
+
+def lime(path: Path, ranges: dict[int, bytes]) -> Path:
+    """Write a LiME file of ranges by their addresses."""
+    header = struct.Struct("<IIQQQ")
+    path.write_bytes(
+        b"".join(
+            header.pack(0x4C694D45, 1, address, address + len(data) - 1, 0) + data
+            for address, data in ranges.items()
+        )
+    )
+    return path
+
+
+def elf(kind: int, names: bytes = b"", *, bits: int = 64, little: bool = True) -> bytes:
+    """Return an ELF file's header, a section header, and the names of its sections."""
+    ident = b"\x7fELF" + bytes([1 + (bits == 64), 2 - little, 1]).ljust(12, b"\0")
+    order = "<" if little else ">"
+    if bits == 32:
+        return ident + struct.pack(f"{order}HHIIIIIHHHHHH", kind, 3, 1, *[0] * 10)
+    header = struct.pack(f"{order}HHIQQQIHHHHHH", kind, 62, 1, 0, 0, 64, 0, 64, 0, 0, 64, 1, 0)
+    section = struct.pack(f"{order}IIQQQQIIQQ", 0, 3, 0, 0, 128, len(names), 0, 0, 0, 0)
+    return ident + header + section + names
+
+
+@pytest.fixture
+def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ``xl`` that knows of a domain ``web``."""
+    script = tmp_path / "xl"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$1 $2" in\n'
+        '"domid web") echo 7;;\n'
+        '"list "*) echo "Name   ID   Mem VCPUs      State   Time(s)"\n'
+        '  echo "Domain-0   0  512  1  r-----  9.5"\n'
+        '  echo "two words   8  512  1  -b----  9.5";;\n'
+        "*) echo \"'$2' is an invalid domain identifier (rc=-6)\" >&2; exit 1;;\n"
+        "esac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(source, "XL_PATH", str(tmp_path))
+    return script
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend", "options"),
+    [
+        ("xen:3", "xen", {"domid": 3}),
+        ("xenctrl:3", "xenctrl", {"domid": 3}),
+        ("xen:web", "xen", {"domid": 7}),
+        ("mock:16M", "mock", {"memory": "16M"}),
+        ("core:a:b", "coredump", {"path": "a:b"}),
+        ("elf:f", "elfcore", {"path": "f"}),
+        ("raw:/f", "raw", {"path": "/f"}),
+        ("save:f", "save", {"path": "f"}),
+    ],
+)
+@pytest.mark.usefixtures("xl")
+def test_names(spec: str, backend: str, options: dict[str, object]) -> None:
+    """Each kind of name stands for a backend and its option; domains go by number or by name."""
+    assert parse_source(spec) == (backend, options)
+
+
+def test_a_name_opens_its_backend(tmp_path: Path) -> None:
+    """open_source() opens what is named, takes paths, and hands options on."""
+    with open_source("mock:4M") as mock:
+        assert (mock.name, mock.memory_end) == ("mock", 4 << 20)
+    with open_source(lime(tmp_path / "f", {0x1000: bytes(4096)})) as dump:
+        assert (dump.name, dump.memory_end) == ("raw", 0x2000)
+    flat = tmp_path / "flat"
+    flat.write_bytes(bytes(4096))
+    with open_source(f"raw:{flat}", address=0x4000) as raw:
+        assert raw.memory_end == 0x5000
+    with pytest.raises(TypeError, match="colour"):
+        open_source("mock:4M", colour=1)
+    domain = MockHypervisor().create_domain(memory="4M")
+    with pytest.raises(TypeError, match="either domain= or memory="):
+        open_source("mock:4M", domain=domain)
+
+
+@pytest.mark.parametrize(
+    ("content", "backend"),
+    [
+        (b"Xen saved domain, xl format\n \0 \r".ljust(64, b"\0"), "save"),
+        (b"LinuxGuestRecord".ljust(64, b"\0"), "save"),
+        (struct.pack("<II", 0x4C694D45, 1), "raw"),
+        (elf(4, b"\0.shstrtab\0.xen_pages\0"), "coredump"),
+        (elf(4, b"\0.shstrtab\0.xen_pages_not\0"), "elfcore"),
+        (elf(4), "elfcore"),
+        (elf(4)[:64], "elfcore"),
+        (elf(4, bits=32), "elfcore"),
+        (elf(4, b"\0.xen_pages\0", little=False), "elfcore"),
+    ],
+)
+def test_files_are_recognised_by_content(tmp_path: Path, content: bytes, backend: str) -> None:
+    """Each format has its magic; an ELF core with Xen's pages is one of xl dump-core."""
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert recognise(str(path)) == backend
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF", elf(2), bytes(8192), b"#!/bin/sh\n"])
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    """A flat image has no format to go by: the message says what to write."""
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"write raw:{path} if it is a flat image"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("place", [1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("field", [0x28, 64 + 0x18, 64 + 0x20])
+def test_an_elf_file_that_lies_is_still_one(tmp_path: Path, field: int, place: int) -> None:
+    """Places beyond the file's end are no reason to fail: the backend will say what is wrong."""
+    content = bytearray(elf(4, b"\0.xen_pages\0"))
+    content[field : field + 8] = place.to_bytes(8, "little")
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert recognise(str(path)) in ("elfcore", "coredump")
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A folder, a pipe that nobody writes to, nothing: at once."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(ValueError, match="is no regular file"):
+        open_source(fifo)
+    with pytest.raises(IsADirectoryError):
+        open_source(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        open_source(tmp_path / "absent")
+    with pytest.raises(ValueError, match="there is no source 'disk:0': write xen:DOMID"):
+        open_source("disk:0")
+    with pytest.raises(ValueError, match="does not say which"):
+        open_source("core:")
+
+
+@pytest.mark.usefixtures("xl")
+def test_an_unknown_domain_says_which_there_are() -> None:
+    """The message has the names that xl lists."""
+    with pytest.raises(ValueError, match="no domain 'wbe': there are Domain-0, two words"):
+        find_domain("wbe")
+
+
+def test_names_without_xl(xl: Path) -> None:
+    """Off Dom0 a name cannot be looked up, and a number can be given instead."""
+    xl.write_text("#!/bin/sh\necho 'no permission\n  at all' >&2\nexit 1\n")
+    with pytest.raises(BackendUnavailableError, match=r"status 1 \(no permission at all\): run it"):
+        find_domain("web")
+    xl.unlink()
+    with pytest.raises(BackendUnavailableError, match="xl is not installed.*by its number"):
+        find_domain("web")

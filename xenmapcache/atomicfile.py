@@ -1,0 +1,56 @@
+"""A file that is there when it is complete, and not before: nothing is left of one that failed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
+    """Give a descriptor to write to; the file takes its place when the block ends well.
+
+    A file that is there is replaced. The new one is its owner's alone (mode 0600): it
+    holds a guest's memory. Where the file system can, it has no name until it is
+    complete, so that not even a killed process leaves anything behind.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    target = os.path.realpath(path)
+    if os.path.isdir(target):  # noqa: PTH112 - os.replace would tell so after all the work
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+    folder, name = os.path.split(target)
+    draft = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")  # noqa: PTH118
+    fd, named = _open(folder, draft)
+    try:
+        yield fd
+        if not named:
+            # The descriptor's own folder entry is followed only by linkat, hence src_dir_fd.
+            os.link(f"/proc/self/fd/{fd}", draft, src_dir_fd=fd, follow_symlinks=True)
+            named = True
+        os.replace(draft, target)  # noqa: PTH105
+        named = False
+    finally:
+        os.close(fd)
+        if named:
+            os.unlink(draft)  # noqa: PTH108
+
+
+def _open(folder: str, draft: str) -> tuple[int, bool]:
+    """Return a descriptor, and whether the file has a name."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        fd = os.open(folder, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        # EISDIR: a kernel that does not know the flag.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    else:
+        if os.path.exists(f"/proc/self/fd/{fd}"):  # noqa: PTH110
+            return fd, False
+        os.close(fd)
+    return os.open(draft, flags | os.O_CREAT | os.O_EXCL, 0o600), True
