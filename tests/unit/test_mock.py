@@ -12,6 +12,7 @@ import pytest
 
 from xenmapcache import (
     Backend,
+    ClosedError,
     FaultError,
     MapCache,
     MockDomain,
@@ -153,6 +154,15 @@ def test_domains_do_not_share_memory() -> None:
     first.write(0, b"first")
     assert second.read(0, 5) == bytes(5)
     assert hypervisor.domains == {1: first, 2: second}
+
+
+def test_a_closed_backend_takes_no_reports(backend: Backend, cache: MapCache) -> None:
+    """As over Xen: once it is closed, a release that has written pages to report is refused."""
+    lease = cache.map_dma(0x1000, 8, owner="late")
+    backend.close()
+    with pytest.raises(ClosedError):
+        lease.release()
+    assert not lease.released
 
 
 def test_its_memory_cannot_be_cut_off(domain: MockDomain, cache: MapCache) -> None:

@@ -63,6 +63,8 @@ class MockBackend(Backend):
 
     def mark_dirty(self, gfn: int, count: int) -> None:
         """Note written pages in ``domain.dirty``; see :meth:`Backend.mark_dirty`."""
+        if self._closed:  # as the libraries' handles refuse it
+            raise ClosedError("this mock backend is closed")
         self.domain.mark_dirty(gfn, count)
 
     def close(self) -> None:
