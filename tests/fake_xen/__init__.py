@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
-import pytest
-
 from xenmapcache.address import PAGE_SHIFT, page_span
 
 SOURCE: Final = Path(__file__).with_name("fake_xen.c")
@@ -27,6 +25,8 @@ DOMID: Final = 3
 
 def missing(what: str) -> NoReturn:
     """Skip a test for what this machine lacks; fail it where nothing may be missing."""
+    import pytest  # which processes that a test starts do without
+
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what}, and CI=true allows no skip", pytrace=False)
     pytest.skip(what)
@@ -77,7 +77,7 @@ class Behaviour(enum.IntEnum):
     PARTIAL = 6
     """It returns a pointer, and of err[] only the first half is written; there are no others."""
     ASKEW = 7
-    """It returns a pointer to where no page begins."""
+    """It returns a pointer to where no page begins, and nothing is there."""
     BLOCK = 8
     """It tells that it has begun, and goes on when it is told to."""
 

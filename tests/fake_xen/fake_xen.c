@@ -56,7 +56,7 @@ enum behaviour {
     IGNORE,      /* MAP_FIXED is ignored */
     DROP,        /* as FAIL, after the mapping at the fixed address has gone */
     PARTIAL,     /* a pointer, and of err[] only the first half is written; there are no others */
-    ASKEW,       /* a pointer to where no page begins */
+    ASKEW,       /* a pointer to where no page begins, and nothing there */
     BLOCK,       /* tell that the call has begun, go on when told to */
 };
 
@@ -277,7 +277,11 @@ static void *map_pages(const struct plan *plan, handle *h, uint32_t dom, void *a
         return NULL;
     }
     errno = EDOM; /* a call that succeeds may leave anything here */
-    return plan->behaviour == ASKEW ? base + 8 : base;
+    if (plan->behaviour == ASKEW) {
+        munmap(base, length);
+        return base + 8;
+    }
+    return base;
 }
 
 /* --- libxenforeignmemory --- */

@@ -1,0 +1,121 @@
+"""Runs cells of the matrix, each in a forked process of its own.
+
+Reads ``source, row, column`` as JSON, a line each, and answers ``status, outcome, stderr``.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from xenmapcache.mapping import live_mappings
+
+from .events import EVENTS, fork
+from .exits import leave
+from .holds import Hold, take
+from .table import BEHAVIOURS, ENDED, EXITS
+from .world import FakeWorld, MockWorld, World
+
+PATIENCE = 60
+
+
+def run(world: World, row: str, column: str, outcome: int) -> str:
+    """Return what became of a cell; if it ends this process, that is told before."""
+    # The guest is dying after its end, and not gone, as long as somebody sees it.
+    somebody = world.backend.map(0, 1, writable=False).view(0, 1)
+    hold = take(world, row, moves=column.startswith("replace()"))
+    if column in EXITS:
+        os.write(outcome, ENDED.encode())
+        leave(world, hold, column)
+        return ""
+    said = happen(world, hold, column)
+    try:
+        hold.drop()
+    except Exception as error:
+        assert column in ("backend close", "domain end"), error
+    world.cache.close(force=True)
+    del hold, somebody
+    settle(world)
+    return said
+
+
+def happen(world: World, hold: Hold, column: str) -> str:
+    """Let it happen, use what is kept, and return both in the table's words."""
+    if column == "fork":
+        return fork(world, hold)
+    said = ""
+    try:
+        EVENTS[column](world, hold)
+    except Exception as error:
+        said = f"{type(error).__name__}, "
+        if isinstance(error, AssertionError):
+            raise
+    try:
+        return said + hold.use()
+    except Exception as error:
+        if isinstance(error, AssertionError):
+            raise
+        return said + type(error).__name__
+
+
+def settle(world: World) -> None:
+    """See that everything was given back, and that the books say so."""
+    gc.collect()
+    stats = world.cache.stats()
+    assert (world.mappings(), live_mappings()) == (0, 0)
+    assert (stats.resident_bytes, stats.maps) == (0, stats.unmaps), stats
+    world.backend.close()
+    if isinstance(world, FakeWorld):
+        assert world.fake.misuses == 0
+
+
+def cell(source: str, row: str, column: str, library: Path, folder: Path, outcome: int) -> None:
+    """Run one, in a process that is for nothing else, and report on a pipe."""
+    # Not dump_traceback_later(), whose thread a forked child would wait for at its end.
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.alarm(PATIENCE)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+    # At exit the row's own ends of pipes are open.
+    warnings.filterwarnings("ignore", "unclosed (file|<socket)", ResourceWarning)
+    logging.getLogger("xenmapcache").addHandler(logging.NullHandler())
+    world = MockWorld() if source == "mock" else FakeWorld(source, library, folder)
+    if column in BEHAVIOURS:
+        from .library import misbehave
+
+        assert isinstance(world, FakeWorld)
+        said = misbehave(world, row, column)
+        settle(world)
+    else:
+        said = run(world, row, column, outcome)
+    os.write(outcome, said.encode())
+    if column not in EXITS:
+        os._exit(0)  # how Python ends with everything kept, the other columns show
+
+
+def serve(library: Path, folder: Path) -> None:
+    """Answer until there are no more questions."""
+    for number, line in enumerate(sys.stdin):
+        source, row, column = json.loads(line)
+        reading, writing = os.pipe()
+        stderr = os.memfd_create("stderr")
+        pid = os.fork()
+        if not pid:
+            os.dup2(stderr, 2)
+            cell(source, row, column, library, folder / str(number), writing)
+            return  # and end as a program does
+        os.close(writing)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.lseek(stderr, 0, os.SEEK_SET)
+        with os.fdopen(reading) as said, os.fdopen(stderr) as complaints:
+            sys.stdout.write(json.dumps((status, said.read(), complaints.read())) + "\n")
+            sys.stdout.flush()
+
+
+serve(Path(sys.argv[1]), Path(sys.argv[2]))

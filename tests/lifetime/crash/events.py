@@ -1,0 +1,174 @@
+"""The columns of the matrix: what happens while something is kept or under way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from xenmapcache import Lease, LeaseError, Mapping, MappingLostError, XenCallError
+from xenmapcache.address import MiB
+
+from .holds import SIZE, Hold
+from .world import BUCKET, ELSEWHERE, MOVED, PLACE, RESIDENT, World, content
+
+
+def eviction(world: World, hold: Hold) -> None:
+    """Everything that was resident has to go."""
+    del hold
+    before = world.cache.stats().evictions
+    for address in range(ELSEWHERE, ELSEWHERE + 3 * RESIDENT, BUCKET):
+        world.cache.read(address, 1)
+    assert world.cache.stats().evictions >= before + RESIDENT // BUCKET
+
+
+def close(world: World, hold: Hold) -> None:
+    """LeaseError comes out where a lease is held, and then nothing has changed."""
+    if hold.moves or world.cache.leases():
+        try:
+            world.cache.close()
+        except LeaseError:
+            if getattr(hold, "lease", None) is not None and hold.use() == "bytes":
+                raise
+            raise AssertionError("something has changed") from None
+        raise AssertionError("closed over a lease")
+    world.cache.close()
+
+
+def _movable(world: World, hold: Hold) -> Lease | None:
+    """Return the lease that moves if what is kept does not."""
+    return None if hold.moves else world.cache.map_device(PLACE, SIZE, owner="moves")
+
+
+def replace(world: World, hold: Hold) -> None:
+    """A device lease shows another range from now on."""
+    other = _movable(world, hold)
+    world.cache.replace(PLACE, MOVED, SIZE)
+    if other is not None:
+        assert bytes(other.view) == content(MOVED, SIZE)
+        other.release()
+
+
+def replace_that_loses(world: World, hold: Hold) -> None:
+    """MappingLostError comes out where it is what is kept that is lost."""
+    other = _movable(world, hold)
+    world.lose()
+    try:
+        world.cache.replace(PLACE, MOVED, SIZE)
+    except MappingLostError:
+        assert [lease.stale for lease in world.cache.leases() if not lease.direction] == [True]
+        if other is None:
+            raise
+        other.release()
+        return
+    raise AssertionError("replace() has not failed")
+
+
+def _interrupted(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("nobody was interrupted")
+
+
+def interrupt_in_map(world: World, hold: Hold) -> None:
+    """Ctrl-C comes when the backend has mapped and the cache has not got it yet."""
+    del hold
+    original = world.backend.map
+
+    def mapped(gfn: int, count: int, *, writable: bool) -> Mapping:
+        mapping = original(gfn, count, writable=writable)
+        signal.raise_signal(signal.SIGINT)
+        return mapping
+
+    before = world.cache.stats().maps
+    world.backend.map = mapped  # type: ignore[method-assign] # until it is deleted
+    _interrupted(lambda: world.cache.read(ELSEWHERE, 1))
+    del world.backend.map
+    assert world.cache.stats().maps == before
+    assert world.cache.read(ELSEWHERE, SIZE) == content(ELSEWHERE, SIZE)
+
+
+def interrupt_in_release(world: World, hold: Hold) -> None:
+    """Ctrl-C comes while written pages are reported: the lease is held still."""
+    del hold
+    lease = world.cache.map_dma(ELSEWHERE, SIZE, owner="interrupted")
+
+    def report(gfn: int, count: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    world.backend.mark_dirty = report  # type: ignore[method-assign] # until it is deleted
+    _interrupted(lease.release)
+    del world.backend.mark_dirty
+    assert not lease.released
+    lease.release()
+
+
+def limit_memory(world: World, hold: Hold) -> None:
+    """No more address space: what can go, goes, and what cannot is ENOMEM."""
+    del hold
+    world.cache.invalidate()
+    used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * 4096
+    hard = resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    try:
+        world.cache.map_device(ELSEWHERE, RESIDENT // 2, owner="too much")
+    except XenCallError as error:
+        assert error.errno == errno.ENOMEM
+    else:
+        raise AssertionError("it did fit")
+    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * MiB, hard))
+    eviction(world, Hold(world))
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
+def limit_files(world: World, hold: Hold) -> None:
+    """No descriptor can be had: nothing of an open cache needs one."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # which all are in use
+    world.cache.invalidate()
+    with world.cache.map_dma(ELSEWHERE, SIZE, owner="t") as lease:
+        assert bytes(lease.view) == content(ELSEWHERE, SIZE)
+    eviction(world, hold)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def fork(world: World, hold: Hold) -> str:
+    """A child uses it, and ends as a Python does; for the parent nothing has changed."""
+    source, target = os.pipe()
+    pid = os.fork()
+    if not pid:
+        signal.alarm(30)
+        try:
+            said = hold.in_child()
+        except Exception as error:
+            said = type(error).__name__
+        os.write(target, said.encode())
+        raise SystemExit
+    os.close(target)
+    with os.fdopen(source) as file:
+        said = file.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    seen = hold.use()
+    assert seen == "bytes", f"the parent sees {seen}"
+    return said
+
+
+EVENTS: dict[str, Callable[[World, Hold], object]] = {
+    "eviction": eviction,
+    "invalidate()": lambda world, _: world.cache.invalidate(),
+    "close()": close,
+    "close(force=True)": lambda world, _: world.cache.close(force=True),
+    "backend close": lambda world, _: world.backend.close(),
+    "domain end": lambda world, _: world.end(),
+    "replace()": replace,
+    "replace() that loses": replace_that_loses,
+    "Ctrl-C in a map": interrupt_in_map,
+    "Ctrl-C in a release": interrupt_in_release,
+    "RLIMIT_AS": limit_memory,
+    "RLIMIT_NOFILE": limit_files,
+}
