@@ -417,6 +417,22 @@ class MapCache(Buckets):
         """Return what is known of each lease that is held, oldest first. Works after close too."""
         return self._lessor.infos()
 
+    def mark_leases_dirty(self) -> int:
+        """Report the pages of all leases that can be written as written, and return how many.
+
+        A release reports them too, but until then a device may write, and no migration
+        sees it. Call it each time the toolstack is about to collect dirty pages.
+
+        Returns:
+            How many leases were reported: 0 if the backend does not track dirty pages.
+
+        Raises:
+            XenCallError: it could not be noted; call it again.
+            ClosedError: the cache or backend is closed.
+        """
+        self._check_open()
+        return sum(map(self._lessor.mark_dirty, self._lessor.ledger.held()))
+
     # --- life -------------------------------------------------------------------
 
     def invalidate(self) -> Invalidation:
@@ -516,7 +532,8 @@ class MapCache(Buckets):
         """Drop all mappings. Views that are kept stay safe. Idempotent.
 
         Args:
-            force: drop leases that are held, too, with a WARNING each.
+            force: drop leases that are held, too, with a WARNING each. What they could have
+                written is reported as dirty.
 
         Raises:
             LeaseError: leases are held; nothing has changed.

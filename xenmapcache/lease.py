@@ -234,10 +234,25 @@ class Lessor:
                 del report  # its traceback holds this frame
 
     def drop(self, lease: Lease) -> None:
-        """End a lease without its consequences: the cache is closed by force."""
-        if self.ledger.remove(lease):
+        """End a lease because the cache is closed by force: nothing is delivered or refused."""
+        if not self.ledger.remove(lease):
+            return
+        try:
+            self.mark_dirty(lease)
+        except XenMapCacheError as error:
+            info = lease.info(self.sequence)
+            logger.warning("closed by force, dirty pages are not reported: %s: %s", info, error)
+        finally:
             self._end(lease)
-            logger.warning("closed by force, still held: %s", lease.info(self.sequence))
+        logger.warning("closed by force, still held: %s", lease.info(self.sequence))
+
+    def mark_dirty(self, lease: Lease) -> bool:
+        """Report a lease's pages as written, if they could be; tell whether that was done."""
+        view = lease._view  # noqa: SLF001 - the handle is ours
+        if view is None or view.readonly or not self._tracks_dirty:
+            return False
+        self._backend.mark_dirty(*page_span(lease.address, lease.length))
+        return True
 
     def _end(self, lease: Lease) -> None:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
@@ -255,8 +270,7 @@ class Lessor:
             if stale and self._on_stale == "copy" and lease.delivered != self.sequence:
                 report = self._deliver(lease, view)
                 lease.delivered = self.sequence
-            if self._tracks_dirty:
-                self._backend.mark_dirty(*page_span(lease.address, lease.length))
+            self.mark_dirty(lease)
         if not stale:
             return None
         info = lease.info(self.sequence)

@@ -265,6 +265,38 @@ def test_release_marks_dirty_what_could_be_written(domain: MockDomain, cache: Ma
     assert domain.dirty == {0x20F, 0x210}
 
 
+def test_leases_under_way_can_be_reported_dirty(domain: MockDomain, cache: MapCache) -> None:
+    """A migration need not wait for the releases: all that can be written is reported on demand."""
+    cache.map_dma(AT, 8, owner="reads", direction=DmaDirection.TO_DEVICE)
+    assert cache.mark_leases_dirty() == 0
+    cache.map_dma(AT + 0xFFF, 2, owner="disk0", direction=DmaDirection.FROM_DEVICE)
+    cache.map_device(0x800000, 0x2000, owner="vga")
+    cache.map_device(0xC0000, 0x2000, owner="rom", writable=False)
+    cache.map_dma(AT + 0x8000, 8, owner="done").release()
+    for _ in range(2):
+        domain.dirty.clear()
+        assert cache.mark_leases_dirty() == 2
+        assert domain.dirty == {0x200, 0x201, 0x800, 0x801}
+    cache.close(force=True)
+    with pytest.raises(ClosedError):
+        cache.mark_leases_dirty()
+
+
+def test_a_forced_close_marks_dirty_what_could_be_written(
+    domain: MockDomain, cache: MapCache, warnings: Callable[[], list[str]]
+) -> None:
+    """What a device wrote before its cache was closed by force is not lost to a migration."""
+    leases = [cache.map_dma(AT + 0x1000 * n, 8, owner=f"disk{n}") for n in range(3)]
+    cache.map_device(0x800000, 8, owner="rom", writable=False)
+    domain.arm("mark_dirty", errno=errno.EIO, nth=2)
+    cache.close(force=True)
+    assert domain.dirty == {0x200, 0x202}
+    assert all(lease.released for lease in leases)
+    assert next(text for text in warnings() if "'disk1'" in text).startswith(
+        "closed by force, dirty pages are not reported: DMA lease of 'disk1': address 0x201000"
+    )
+
+
 def test_a_release_that_fails_can_be_repeated(domain: MockDomain, cache: MapCache) -> None:
     """When the backend cannot note the dirty pages, the lease is still held."""
     lease = cache.map_dma(AT, 8, owner="t")
