@@ -156,8 +156,16 @@ static int fails(const struct plan *plan)
     struct pollfd wait = { .fd = state->proceed, .events = POLLIN };
 
     if (plan->behaviour == BLOCK) {
-        if (write(state->entered, &byte, 1) != 1 || poll(&wait, 1, 20000) != 1 ||
-            read(state->proceed, &byte, 1) != 1) {
+        int waited;
+
+        if (write(state->entered, &byte, 1) != 1) {
+            errno = EIO;
+            return 1;
+        }
+        do /* as a hypercall, it is not ended by a signal */
+            waited = poll(&wait, 1, 20000);
+        while (waited < 0 && errno == EINTR);
+        if (waited != 1 || read(state->proceed, &byte, 1) != 1) {
             errno = ETIMEDOUT; /* Python could not run meanwhile */
             return 1;
         }
