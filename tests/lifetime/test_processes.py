@@ -119,6 +119,26 @@ def test_exit_is_quiet_with_everything_held() -> None:
     """)
 
 
+def test_a_lease_that_moves_under_a_reader() -> None:
+    """While replace() goes over to scattered pages there is memory at the address, all the time."""
+    run("""
+        for page in range(64, 128, 2):
+            domain.balloon_out(page << 12, 4096); domain.balloon_in(page << 12, 4096)
+        view = cache.map_device(0x10000, 0x10000, owner="vram").view
+        done = threading.Event()
+        def look():
+            while not done.is_set():
+                bytes(view)
+        thread = threading.Thread(target=look)
+        thread.start()
+        here, there = 0x10000, 0x40000
+        for _ in range(1000):
+            cache.replace(here, there, 0x10000)
+            here, there = there, here
+        done.set(); thread.join()
+    """)
+
+
 def test_exit_in_a_thread_and_through_sys_exit() -> None:
     """The same from a daemon thread's mappings, and when the main thread raises SystemExit."""
     run("""

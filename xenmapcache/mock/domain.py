@@ -351,8 +351,8 @@ class MockDomain(Instructions):
         if whole:
             offset = runs[0][1] << PAGE_SHIFT
             address = libc.map_file(fd, offset, length, writable=writable, address=address)
-        else:
-            address = libc.reserve(length, address=address)
+        elif address is None:  # or all is there, and each run takes the place of what is seen now
+            address = libc.reserve(length)
         try:
             for position, frame, count in () if whole else runs:
                 if frame != _ABSENT:
