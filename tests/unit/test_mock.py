@@ -155,6 +155,14 @@ def test_domains_do_not_share_memory() -> None:
     assert hypervisor.domains == {1: first, 2: second}
 
 
+def test_its_memory_cannot_be_cut_off(domain: MockDomain, cache: MapCache) -> None:
+    """Who has the machine's descriptor cannot truncate it under a mapping, which were a SIGBUS."""
+    with pytest.raises(PermissionError):
+        os.ftruncate(domain._hypervisor.fd, 0)
+    domain.balloon_in(domain.memory_end, 0x1000)
+    cache.write(domain.memory_end - 1, b"x")
+
+
 def test_nothing_stays_open() -> None:
     """When hypervisor, backend and mappings are gone, so are the memfd and the memory."""
 

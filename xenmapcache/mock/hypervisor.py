@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import weakref
@@ -20,8 +21,11 @@ class MockHypervisor:
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("xenmapcache-mock", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, self.fd)
+        self.fd = os.memfd_create("xenmapcache-mock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # Nobody can make it shorter under a mapping, whose pages would be a SIGBUS then.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+        # At exit the kernel closes: what runs later there may still use it.
+        weakref.finalize(self, os.close, self.fd).atexit = False
         self.domains: dict[int, MockDomain] = {}
         self._frames = 0
         self._lock = threading.Lock()
