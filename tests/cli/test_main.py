@@ -144,6 +144,21 @@ def test_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     assert (run.returncode, run.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("read mock:1M 0 16 --raw", 0), ("strings mock:1M", 1), ("info mock:1M", 0), ("find mock:1M x", 1)],
+)
+def test_output_that_was_closed_before(command: str, status: int) -> None:
+    """Started without a stdout, a command prints nowhere, and says nothing of it."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *MODULE, *command.split()],
+        stderr=subprocess.PIPE,
+        env=environment(),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (status, b"")
+
+
 def test_full_disk_is_an_error_of_one_line() -> None:
     """Output that cannot be written is an error, told once."""
     with Path("/dev/full").open("w") as full:

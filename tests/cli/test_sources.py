@@ -196,6 +196,13 @@ def test_a_hole_is_an_error_that_offers_fill(run: Run, guest: str) -> None:
     assert facts == {"address": 0x6FFF, "length": 3, "hex": "00abab"}
 
 
+@pytest.mark.timeout(60)
+def test_an_enormous_range_is_refused_at_once(run: Run) -> None:
+    """What lies behind the end of memory is a hole; it is not looked for piece by piece."""
+    assert "no page at 0x400000" in run("read", "mock:4M", "0", "1024T", status=2)
+    assert "no page at 0x10000000" in run("read", "mock:4M", "256M", "1024T", status=2)
+
+
 def test_a_range_beyond_all_addresses_is_refused(run: Run) -> None:
     """As an error of the user's."""
     assert "52-bit" in run("read", "mock:4M", "0xfffffffffffff", "64", status=2)

@@ -39,12 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "xenmapcache: error: tables need rich: pip install xenmapcache[cli], "
                 "or use --json\n",
             )
+    if sys.stdout is None:  # who started this has closed it
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = getattr(import_module(f".{module}", __name__), function)(options)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         _discard_output()
         return 128 + signal.SIGPIPE

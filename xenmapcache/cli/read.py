@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
 def _refuse_holes(cache: MapCache, start: int, end: int) -> None:
     """Look at all of a range before any of it is printed."""
     position = start
-    for first, last in present(cache, start, end):
+    behind = end if cache.memory_end is None else min(end, cache.memory_end)
+    for first, last in present(cache, start, behind):
         if first > position:
             break
         position = last
