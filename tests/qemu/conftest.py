@@ -22,7 +22,6 @@ __all__ = ["make_fake"]
 HERE = ("mock", "fake-xen-cffi")
 LIVE = pytest.param("xen-cffi", marks=pytest.mark.xen)
 
-on_the_mock = pytest.mark.parametrize("guest", ["mock"], indirect=True)
 made_here = pytest.mark.parametrize("guest", HERE, indirect=True)
 # Where the stand-in for Xen's libraries would only run the same code once more.
 mock_and_live = pytest.mark.parametrize("guest", ["mock", LIVE], indirect=True)
