@@ -55,12 +55,14 @@ def positions(rows: Sequence[Row]) -> tuple[list[float], list[str]]:
 
 def panel(axes: Axes, rows: Sequence[Row], places: Sequence[float], name: str) -> None:
     """Draw one kind of work, the limit as a line."""
+    from matplotlib.ticker import NullFormatter
+
     figures = [row.figures[name] for row in rows]
     colours = [COLOURS[kind(row)] for row in rows]
     axes.barh(places, [figure.median for figure in figures], color=colours, height=0.8)
     for place, figure in zip(places, figures, strict=True):
         axes.annotate(
-            f"{figure.median:,.{0 if figure.median >= 10 else 1}f}",
+            f"{figure.median:,.{0 if figure.median >= 10 else 1 if figure.median >= 1 else 2}f}",
             (figure.median, place),
             xytext=(3, 0),
             textcoords="offset points",
@@ -70,9 +72,13 @@ def panel(axes: Axes, rows: Sequence[Row], places: Sequence[float], name: str) -
     (limit,) = (row.figures[name].median for row in rows if row.candidate == LIMIT)
     if name != "open":
         axes.axvline(limit, color=COLOURS["bare"], linewidth=0.8, linestyle="--")
+    medians = [figure.median for figure in figures]
     axes.set_xscale("log")
-    axes.set_xlim(min(figure.median for figure in figures) / 2, None)
-    axes.margins(x=0.15, y=0.02)
+    axes.set_xlim(min(medians) / 2, 2 * max(medians))
+    axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.6g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(y=0.02)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_title(UNITS[name], fontsize=10, loc="left")

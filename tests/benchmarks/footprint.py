@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -41,11 +42,11 @@ class Footprint(NamedTuple):
     shared: int
 
 
-def import_figures(modules: Iterable[str], rounds: int) -> dict[str, Figure]:
-    """Return by modules how many milliseconds Python takes longer with their import.
+def import_times(modules: Iterable[str], rounds: int) -> dict[str, list[float]]:
+    """Return by modules how many seconds Python took with their import; ``""`` is without any.
 
     Without :mod:`site`, which imports a good part of the standard library itself where packages
-    are installed in an editable way. No rounds of one of them come in a row.
+    are installed in an editable way. What cannot be imported is left out.
     """
     path = [str(ROOT), sysconfig.get_path("purelib")]
     codes = {"": "pass"} | {names: f"import {names.replace(' ', ', ')}" for names in modules}
@@ -58,9 +59,16 @@ def import_figures(modules: Iterable[str], rounds: int) -> dict[str, Figure]:
             done = subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False)
             if done.returncode == 0 and number >= 0:  # the first may have compiled what it imports
                 times[names].append(time.perf_counter() - started)
-    bare = Figure.of(times.pop(""), 1e3).median
-    figures = {names: Figure.of(taken, 1e3) for names, taken in times.items() if taken}
-    return {names: Figure(all_.median - bare, all_.spread) for names, all_ in figures.items()}
+    return {names: taken for names, taken in times.items() if taken}
+
+
+def import_figures(modules: Iterable[str], rounds: int) -> dict[str, Figure]:
+    """Return by modules how many milliseconds Python takes longer with their import."""
+    times = import_times(modules, rounds)
+    bare = statistics.median(times.pop(""))
+    return {
+        names: Figure.of([each - bare for each in taken], 1e3) for names, taken in times.items()
+    }
 
 
 def footprint(candidate: Candidate, path: Path, size: int) -> Footprint:

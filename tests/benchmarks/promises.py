@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.benchmarks.file_backend import FileBackend
-from tests.benchmarks.footprint import import_figures
+from tests.benchmarks.footprint import import_times
 from tests.benchmarks.timing import ratio, seconds
 from xenmapcache import Backend, Lease, MapCache, MockHypervisor, open_backend
 from xenmapcache.address import KiB, MiB
@@ -278,5 +278,6 @@ def promises() -> list[Promise]:
     """Measure all that is promised of the cache."""
     with sources() as measured:
         kept = [promise for source in measured for promise in source.promises()]
-    figure = import_figures({"xenmapcache"}, 9)["xenmapcache"].median
+    times = import_times({"xenmapcache"}, 9)
+    figure = 1e3 * (min(times["xenmapcache"]) - min(times[""]))
     return [*kept, Promise("import xenmapcache over bare Python", "-", figure, "ms", 60)]

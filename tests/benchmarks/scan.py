@@ -128,6 +128,7 @@ def main() -> int:
     if options.json:
         print(json.dumps([row.to_json() for row in measured], indent=2))
     else:
+        print(f"Python {sys.version.split()[0]}")
         show({"": (HEADINGS, [row.cells() for row in measured])}, 110)
     return 0 if all(row.kept for row in measured) else 1
 
