@@ -79,6 +79,7 @@ def test_a_forked_child_is_kept_out() -> None:
             lease.release()
             cache.close()
             gc.collect()
+            assert {call.name for call in domain.calls} == {"map"}  # nothing marked, nor unmapped
         in_child(child)
         assert cache.read(0x2000, 8) == b"guest's!"
         assert bytes(wide.view[:8]) == bytes(8)
@@ -329,4 +330,19 @@ def test_long_use_leaves_nothing_behind() -> None:
                 cache.invalidate()
         cache.invalidate()
         assert state() == before, (state(), before)
+    """)
+
+
+def test_a_child_that_python_did_not_make_unmaps_nothing() -> None:
+    """Forked from C no hook runs; a mapping that dies there is still its parent's to unmap."""
+    run("""
+        import ctypes
+        mapping = backend.map(0x10, 1, writable=True)
+        pid = ctypes.PyDLL(None).fork()
+        if not pid:
+            del mapping
+            os._exit([call.name for call in domain.calls].count("unmap"))
+        assert os.waitpid(pid, 0)[1] == 0
+        del mapping
+        assert [call.name for call in domain.calls].count("unmap") == 1
     """)

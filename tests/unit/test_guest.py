@@ -222,6 +222,8 @@ def test_find_does_not_repeat_or_lose_at_the_edge_of_a_piece(
     domain.write(0x300000 - 8, b"x" * 16)
     pattern = re.compile(rb"x+")
     assert list(memory.find(pattern, 0x200000)) == [(0x300000 - 8, b"x" * 16)]
+    domain.write(0x300000 - 8, bytes(12) + b"x" * 8)  # begins behind it, and is seen in part
+    assert list(memory.find(pattern, 0x200000, max_match=8)) == [(0x300000 + 4, b"x" * 8)]
     for wrong in (0, -4096):
         with pytest.raises(ValueError, match="is no length of a match"):
             memory.find(pattern, max_match=wrong)
