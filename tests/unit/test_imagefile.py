@@ -222,6 +222,23 @@ def test_a_writer_waits_until_it_is_copied(image: ImageFile, path: Path) -> None
     assert mapping.view(0, mapping.length) == memory(0, PAGES)
 
 
+def test_a_lease_is_taken_where_there_is_one(path: Path) -> None:
+    """Where the kernel grants a lease a piece is mapped: other tests are skipped where not."""
+    with path.open("rb") as file:
+        if module._file_system(file.fileno()) not in module._LOCAL:
+            pytest.skip("leases of this file system are not relied on")
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as error:
+            pytest.skip(f"the kernel grants no lease here: {error}")
+    image = ImageFile(path)
+    address = image.map(0, PAGE_SIZE)
+    assert address is not None
+    image.unmap(address, PAGE_SIZE)
+    image.close()
+
+
 def test_a_lease_that_is_broken_is_not_mapped_under(image: ImageFile, path: Path) -> None:
     """While somebody waits to write, nothing more is mapped."""
     with image._lock:
