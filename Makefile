@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
-.PHONY: demo test test-xen lint bench bench-xen docs man completion clean
+.PHONY: demo test test-xen lint mutants bench bench-xen docs man completion clean
 
 demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
 	@$(BIN)/xenmapcache demo
@@ -22,6 +22,9 @@ lint: $(VENV)/test.stamp  ## lint, format, types, and whether the generated bind
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python build_ffi.py --check
+
+mutants: $(VENV)/test.stamp  ## break the package in many places, and see each break noticed by a test
+	$(BIN)/python -m tests.mutation $(ARGS)
 
 bench: $(PEERS_VENV)/stamp  ## the promised speed, and ours beside peers; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks $(ARGS)
