@@ -116,6 +116,7 @@ class Buckets:
         self._readable, self._writable, self._buckets = {}, {}, {}
         self._touched.clear()
         self._clock.clear()
+        self._lessor.parked.clear()
 
     def _pieces(
         self, address: int, length: int, take: Callable[[Mapping, int, int], Piece]
@@ -193,7 +194,8 @@ class Buckets:
                         break
                 with pending.done:
                     pass
-            fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
+            gfn = index << self._shift - PAGE_SHIFT
+            fresh = self._map(gfn, self._size >> PAGE_SHIFT)
             with self._lock:
                 self._check_open()
                 self._misses += 1
@@ -203,7 +205,8 @@ class Buckets:
                 # A bucket that was mapped before an invalidation serves this access,
                 # which had begun by then, and no other.
                 if sequence == self._lessor.sequence and (usable or mapping is None):
-                    if index not in self._buckets:
+                    if index not in self._buckets or gfn in self._lessor.parked:
+                        self._lessor.parked.discard(gfn)
                         self._clock.append(index)
                     self._buckets[index] = fresh
         finally:
@@ -305,8 +308,10 @@ class Buckets:
 
         A sweep of the clock: a bucket that can be hit is made unhittable and passed by
         once, so that its next access is seen here; one that was not accessed since, goes.
+        A leased one is parked outside of the clock, or every sweep would meet it.
         """
         victims = []
+        parked = self._lessor.parked
         with self._lock:
             self._count()
             for _ in range(2 * len(self._clock)):
@@ -314,11 +319,16 @@ class Buckets:
                     break
                 index = self._clock.popleft()
                 mapping = self._buckets[index]
+                if mapping.holders:
+                    parked.add(mapping.gfn)
+                    if mapping.holders:
+                        continue
+                    parked.discard(mapping.gfn)  # a release that saw nothing to tell came between
                 accessed = index in self._readable or index in self._touched
                 self._readable.pop(index, None)
                 self._writable.pop(index, None)
                 self._touched.discard(index)
-                if accessed or mapping.pins:
+                if accessed:
                     self._clock.append(index)
                     continue
                 del self._buckets[index]
@@ -329,15 +339,17 @@ class Buckets:
 
     def _count(self) -> None:
         """Bring the books up to date with what finalizers and releases left; under the lock."""
-        freed, returned, stale = self._freed, self._lessor.returned, self._lessor.returned_stale
+        lessor = self._lessor
+        freed, returned, stale = self._freed, lessor.returned, lessor.returned_stale
         while freed:
             length = freed.popleft()
             self._resident -= abs(length)
             self._unmaps += length > 0
         while returned:
-            mapping = returned.popleft()()
-            if mapping is not None:
-                mapping.pins -= 1
+            gfn = returned.popleft()
+            if gfn in lessor.parked:  # and was not dropped by an invalidation meanwhile
+                lessor.parked.discard(gfn)
+                self._clock.append(gfn >> self._shift - PAGE_SHIFT)
         while stale:
             stale.popleft()
             self._stale_dma += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 
 _LARGE = 64 * MiB
+_DEVICE, _DMA = LeaseKind  # CPython 3.11 takes long to find them in the class
+_TO_DEVICE = DmaDirection.TO_DEVICE
 
 
 class Invalidation(NamedTuple):
@@ -249,7 +250,7 @@ class MapCache(Buckets):
         Raises:
             XenMapCacheError: as :meth:`map_dma`.
         """
-        return self._lease(LeaseKind.DEVICE, address, length, owner, None, writable)
+        return self._lease(_DEVICE, address, length, owner, None, writable)
 
     def map_dma(
         self,
@@ -280,8 +281,8 @@ class MapCache(Buckets):
         """
         if not isinstance(direction, DmaDirection):
             raise TypeError(f"direction must be a DmaDirection, not {direction!r}")
-        writable = direction is not DmaDirection.TO_DEVICE
-        return self._lease(LeaseKind.DMA, address, length, owner, direction, writable)
+        writable = direction is not _TO_DEVICE
+        return self._lease(_DMA, address, length, owner, direction, writable)
 
     def _lease(
         self,
@@ -305,7 +306,7 @@ class MapCache(Buckets):
                 + ("writable=False" if direction is None else "direction=DmaDirection.TO_DEVICE")
             )
         start = address & self._mask
-        if kind is LeaseKind.DMA and start + length <= self._size:
+        if kind is _DMA and start + length <= self._size:
             return self._lease_of_bucket(address, length, owner, direction, writable)
         gfn, count = page_span(address, length)
         while True:
@@ -321,7 +322,7 @@ class MapCache(Buckets):
             with self._lock:
                 self._check_open()
                 # Mapped before an invalidation, it would be stale without being told so.
-                if kind is LeaseKind.DEVICE or sequence == self._lessor.sequence:
+                if kind is _DEVICE or sequence == self._lessor.sequence:
                     return self._lessor.grant(
                         mapping, kind, address, length, owner, direction, writable
                     )
@@ -331,22 +332,25 @@ class MapCache(Buckets):
     ) -> Lease:
         index = address >> self._shift
         start = address & self._mask
-        for attempt in itertools.count():
+        hit = 1
+        while True:
             with self._lock:
                 mapping = self._buckets.get(index)
                 if mapping is not None and (mapping.errors is None or mapping.valid(start, length)):
                     if self._lessor.returned:
                         self._count()
-                    self._hits += not attempt
+                    self._hits += hit
                     self._touched.add(index)
+                    if mapping.holders is None:
+                        mapping.holders = set()
                     lease = self._lessor.grant(
-                        mapping, LeaseKind.DMA, address, length, owner, direction, writable
+                        mapping, _DMA, address, length, owner, direction, writable
                     )
-                    mapping.pins += 1
+                    mapping.holders.add(lease.id)
                     return lease
             # Once fetched it may be gone again, by an invalidation: then it is fetched anew.
             self._fetch(index, start, length)
-        raise AssertionError("counting has no end")
+            hit = 0
 
     def replace(self, old_address: int, new_address: int, length: int) -> None:
         """Let a device lease show another guest range at the same host address.
@@ -387,11 +391,8 @@ class MapCache(Buckets):
                 lease.address = new_address
 
     def _find_device(self, address: int, length: int) -> Lease:
-        for lease in self._lessor.ledger.held():
-            if lease.kind is LeaseKind.DEVICE and (lease.address, lease.length) == (
-                address,
-                length,
-            ):
+        for lease in self._lessor.ledger.held(_DEVICE):
+            if (lease.address, lease.length) == (address, length):
                 return lease
         raise LeaseError(f"no device lease covers just {address:#x}..{address + length:#x}")
 
@@ -461,8 +462,7 @@ class MapCache(Buckets):
 
     def stats(self) -> CacheStats:
         """Return the counters. Works after close too."""
-        held = self._lessor.ledger.held()
-        device = sum(lease.kind is LeaseKind.DEVICE for lease in held)
+        ledger = self._lessor.ledger
         with self._lock:
             self._count()
             return CacheStats(
@@ -476,8 +476,8 @@ class MapCache(Buckets):
                 stale_dma=self._stale_dma,
                 resident_bytes=self._resident,
                 resident_buckets=len(self._buckets),
-                device_leases=device,
-                dma_leases=len(held) - device,
+                device_leases=ledger.count(_DEVICE),
+                dma_leases=ledger.count(_DMA),
             )
 
     @property

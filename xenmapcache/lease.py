@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections import deque
 from typing import Literal, Self, get_args
 
@@ -15,6 +14,8 @@ from .ledger import DmaDirection, LeaseInfo, LeaseKind, LeaseRecord, Ledger, cal
 from .mapping import Mapping
 
 logger = logging.getLogger("xenmapcache")
+_DEVICE, _DMA = LeaseKind  # CPython 3.11 takes long to find them in the class
+_TO_DEVICE = DmaDirection.TO_DEVICE
 
 OnStale = Literal["warn", "raise", "copy"]
 
@@ -139,8 +140,9 @@ class Lessor:
     Attributes:
         sequence: the number of invalidations so far.
         forked: set by the cache in a child process, where nothing of this may be used.
-        returned: buckets whose lease ended; the cache unpins them when it next holds
-            its lock.
+        parked: first frames of the leased buckets that the cache's sweep has set aside.
+        returned: those of them whose last lease ended, until the cache next holds its lock
+            and sweeps them again.
         returned_stale: has one more entry per DMA lease that was stale when it came back,
             until the cache counts those too.
 
@@ -163,7 +165,8 @@ class Lessor:
         self.forked = False
         self.ledger: Ledger[Lease] = Ledger()
         self.sequence = 0
-        self.returned: deque[weakref.ref[Mapping]] = deque()
+        self.parked: set[int] = set()
+        self.returned: deque[int] = deque()
         self.returned_stale: deque[int] = deque()
 
     def check_process(self) -> None:
@@ -203,7 +206,7 @@ class Lessor:
         device, dma = [], []
         for lease in self.ledger.held():
             info = lease.info(sequence)
-            if lease.kind is LeaseKind.DEVICE:
+            if lease.kind is _DEVICE:
                 device.append(info)
                 continue
             if not info.stale:
@@ -258,13 +261,15 @@ class Lessor:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
         lease._released_at = self.sequence  # noqa: SLF001
         lease._view = None  # noqa: SLF001
-        if mapping is not None and mapping.pins:
-            self.returned.append(weakref.ref(mapping))
+        if mapping is not None and mapping.holders:
+            mapping.holders.discard(lease.id)
+            if not mapping.holders and mapping.gfn in self.parked:
+                self.returned.append(mapping.gfn)
 
     def _settle(self, lease: Lease) -> XenMapCacheError | None:
         """Mark what was written and deliver what is stale; return what is to be raised after."""
         view = lease._view  # noqa: SLF001
-        stale = lease.sequence != self.sequence and lease.kind is LeaseKind.DMA
+        stale = lease.sequence != self.sequence and lease.kind is _DMA
         report: XenMapCacheError | None = None
         if view is not None and not view.readonly:
             if stale and self._on_stale == "copy" and lease.delivered != self.sequence:
@@ -277,14 +282,14 @@ class Lessor:
         if self._on_stale == "raise":
             report = LeaseError(f"released stale: {info}: {self._loss(lease)}")
         # A copy mends what the device wrote, not what it read.
-        elif self._on_stale == "warn" or lease.direction is DmaDirection.TO_DEVICE:
+        elif self._on_stale == "warn" or lease.direction is _TO_DEVICE:
             logger.warning("released stale: %s: %s", info, self._loss(lease))
         self.returned_stale.append(lease.id)
         return report
 
     @staticmethod
     def _loss(lease: Lease) -> str:
-        if lease.direction is DmaDirection.TO_DEVICE:
+        if lease.direction is _TO_DEVICE:
             return "the device may have read pages that the guest has given up"
         return "what the device wrote may be lost"
 

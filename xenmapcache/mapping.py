@@ -93,10 +93,10 @@ class Mapping:
         address, gfn, count, writable, errors: as given.
         length: bytes.
         abandoned: its memory is lost, and something else may be at its address.
-        pins: how many leases the cache has given out of it; kept by the cache.
+        holders: of a bucket, the ids of the leases given out of it; None before the first.
 
-    Synchronization: immutable but for ``gfn`` and ``pins``, which the cache changes
-    under its lock.
+    Synchronization: immutable but for ``gfn``, which the cache changes under its lock, and
+    ``holders``, to which it adds under its lock, and from which releases take without.
     """
 
     __slots__ = (
@@ -107,9 +107,9 @@ class Mapping:
         "count",
         "errors",
         "gfn",
+        "holders",
         "length",
         "memory",
-        "pins",
         "writable",
     )
 
@@ -144,7 +144,7 @@ class Mapping:
         self.length = length
         self.writable = writable
         self.errors = errors
-        self.pins = 0
+        self.holders: set[int] | None = None
         self.abandoned = False
 
     def __repr__(self) -> str:
