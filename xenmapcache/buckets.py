@@ -318,7 +318,9 @@ class Buckets:
                 if wanted <= 0 or not self._clock:
                     break
                 index = self._clock.popleft()
-                mapping = self._buckets[index]
+                mapping = self._buckets.get(index)
+                if mapping is None:  # a signal's handler has invalidated all, just now
+                    continue
                 if mapping.holders:
                     parked.add(mapping.gfn)
                     if mapping.holders:
@@ -331,7 +333,7 @@ class Buckets:
                 if accessed:
                     self._clock.append(index)
                     continue
-                del self._buckets[index]
+                self._buckets.pop(index, None)
                 victims.append(mapping)
                 wanted -= mapping.length
             self._evictions += len(victims)

@@ -105,3 +105,22 @@ def test_a_bucket_mapped_anew_beside_a_lease_is_evictable(
     assert cache.read(hole, 1) == b"\0"
     assert maps(domain, start) == 3
     lease.release()
+
+
+def test_an_invalidation_by_a_signal_handler_amid_a_sweep(backend: Backend) -> None:
+    """A handler that runs between two steps of a sweep, and invalidates, breaks nothing."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=4 * BUCKET)
+    for address in OTHERS[:4]:
+        cache.read(address, 1)
+
+    class Interrupted(Clock):
+        def popleft(self) -> int:
+            index = super().popleft()
+            if self.looks == 2:
+                cache.invalidate()  # what the handler does, in the same thread
+            return index
+
+    cache._clock = Interrupted(cache._clock)
+    read_others(cache)
+    assert cache.stats().invalidations == 1
+    assert cache.stats().resident_bytes <= 4 * BUCKET
