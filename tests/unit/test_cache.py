@@ -271,14 +271,16 @@ def test_a_valid_page_stays_readable_after_a_fault_in_its_bucket(
 
 
 def test_a_hole_is_tried_again(domain: MockDomain, cache: MapCache) -> None:
-    """A page that was ballooned in is found at the next access; the attempts are counted."""
+    """A page that was ballooned in is found at the next access, and kept; attempts are counted."""
     for _ in range(2):
         with pytest.raises(FaultError):
             cache.read(HOLE[0], 1)
     domain.balloon_in(HOLE[0], 0x1000)
     domain.write(HOLE[0], b"new")
-    assert cache.read(HOLE[0], 3) == b"new"
+    for _ in range(2):
+        assert cache.read(HOLE[0], 3) == b"new"
     assert cache.stats().holes == 2
+    assert maps(domain) == 3
 
 
 def test_present_lists_what_is_there(domain: MockDomain, cache: MapCache) -> None:
@@ -414,6 +416,26 @@ def test_what_is_used_is_evicted_last(domain: MockDomain, backend: Backend, hole
         cache.read(0x100000, 1)
     mapped = [call.gfn for call in domain.calls if call.name == "map"]
     assert mapped.count(0x100) == 1
+
+
+def test_what_is_leased_now_and_then_is_evicted_last(domain: MockDomain, backend: Backend) -> None:
+    """A bucket that only transfers use, one after the other, survives a scan of others, too."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=4 * BUCKET)
+    direction = DmaDirection.TO_DEVICE
+    for address in range(0x200000, 0x300000, BUCKET):
+        cache.map_dma(0x100000, 1, owner="t", direction=direction).release()
+        cache.read(address, 1)
+    mapped = [call.gfn for call in domain.calls if call.name == "map"]
+    assert mapped.count(0x100) == 1
+
+
+def test_memory_on_its_way_is_waited_for(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A miss waits a moment for what was evicted and is still being read in another thread."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=BUCKET)
+    with cache.map_dma(0x100000, 1, owner="t") as lease:
+        view = lease.view
+    monkeypatch.setattr("xenmapcache.buckets.time.sleep", lambda _: view.release())
+    assert cache.read(0x200000, 1) == b"\0"
 
 
 def test_leased_buckets_are_not_evicted(domain: MockDomain, backend: Backend) -> None:
@@ -643,6 +665,17 @@ def test_close_names_the_leases_that_are_held(cache: MapCache) -> None:
     cache.close(force=True)
     assert bytes(view) == b"12345678"
     assert lease.released
+
+
+def test_close_names_ten_leases(cache: MapCache) -> None:
+    """Of more it says how many."""
+    for more in ("Release them", "and 1 more. Release them"):
+        cache.map_dma(0x2000, 8, owner="t")
+        for _ in range(9):
+            if len(cache.leases()) < 10:
+                cache.map_dma(0x2000, 8, owner="t")
+        with pytest.raises(LeaseError, match=rf"age [0-9.]+ s[.;] {more}"):
+            cache.close()
 
 
 def test_forced_close_warns_of_each_lease(
