@@ -146,7 +146,12 @@ def test_closed_pipe_ends_quietly(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("command", "status"),
-    [("read mock:1M 0 16 --raw", 0), ("strings mock:1M", 1), ("info mock:1M", 0), ("find mock:1M x", 1)],
+    [
+        ("read mock:1M 0 16 --raw", 0),
+        ("strings mock:1M", 1),
+        ("info mock:1M", 0),
+        ("find mock:1M x", 1),
+    ],
 )
 def test_output_that_was_closed_before(command: str, status: int) -> None:
     """Started without a stdout, a command prints nowhere, and says nothing of it."""
