@@ -10,7 +10,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from array import array
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.effort import calls_at_most
 from xenmapcache import (
     BackendUnavailableError,
     CorruptImageError,
@@ -290,22 +290,21 @@ def test_cut_off_anywhere(file: Path) -> None:
 
 
 def test_lies_cost_nothing(file: Path) -> None:
-    """Sizes of a sparse file that are absurd are found out at once, in little memory."""
+    """Sizes of a sparse file that are absurd are found out with little work and memory."""
     pages = 1 << 27  # 512 GiB, and an index of 1 GiB that is all zeros
     core = Core([], pages=pages)
     core.changes = {".xen_pages": {"size": pages * PAGE, "offset": 0x100000}}
     core.changes[".xen_pfn"] = {"size": pages * 8, "offset": 0x100000 + pages * PAGE}
     file.write_bytes(core.build())
     os.truncate(file, 0x100000 + pages * (PAGE + 8))
-    started = time.monotonic()
     tracemalloc.start()
     try:
-        with pytest.raises(CorruptImageError, match=r"entry 1 of .xen_pfn, .* is pfn 0x0 again"):
-            CoredumpBackend(path=file)
+        with calls_at_most(10_000):
+            with pytest.raises(CorruptImageError, match=r"entry 1 of .xen_pfn, .* pfn 0x0 again"):
+                CoredumpBackend(path=file)
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
-    assert time.monotonic() - started < 1
 
 
 def test_little_memory_is_enough(tmp_path: Path) -> None:

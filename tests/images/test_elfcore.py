@@ -8,7 +8,6 @@ import random
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.effort import calls_at_most
 from tests.images.writers import Load, elf_core, elf_core_of, memory, note
 from xenmapcache import (
     BackendUnavailableError,
@@ -291,18 +291,17 @@ def test_without_pyelftools(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         opened(path, GOOD)
 
 
-def test_many_segments_are_read_in_time(path: Path) -> None:
-    """A core of tens of thousands of segments, each overlapping others, is open in a moment."""
+def test_many_segments_are_little_work(path: Path) -> None:
+    """A core of tens of thousands of segments, each overlapping others: each is looked at once."""
     loads = [Load(gfn % 5000 * P, b"", 0) for gfn in range(60_000)]
     content = bytearray(elf_core(loads, many=True))
     for number in range(1, 60_001):
         struct.pack_into("<QQ", content, 64 + 56 * number + 32, P, P)
         struct.pack_into("<Q", content, 64 + 56 * number + 8, 0)
     path.write_bytes(content)
-    started = time.process_time()
-    with ElfCoreBackend(path=path) as backend:
-        assert there(backend) == [(0, 5000)]
-    assert time.process_time() - started < 1
+    with calls_at_most(20 * 60_000):
+        with ElfCoreBackend(path=path) as backend:
+            assert there(backend) == [(0, 5000)]
 
 
 def test_a_large_dump_takes_no_memory(path: Path) -> None:

@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -342,8 +341,6 @@ def test_it_streams(file: Path) -> None:
     with open_backend("mock", domain=guest) as source:
         write_coredump(source, file, length=0)
         tracemalloc.start()
-        started = time.monotonic()
         write_coredump(source, file)
         assert tracemalloc.get_traced_memory()[1] < 4 * MiB
         tracemalloc.stop()
-    assert time.monotonic() - started < 20
