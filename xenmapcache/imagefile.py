@@ -349,6 +349,7 @@ def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
 
 def _file_system(fd: int) -> str:
     """Return the type of the file system that a file lies in; empty if it cannot be told."""
+    wanted = None
     try:
         for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
             if line.startswith("mnt_id:"):
@@ -357,7 +358,7 @@ def _file_system(fd: int) -> str:
             for mount in mounts:
                 if mount.partition(" ")[0] == wanted:
                     return mount.rpartition(" - ")[2].split()[0]
-    except (OSError, ValueError, IndexError, UnboundLocalError):
+    except (OSError, ValueError, IndexError):
         pass
     return ""
 
