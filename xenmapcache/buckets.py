@@ -264,7 +264,7 @@ class Buckets:
 
         It must not wait for other threads, as they may be waiting for that lock.
         """
-        nested: bool = self._lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001
+        nested: bool = self._lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001 - no other name tells
         return nested
 
     def _make_room(self, gfn: int, length: int) -> _Claim:
@@ -300,7 +300,7 @@ class Buckets:
 
     def _leased(self) -> int:
         """Return how many bytes are mapped that leases hold."""
-        mappings = {lease._mapping for lease in self._lessor.ledger.held()}  # noqa: SLF001
+        mappings = {lease._mapping for lease in self._lessor.ledger.held()}  # noqa: SLF001 - the cache made it
         return sum(mapping.length for mapping in mappings if mapping is not None)
 
     def _evict(self, wanted: int) -> bool:
@@ -368,7 +368,7 @@ _all: weakref.WeakSet[Buckets] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for buckets in list(_all):
-        buckets._forget_parent()  # noqa: SLF001
+        buckets._forget_parent()  # noqa: SLF001 - of this module
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

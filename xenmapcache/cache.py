@@ -409,7 +409,7 @@ class MapCache(Buckets):
         for lease in self._lessor.ledger.held():
             mapping = lease._mapping  # noqa: SLF001 - the cache made it
             if mapping is not None:
-                offset = host_address - mapping.address - lease._start  # noqa: SLF001
+                offset = host_address - mapping.address - lease._start  # noqa: SLF001 - as above
                 if 0 <= offset < lease.length:
                     return lease.address + offset
         raise LeaseError(f"host address {host_address:#x} lies in no lease that is held")

@@ -334,7 +334,7 @@ class ImageFile:
 
 
 def _is_owned(lock: threading.RLock) -> bool:
-    owned: bool = lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001
+    owned: bool = lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001 - no other name tells
     return owned
 
 

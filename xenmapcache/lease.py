@@ -259,8 +259,8 @@ class Lessor:
 
     def _end(self, lease: Lease) -> None:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
-        lease._released_at = self.sequence  # noqa: SLF001
-        lease._view = None  # noqa: SLF001
+        lease._released_at = self.sequence  # noqa: SLF001 - the handle is ours
+        lease._view = None  # noqa: SLF001 - the handle is ours
         if mapping is not None and mapping.holders:
             mapping.holders.discard(lease.id)
             if not mapping.holders and mapping.gfn in self.parked:
@@ -268,7 +268,7 @@ class Lessor:
 
     def _settle(self, lease: Lease) -> XenMapCacheError | None:
         """Mark what was written and deliver what is stale; return what is to be raised after."""
-        view = lease._view  # noqa: SLF001
+        view = lease._view  # noqa: SLF001 - the handle is ours
         stale = lease.sequence != self.sequence and lease.kind is _DMA
         report: XenMapCacheError | None = None
         if view is not None and not view.readonly:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     class Memory(ctypes.Array[ctypes.c_char]):
         """Such an array; typeshed does not know that its slices are bytes."""
 
-        def __getitem__(self, part: slice) -> bytes:  # type: ignore[override]
+        def __getitem__(self, part: slice) -> bytes:  # type: ignore[override] # only slices are taken
             ...
 
 

@@ -338,7 +338,7 @@ def test_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_libraries(cache: MapCache, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
     """What is missing is named, and open can be tried again."""
-    kind = xen.EventChannels.func  # type: ignore[attr-defined]
+    kind = xen.EventChannels.func  # type: ignore[attr-defined] # cached_property's, which a class lacks for mypy
     monkeypatch.setattr(xen, "EventChannels", partial(kind, library="no-such-library.so"))
     server = IoreqServer(DOMID, cache, binding=binding)
     for _ in range(2):

@@ -284,7 +284,7 @@ def test_without_pyelftools(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def without(name: str, *rest: object) -> object:
         if name.startswith("elftools"):
             raise ImportError(f"No module named {name!r}")
-        return original(name, *rest)  # type: ignore[arg-type]
+        return original(name, *rest)  # type: ignore[arg-type] # whatever __import__ takes
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BackendUnavailableError, match=r"pip install xenmapcache\[elf\]"):

@@ -81,7 +81,7 @@ def test_ranges(path: Path) -> None:
     options = [(gfn * P, pages * P) for gfn, pages in ranges]
     with opened(path, packed(ranges), ranges=iter(options)) as backend:
         assert there(backend) == [(0, 5), (9, 1), (0x1000, 4)]
-        assert len(list(backend.runs(0, 1 << 40))) == 3  # type: ignore[attr-defined]
+        assert len(list(backend.runs(0, 1 << 40))) == 3  # type: ignore[attr-defined] # a RawBackend
 
 
 def test_more_than_the_ranges(path: Path) -> None:

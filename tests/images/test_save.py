@@ -46,7 +46,7 @@ def file(tmp_path: Path) -> Path:
 def opened(path: Path, content: bytes, **options: object) -> SaveBackend:
     path.write_bytes(content)
     os.utime(path, (1, 1))  # a file of just now is looked at a second time, which takes a while
-    return SaveBackend(path=path, **options)  # type: ignore[arg-type]
+    return SaveBackend(path=path, **options)  # type: ignore[arg-type] # its own
 
 
 def content_of(backend: SaveBackend) -> dict[int, bytes]:

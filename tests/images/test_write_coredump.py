@@ -151,8 +151,8 @@ def test_pyelftools_reads_it(source: Backend, file: Path) -> None:
 )
 def test_volatility_reads_it(guest: MockDomain, source: Backend, file: Path) -> None:
     """Volatility 3's layer of Xen's dumps has each page but page 0, which it never reads."""
-    from volatility3.framework import contexts  # type: ignore[import-not-found]
-    from volatility3.framework.layers import physical, xen  # type: ignore[import-not-found]
+    from volatility3.framework import contexts  # type: ignore[import-not-found] # not among the tests' needs
+    from volatility3.framework.layers import physical, xen  # type: ignore[import-not-found] # not among the tests' needs
 
     write_coredump(source, file)
     context = contexts.Context()
@@ -300,9 +300,9 @@ def test_arguments(source: Backend, file: Path) -> None:
     ]
     for options, error, message in cases:
         with pytest.raises(error, match=message):
-            write_coredump(source, file, **options)  # type: ignore[arg-type]
+            write_coredump(source, file, **options)  # type: ignore[arg-type] # some wrong on purpose
     with pytest.raises(TypeError, match="Backend or a MapCache, not int"):
-        write_coredump(3, file)  # type: ignore[arg-type]
+        write_coredump(3, file)  # type: ignore[arg-type] # wrong on purpose
     endless = Failing(source, None)
     endless.memory_end = None
     with pytest.raises(ValueError, match="give a length"):

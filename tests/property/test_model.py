@@ -44,7 +44,7 @@ class Guest(RuleBasedStateMachine):
             self.backend,
             bucket_shift=13,
             max_resident=buckets * 2 * PAGE,
-            on_stale=on_stale,  # type: ignore[arg-type]
+            on_stale=on_stale,  # type: ignore[arg-type] # drawn from those
         )
         self.limit = buckets * 2 * PAGE
         self.copies = on_stale == "copy"

@@ -177,13 +177,13 @@ def test_bad_options_are_named(
 ) -> None:
     """A cache with wrong options is not made."""
     with pytest.raises(error, match=message):
-        MapCache(backend, **options)  # type: ignore[arg-type]
+        MapCache(backend, **options)  # type: ignore[arg-type] # some wrong on purpose
 
 
 def test_a_cache_needs_a_backend() -> None:
     """Anything else is a TypeError that says where backends come from."""
     with pytest.raises(TypeError, match=r"backend must be a Backend, as open_backend\(\) returns"):
-        MapCache("mock")  # type: ignore[arg-type]
+        MapCache("mock")  # type: ignore[arg-type] # wrong on purpose
 
 
 @pytest.mark.parametrize(
@@ -350,17 +350,17 @@ def test_a_bucket_mapped_across_an_invalidation_is_not_kept(
 
     def map_and_balloon(gfn: int, count: int, *, writable: bool) -> object:
         mapping = original(gfn, count, writable=writable)
-        backend.map = original  # type: ignore[method-assign]
+        backend.map = original  # type: ignore[method-assign] # for this test alone
         domain.balloon_out(0x20000, 0x1000)
         cache.invalidate()
         domain.balloon_in(0x20000, 0x1000)
         domain.write(0x20000, b"fresh")
         return mapping
 
-    backend.map = map_and_balloon  # type: ignore[method-assign,assignment]
+    backend.map = map_and_balloon  # type: ignore[method-assign,assignment] # for this test alone
     cache.read(0x20000, 5)
     assert cache.read(0x20000, 5) == b"fresh"
-    backend.map = map_and_balloon  # type: ignore[method-assign,assignment]
+    backend.map = map_and_balloon  # type: ignore[method-assign,assignment] # for this test alone
     cache.invalidate()
     with cache.map_dma(0x20000, 5, owner="t") as lease:
         assert not lease.stale
@@ -376,13 +376,13 @@ def test_a_lease_of_its_own_mapped_across_an_invalidation_is_mapped_again(
 
     def map_and_invalidate(gfn: int, count: int, *, writable: bool) -> object:
         mapping = original(gfn, count, writable=writable)
-        backend.map = original  # type: ignore[method-assign]
+        backend.map = original  # type: ignore[method-assign] # for this test alone
         domain.balloon_out(0x20000, 0x1000)
         domain.balloon_in(0x20000, 0x1000)
         cache.invalidate()
         return mapping
 
-    backend.map = map_and_invalidate  # type: ignore[method-assign,assignment]
+    backend.map = map_and_invalidate  # type: ignore[method-assign,assignment] # for this test alone
     with cache.map_dma(0x1FF00, 0x200, owner="t") as lease:
         assert not lease.stale
         lease.view[0x100:] = b"\x77" * 0x100
@@ -788,14 +788,14 @@ def test_whatever_a_backend_raises_the_books_are_right(
     def broken(gfn: int, count: int, *, writable: bool) -> object:
         raise error
 
-    original, backend.map = backend.map, broken  # type: ignore[method-assign,assignment]
+    original, backend.map = backend.map, broken  # type: ignore[method-assign,assignment] # for this test alone
     for call in (
         lambda: cache.read(0x2000, 1),
         lambda: cache.map_device(0x2000, 1, owner="t"),
     ):
         with pytest.raises(error):
             call()
-    backend.map = original  # type: ignore[method-assign]
+    backend.map = original  # type: ignore[method-assign] # for this test alone
     assert cache.stats().resident_bytes == 0
     assert cache._pending == {}
     assert cache.read(0x2000, 1) == b"\0"

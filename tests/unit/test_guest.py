@@ -91,7 +91,7 @@ def test_structures_lie_over_guest_memory(
         copy.flags = 0
     assert domain.read(AT + 12, 2) == b"\xef\xbe"
     with pytest.raises(TypeError, match=r"layout must be a ctypes\.Structure class"):
-        with memory.structure(AT, int):  # type: ignore[type-var]
+        with memory.structure(AT, int):  # type: ignore[type-var] # wrong on purpose
             pass
 
 
@@ -156,19 +156,19 @@ def test_find_gives_every_match_once(
 def test_find_knows_what_cannot_be_found(memory: GuestMemory, backend: Backend) -> None:
     """Patterns of the wrong kind, empty ones, and an unknown end of memory are refused at once."""
     with pytest.raises(TypeError, match="compiled from bytes"):
-        memory.find(re.compile("text"))  # type: ignore[arg-type]
+        memory.find(re.compile("text"))  # type: ignore[arg-type] # wrong on purpose
     with pytest.raises(TypeError, match="must be bytes or a compiled pattern"):
-        memory.find("text")  # type: ignore[arg-type]
+        memory.find("text")  # type: ignore[arg-type] # wrong on purpose
     for empty in (b"", re.compile(rb"x*")):
         with pytest.raises(ValueError, match="matches nothing at all"):
             memory.find(empty)
-    type(backend).memory_end = property(lambda _: None)  # type: ignore[assignment]
+    type(backend).memory_end = property(lambda _: None)  # type: ignore[assignment] # for this test alone
     try:
         with pytest.raises(ValueError, match="give a length"):
             memory.find(b"x")
         assert list(memory.find(b"x", 0, 0x1000)) == []
     finally:
-        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[assignment]
+        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[assignment] # for this test alone
 
 
 def test_a_block_that_raises_ends_its_leases(memory: GuestMemory, cache: MapCache) -> None:
@@ -305,7 +305,7 @@ def test_strings_are_runs_of_printable_characters(domain: MockDomain, memory: Gu
     with pytest.raises(ValueError, match="min_length 0"):
         memory.strings(min_length=0)
     with pytest.raises(ValueError, match="encoding 'utf-8' is not one of ascii, utf-16le"):
-        memory.strings(encoding="utf-8")  # type: ignore[arg-type]
+        memory.strings(encoding="utf-8")  # type: ignore[arg-type] # wrong on purpose
 
 
 def test_a_long_string_comes_whole(domain: MockDomain, memory: GuestMemory) -> None:

@@ -329,7 +329,7 @@ def test_a_kernel_that_refuses(
     def refuse(fd: int, command: int, *rest: object) -> object:
         if command == fcntl.F_SETLEASE and rest == (fcntl.F_RDLCK,):
             raise OSError(errno.EACCES, "Permission denied")
-        return original(fd, command, *rest)  # type: ignore[call-overload]
+        return original(fd, command, *rest)  # type: ignore[call-overload] # whatever fcntl takes
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     file = ImageFile(path)
@@ -480,7 +480,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def test_a_name_in_bytes(path: Path) -> None:
     """Whatever kind of path it was, errors show it as text."""
-    file = ImageFile(os.fsencode(path))  # type: ignore[arg-type]
+    file = ImageFile(os.fsencode(path))  # type: ignore[arg-type] # bytes work, as in open()
     assert file.path == str(path)
     file.close()
 

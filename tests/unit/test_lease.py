@@ -54,7 +54,7 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 
 def connected(domain: MockDomain, backend: Backend, on_stale: str = "warn") -> MapCache:
-    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type]
+    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type] # from parametrize
     domain.on_invalidate(cache.invalidate)
     return cache
 
@@ -205,7 +205,7 @@ def test_exactly_one_of_many_threads_releases(cache: MapCache) -> None:
         barrier = threading.Barrier(4)
         outcomes: list[str] = []
 
-        def release(lease=lease, barrier=barrier, outcomes=outcomes) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+        def release(lease=lease, barrier=barrier, outcomes=outcomes) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001 - bound now
             barrier.wait()
             try:
                 lease.release()
@@ -583,11 +583,11 @@ def test_a_lease_taken_during_an_invalidation_belongs_to_the_next(
 
     def late(sequence: int) -> object:
         cache.map_dma(AT, 8, owner="late")
-        cache._lessor.survivors = survivors  # type: ignore[method-assign]
+        cache._lessor.survivors = survivors  # type: ignore[method-assign] # for this test alone
         return survivors(sequence)
 
     cache.map_dma(AT, 8, owner="early")
-    cache._lessor.survivors = late  # type: ignore[method-assign,assignment]
+    cache._lessor.survivors = late  # type: ignore[method-assign,assignment] # for this test alone
     assert [info.owner for info in cache.invalidate().dma] == ["early"]
     assert [info.owner for info in cache.invalidate().dma] == ["early", "late"]
     assert sum("'late'" in message for message in warnings()) == 1
@@ -669,7 +669,7 @@ def test_a_replace_that_fails_halfway_is_safe(
         calls.append(arguments)
         if len(calls) == 3:
             raise XenCallError("mmap", None, errno.ENOMEM)
-        return original(*arguments, **options)  # type: ignore[arg-type]
+        return original(*arguments, **options)  # type: ignore[arg-type] # whatever it takes
 
     monkeypatch.setattr(libc, "map_file", limited)
     with pytest.raises(MappingLostError, match="ENOMEM"):
