@@ -48,7 +48,7 @@ def run(script: str) -> None:
         [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
