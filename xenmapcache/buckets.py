@@ -210,7 +210,7 @@ class Buckets:
                         self._clock.append(index)
                     self._buckets[index] = fresh
         finally:
-            if mine is not None:
+            if mine is not None:  # pragma: no branch - without one it has returned or raised
                 mine.done.release()  # from here on the note counts for nothing
                 with self._lock:
                     if self._pending.get(index) is mine:

@@ -321,8 +321,7 @@ class ImageFile:
         self._lock = threading.RLock()  # another thread of the parent may have held it
         self._closed, self._leased = True, False
         self._pieces, self._dropped = {}, deque()
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
 
     def __del__(self) -> None:
         if self._fd < 0:

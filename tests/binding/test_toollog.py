@@ -8,8 +8,9 @@ import os
 
 import pytest
 
+from tests.descriptors import open_files
 from tests.fake_xen import DOMID, Behaviour, FakeXen
-from xenmapcache.binding import toollog
+from xenmapcache.binding import libc, toollog
 from xenmapcache.binding.declarations import TOOL_LOG, Library
 from xenmapcache.binding.foreignmemory import ForeignMemory
 from xenmapcache.binding.loader import Function
@@ -34,10 +35,6 @@ class StandIn:
         }
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 def test_without_the_library(
     fake: FakeXen, binding: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -54,7 +51,7 @@ def test_without_the_library(
 
 def test_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where C can make no stream the error says so, and its file is closed."""
-    functions = {**toollog.libc_functions(), "fdopen": lambda *_: (0, errno.ENOMEM)}
+    functions = {**libc.functions(), "fdopen": lambda *_: (0, errno.ENOMEM)}
     monkeypatch.setattr(toollog, "libc_functions", lambda: functions)
     before = open_files()
     with pytest.raises(OSError, match="fdopen") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pty
 import subprocess
@@ -223,3 +224,14 @@ def test_colours_only_on_a_terminal() -> None:
         os.close(leader)
     assert b"\x1b[" in shown
     assert b"LOST" in shown
+
+
+def test_importing_it_runs_nothing() -> None:
+    """``xenmapcache.__main__`` is a program only where it is run."""
+    assert importlib.import_module("xenmapcache.__main__").main is main
+
+
+def test_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no stdout at all, as in a daemon, the status still tells."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info", "--json", "mock:1M"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 import random
 import struct
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.descriptors import open_files
 from tests.effort import calls_at_most
 from tests.images.writers import Load, elf_core, elf_core_of, memory, note
 from xenmapcache import (
@@ -23,6 +25,8 @@ from xenmapcache import (
     CorruptImageError,
     MapCache,
     UnsupportedOperationError,
+    XenCallError,
+    elf,
 )
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.elfcore import ElfCoreBackend, first_wins
@@ -256,10 +260,10 @@ LIES = {
 def test_files_that_lie(path: Path, name: str) -> None:
     """The error names the file, what is wrong and where; and the file is closed again."""
     content, message = LIES[name]
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(CorruptImageError, match=f"vmcore .*{message}"):
         opened(path, content)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 @pytest.mark.parametrize(
@@ -322,3 +326,14 @@ def test_a_large_dump_takes_no_memory(path: Path) -> None:
         "    assert tracemalloc.get_traced_memory()[1] < 1 << 20\n"
     )
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+
+
+def test_a_disk_that_fails_among_the_headers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told as that, and not as a file that is wrong."""
+
+    def fail(*_: object) -> None:
+        raise XenCallError("pread", None, errno.EIO)
+
+    monkeypatch.setattr(elf._Stream, "readinto", fail)
+    with pytest.raises(XenCallError, match="EIO"):
+        opened(path, GOOD)

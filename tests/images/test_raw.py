@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_files
 from tests.effort import calls_at_most
 from tests.images.writers import lime, lime_range, memory, packed
 from xenmapcache import (
@@ -113,10 +114,10 @@ def test_wrong_arguments(
     path: Path, options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     """Each is refused by name, and the file is closed again."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(error, match=message):
         opened(path, memory(0, 4), **options)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_a_file_that_is_shorter_than_its_ranges(path: Path) -> None:
@@ -178,10 +179,10 @@ GOOD = lime([(1, 1)])
 )
 def test_lime_that_lies(path: Path, content: bytes, message: str) -> None:
     """The error names the file, which header, and where."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(CorruptImageError, match=f"guest.img.*{message}"):
         opened(path, content)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 def test_too_many_ranges(path: Path) -> None:

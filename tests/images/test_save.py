@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_files
 from tests.effort import calls_at_most
 from xenmapcache import CorruptImageError, MapCache, open_backend
 from xenmapcache.backends.save import SaveBackend
@@ -318,14 +319,14 @@ BAD: dict[str, tuple[bytes, str]] = {
 def test_what_is_wrong_is_named(file: Path, name: str) -> None:
     """A file that contradicts the format is refused, naming what and where, and is closed."""
     content, message = BAD[name]
-    files = len(os.listdir("/proc/self/fd"))
+    files = open_files()
     tracemalloc.start()
     with calls_at_most(10_000), pytest.raises(CorruptImageError, match=message) as caught:
         opened(file, content, keep_index=True)
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
     assert str(file) in str(caught.value)
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert open_files() == files
     assert not kept(file).exists()
 
 

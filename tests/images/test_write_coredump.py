@@ -17,6 +17,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection, Section
 
 import xenmapcache
+from tests.descriptors import open_files
 from xenmapcache import (
     Backend,
     ClosedError,
@@ -243,6 +244,18 @@ def test_nothing_is_left(
     assert [path.read_bytes() for path in file.parent.iterdir()] == ([before] if before else [])
     assert write_coredump(Failing(source, None), file) > 0
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_a_file_without_a_name_that_nothing_can_name(
+    source: Backend, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without /proc such a file could not be put in its place: it has a name from the beginning."""
+    exists = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda path: "/proc" not in str(path) and exists(path))
+    before = open_files()
+    assert write_coredump(source, file) > 0
+    assert os.listdir(file.parent) == [file.name]
+    assert open_files() == before
 
 
 def test_a_progress_that_raises(source: Backend, file: Path) -> None:

@@ -840,3 +840,21 @@ def test_a_huge_read_copies_nothing_in_vain(backend: Backend) -> None:
         cache.read(HOLE[0] + HOLE[1], 1 << 51)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def test_a_huge_read_is_all_there(domain: MockDomain) -> None:
+    """A read over the size at which it looks first gives every byte, from its edges too."""
+    guest = MockHypervisor().create_domain(memory="66M")
+    guest.write(0, b"first")
+    guest.write(guest.memory_end - 4, b"last")
+    with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
+        data = cache.read(0, guest.memory_end)
+    assert (len(data), data[:5], data[-4:]) == (66 << 20, b"first", b"last")
+
+
+def test_nothing_is_written(domain: MockDomain, cache: MapCache) -> None:
+    """No bytes, written where a bucket can be hit, make no page dirty."""
+    for _ in range(3):
+        cache.read(0x2000, 1)
+    cache.write(0x2000, b"")
+    assert domain.dirty == set()

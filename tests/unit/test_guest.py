@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,22 @@ def test_a_long_string_comes_whole(domain: MockDomain, memory: GuestMemory) -> N
     """Up to 64 KiB, wherever it lies."""
     domain.write(0x300000 - 10, b"x" * 65536)
     assert list(memory.strings(0x200000)) == [(0x300000 - 10, "x" * 65536)]
+
+
+def test_a_page_that_goes_during_a_search(
+    domain: MockDomain, cache: MapCache, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there when it was looked at, and is ballooned out by then, is a hole as others."""
+    for address in (AT, HOLE[0] - 0x100):
+        domain.write(address, b"needle")
+    present = cache.present
+
+    def going(address: int, length: int) -> Iterator[tuple[int, int]]:
+        for found in present(address, length):
+            if found[0] > HOLE[0] and domain.memory_end:
+                domain.balloon_out(AT, 0x1000)
+                cache.invalidate()
+            yield found
+
+    monkeypatch.setattr(cache, "present", going)
+    assert [address for address, _ in memory.find(b"needle")] == [HOLE[0] - 0x100]

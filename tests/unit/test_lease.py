@@ -18,6 +18,7 @@ from xenmapcache import (
     ClosedError,
     DmaDirection,
     FaultError,
+    Lease,
     LeaseError,
     LeaseKind,
     MapCache,
@@ -28,6 +29,7 @@ from xenmapcache import (
 )
 from xenmapcache.backend import Capability
 from xenmapcache.binding import libc
+from xenmapcache.ledger import Ledger
 
 BUCKET = 1 << 16
 AT = 0x200000
@@ -677,3 +679,75 @@ def test_a_replace_that_fails_halfway_is_safe(
     assert bytes(view) == bytes(0x8000)
     assert lease.stale
     lease.release()
+
+
+def test_a_lease_shows_what_became_of_it(domain: MockDomain, backend: Backend) -> None:
+    """Its repr says what and whose it is, whether it is stale, and that it was released."""
+    cache = connected(domain, backend)
+    lease = cache.map_dma(AT, 8, owner="nic")
+    assert repr(lease).startswith("<DMA lease of 'nic': address 0x200000, length 0x8")
+    reballoon(domain, AT)
+    assert repr(lease).startswith("<stale DMA lease of 'nic'")
+    lease.release()
+    assert repr(lease).startswith("<released DMA lease of 'nic'")
+
+
+def test_a_source_without_dirty_pages(domain: MockDomain, backend: Backend) -> None:
+    """Leases and writes, hot ones too, ask such a backend to mark nothing."""
+    backend.capabilities = Capability.WRITE
+    cache = MapCache(backend)
+    with cache.map_dma(AT, 8, owner="t") as lease:
+        lease.view[:] = b"by lease"
+    for _ in range(3):
+        cache.write(AT + 8, b"by write")
+    assert domain.read(AT, 16) == b"by leaseby write"
+    assert domain.dirty == set()
+
+
+@pytest.fixture
+def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lease], None]:
+    """A function that lets a lease be released by another thread right after it was looked up."""
+    kind = type(cache._lessor.ledger)
+    held = kind.held
+
+    def overtake(lease: Lease) -> None:
+        def released_since(ledger: Ledger[Lease]) -> list[Lease]:
+            found = list(held(ledger))
+            if not lease.released:
+                lease.release()
+            return found
+
+        monkeypatch.setattr(kind, "held", released_since)
+
+    return overtake
+
+
+def test_a_replace_that_a_release_overtakes(
+    cache: MapCache, overtaken: Callable[[Lease], None]
+) -> None:
+    """There is nothing to be moved any more, and the error says why."""
+    overtaken(cache.map_device(AT, 0x1000, owner="rom"))
+    with pytest.raises(LeaseError, match="'rom'.* was released meanwhile"):
+        cache.replace(AT, AT + 0x1000, 0x1000)
+
+
+def test_a_resolve_that_a_release_overtakes(
+    cache: MapCache, overtaken: Callable[[Lease], None]
+) -> None:
+    """An address of a lease that has just ended is in none; others are found."""
+    gone, other = (cache.map_device(AT + n * 0x1000, 0x1000, owner=str(n)) for n in range(2))
+    address = gone.host_address
+    overtaken(gone)
+    with pytest.raises(LeaseError, match="lies in no lease that is held"):
+        cache.resolve(address)
+    assert cache.resolve(other.host_address + 5) == AT + 0x1005
+
+
+def test_a_forced_close_that_a_release_overtakes(
+    cache: MapCache, overtaken: Callable[[Lease], None], warnings: Callable[[], list[str]]
+) -> None:
+    """What was given back in time is not warned of."""
+    overtaken(cache.map_dma(AT, 8, owner="t"))
+    cache.close(force=True)
+    assert warnings() == []
+    assert cache.leases() == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 
@@ -64,5 +65,30 @@ def test_no_memory_for_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
     address = libc.allocate(PAGE_SIZE)
     with pytest.raises(MemoryError):
         mapping_at(address, unmap=lambda *span: unmapped.append(span))
+    assert unmapped == [(address, PAGE_SIZE)]
+    libc.unmap(address, PAGE_SIZE)
+
+
+def test_another_process_does_not_unmap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a child that Python was not told of, what dies is left alone: it is not there."""
+    unmapped: list[tuple[int, int]] = []
+    address = libc.allocate(PAGE_SIZE)
+    mapping = mapping_at(address, unmap=lambda *span: unmapped.append(span))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        del mapping
+    assert unmapped == []
+    libc.unmap(address, PAGE_SIZE)
+
+
+def test_it_is_unmapped_with_its_last_view() -> None:
+    """Whole, and once."""
+    unmapped: list[tuple[int, int]] = []
+    address = libc.allocate(PAGE_SIZE)
+    mapping = mapping_at(address, unmap=lambda *span: unmapped.append(span))
+    view = mapping.view(8, 8)
+    del mapping
+    assert unmapped == []
+    del view
     assert unmapped == [(address, PAGE_SIZE)]
     libc.unmap(address, PAGE_SIZE)
