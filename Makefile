@@ -6,13 +6,19 @@ BIN := $(VENV)/bin
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
-.PHONY: demo test test-xen lint mutants bench bench-xen docs man completion clean
+.PHONY: demo test coverage mutants test-xen lint bench bench-xen docs man completion clean
 
 demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
 	@$(BIN)/xenmapcache demo
 
 test: $(VENV)/test.stamp  ## the tests that need no Xen
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/test.stamp  ## the same, and that they come to every line and branch
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report
 
 test-xen: $(VENV)/test.stamp  ## boot a real Xen under emulation and run the tests in its Dom0
 	set -e; for xen in $(XEN); do $(BIN)/python -m pytest -v -m xen --xen=$$xen; done

@@ -290,7 +290,7 @@ class ImageFile:
             libc.cover(address, length, replace=True)
             return False
         finally:
-            if copy >= 0:
+            if copy >= 0:  # pragma: no branch - without one it has returned
                 os.close(copy)
         with contextlib.suppress(XenCallError):
             libc.dont_fork(address, length)

@@ -727,6 +727,8 @@ def test_a_file_that_dies_meanwhile(image: ImageFile, path: Path) -> None:
     assert in_child(lambda: module._guard.files == {}) == 0
     address = image.map(0, PAGE_SIZE)
     assert address is not None
+    module._guard._answer_all()
+    assert image._leased  # nobody has asked for it
     overwrite(path)  # returns when the guard has looked through its list
     image.unmap(address, PAGE_SIZE)
 

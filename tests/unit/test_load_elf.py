@@ -282,7 +282,17 @@ def test_a_symbol_table_of_odd_entries(guest: MockDomain, tmp_path: Path) -> Non
     """Entries of another size than symbols have are refused."""
     content = bytearray(elf32())
     (sections,) = struct.unpack_from("<I", content, 32)
-    struct.pack_into("<I", content, sections + 80 + 36, 24)
+    struct.pack_into("<I", content, sections + 80 + 36, 8)
     (tmp_path / "kernel").write_bytes(content)
     with pytest.raises(CorruptImageError, match="symbol table of no size that there is"):
+        guest.load_elf(tmp_path / "kernel")
+
+
+def test_symbols_without_names(guest: MockDomain, tmp_path: Path) -> None:
+    """A table of names that is empty is refused, naming which section it is."""
+    content = bytearray(elf32())
+    (sections,) = struct.unpack_from("<I", content, 32)
+    struct.pack_into("<I", content, sections + 120 + 20, 0)
+    (tmp_path / "kernel").write_bytes(content)
+    with pytest.raises(CorruptImageError, match="no section 3 with the names of its symbols"):
         guest.load_elf(tmp_path / "kernel")
