@@ -57,7 +57,8 @@ class _Claim:
 
     def __del__(self) -> None:
         # Takes no lock: finalizers get here. The sign tells an unmap from a claim unused.
-        self.freed.append(self.length if self.mapped else -self.length)
+        if hasattr(self, "mapped"):  # or making it was interrupted
+            self.freed.append(self.length if self.mapped else -self.length)
 
 
 class Buckets:

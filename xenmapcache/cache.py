@@ -367,6 +367,7 @@ class MapCache(Buckets):
             UnsupportedOperationError: the source cannot do it.
             XenCallError: it failed and nothing has changed; MappingLostError if the old
                 memory is gone too: the lease is then stale and its view shows zeros.
+            KeyboardInterrupt: the lease is stale, as nobody knows how far it came.
         """
         old_address, length = check_range(old_address, length)
         new_address, _ = check_range(new_address, length)
@@ -383,12 +384,14 @@ class MapCache(Buckets):
                 raise LeaseError(f"{lease!r} was released meanwhile")
             try:
                 self._backend.remap(mapping, new_address >> PAGE_SHIFT)
-            except MappingLostError:
-                lease.lost = True
+                with self._lock:
+                    mapping.gfn = new_address >> PAGE_SHIFT
+                    lease.address = new_address
+            except BaseException as error:
+                # Interrupted, it may show the new pages, or private zeros.
+                if isinstance(error, MappingLostError) or not isinstance(error, Exception):
+                    lease.lost = True
                 raise
-            with self._lock:
-                mapping.gfn = new_address >> PAGE_SHIFT
-                lease.address = new_address
 
     def _find_device(self, address: int, length: int) -> Lease:
         for lease in self._lessor.ledger.held(_DEVICE):

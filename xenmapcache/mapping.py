@@ -50,6 +50,8 @@ atexit.register(_live.clear)
 
 
 def _finalize(finalizer: _Finalizer) -> None:
+    if not hasattr(finalizer, "keeps"):
+        return  # making it was interrupted, and who mapped unmaps
     # Before the unmap: after it another thread may be given the same address.
     _live.pop(finalizer.address, None)
     if finalizer.pid == os.getpid():
@@ -85,6 +87,7 @@ class Mapping:
         writable: whether the memory was mapped for writing.
         errors: one positive errno a page, 0 for a valid one; None if all are valid.
         unmap: how to unmap it.
+        left: emptied at the moment at which the duty to unmap is taken over.
 
     Attributes:
         memory: the exporter, a ctypes array of ``length`` bytes.
@@ -122,20 +125,25 @@ class Mapping:
         writable: bool,
         errors: bytes | None,
         unmap: Unmap,
+        left: list[int] | None = None,
     ) -> None:
         length = count << PAGE_SHIFT
+        left = [] if left is None else left
         try:
             # SAFETY: the backend has mapped [address, address + length), and nobody
             # unmaps it before the finalizer does.
             memory = self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
             finalizer = _Finalizer(memory, _finalize)
         except MemoryError:
-            unmap(address, length)
+            if not left:  # or the caller does it
+                unmap(address, length)
             raise
         finalizer.address, finalizer.length = address, length
         finalizer.unmap, finalizer.pid = unmap, os.getpid()
         finalizer.keeps = None
+        # No call, and so no signal handler, comes between these two.
         _live[address] = finalizer
+        del left[:]
         view = memoryview(memory).cast("B")
         self.bytes = view if writable else view.toreadonly()
         self.address = address

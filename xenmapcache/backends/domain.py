@@ -126,14 +126,22 @@ class DomainBackend(Backend):
         )
 
     @abc.abstractmethod
-    def _map_pages(self, prot: int, gfns: array[int]) -> tuple[int, bytes | None]:
+    def _map_pages(self, prot: int, gfns: array[int], left: list[int]) -> tuple[int, bytes | None]:
         """Map pages through the library; return the host address and the pages' errnos."""
 
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
         """Map guest pages; see :meth:`Backend.map`."""
         gfns = array("Q", range(gfn, gfn + count))
-        address, errors = self._map_pages(libc.protection(writable), gfns)
-        mapping = Mapping(address, gfn, count, writable=writable, errors=errors, unmap=libc.unmap)
+        left: list[int] = []  # the address, until the mapping has taken it over
+        try:
+            address, errors = self._map_pages(libc.protection(writable), gfns, left)
+            mapping = Mapping(
+                address, gfn, count, writable=writable, errors=errors, unmap=libc.unmap, left=left
+            )
+        except BaseException:
+            for address in filter(None, left):  # interrupted, by Ctrl-C, while Xen was mapping
+                libc.unmap(address, count << PAGE_SHIFT)
+            raise
         # Xen does not fail the call for a domain that is not there: it fails each page.
         if errors is not None and errors.count(_errno.ESRCH) == count:
             raise self._no_domain()

@@ -40,8 +40,8 @@ class XenBackend(DomainBackend):
             self.capabilities = Capability.WRITE | Capability.REMAP
         super().__init__(self._memory, domid)
 
-    def _map_pages(self, prot: int, gfns: array[int]) -> tuple[int, bytes | None]:
-        return self._memory.map(self.domid, prot, gfns)
+    def _map_pages(self, prot: int, gfns: array[int], left: list[int]) -> tuple[int, bytes | None]:
+        return self._memory.map(self.domid, prot, gfns, left=left)
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
         """Let a mapping show other pages; see :meth:`Backend.remap`.
@@ -58,9 +58,11 @@ class XenBackend(DomainBackend):
         prot = libc.protection(mapping.writable)
         gfns = array("Q", range(gfn, gfn + mapping.count))
         file = libc.file_at(mapping.address)
+        fixed = libc.MAP_FIXED
+        left: list[int] = []
         try:
             address, errors = self._memory.map(
-                self.domid, prot, gfns, address=mapping.address, flags=libc.MAP_FIXED
+                self.domid, prot, gfns, address=mapping.address, flags=fixed, left=left
             )
         except XenCallError as error:
             if libc.cover(mapping.address, mapping.length):
@@ -69,6 +71,11 @@ class XenBackend(DomainBackend):
                 mapping.abandon()
                 hint = f"{error.hint}; another thread has its address now: use no view of it"
                 raise MappingLostError(MAP2, self.domid, error.errno, hint) from error
+            raise
+        except BaseException:
+            # Interrupted when Xen had mapped, so nobody has looked at the pages' errnos.
+            if left == [mapping.address]:
+                libc.cover(mapping.address, mapping.length, replace=True)
             raise
         if address != mapping.address:
             libc.unmap(address, mapping.length)

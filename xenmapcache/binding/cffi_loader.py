@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import starmap
 from typing import Any
 
 from ._cffi import ffi
@@ -9,6 +11,7 @@ from .declarations import Library, Prototype, prototypes
 from .loader import Argument, Function
 
 _cast, _from_buffer = ffi.cast, ffi.from_buffer
+_address = partial(_cast, "uintptr_t")
 
 # Never emptied: a function does not keep its library loaded, and one that is
 # unloaded crashes whoever still calls it. ctypes never unloads either.
@@ -53,7 +56,7 @@ def _bind(function: Argument, prototype: Prototype) -> Function:
     ]
     returns_pointer = prototype.result == "*"
 
-    def call(*arguments: Argument) -> tuple[int, int]:
+    def call(*arguments: Argument, left: list[int] | None = None) -> tuple[int, int]:
         values = list(arguments)
         held = []  # a cast does not keep the buffer behind it alive
         for position, kind in pointers:
@@ -61,6 +64,10 @@ def _bind(function: Argument, prototype: Prototype) -> Function:
             held.append(pointer)
             values[position] = _cast(kind, pointer)
         ffi.errno = 0
+        if left is not None:
+            # All of it is C: no signal handler runs before the number is in the list.
+            left.extend(map(int, map(_address, starmap(function, (values,)))))
+            return left[-1], ffi.errno
         result = function(*values)
         errno = ffi.errno
         if returns_pointer:

@@ -25,13 +25,16 @@ class Control(Handle):
     def _open(self) -> tuple[int, int]:
         return self._functions[self.open_call](self._log.pointer, self._log.pointer, 0)
 
-    def map(self, domid: int, prot: int, gfns: array[int]) -> tuple[int, bytes | None]:
+    def map(
+        self, domid: int, prot: int, gfns: array[int], *, left: list[int] | None = None
+    ) -> tuple[int, bytes | None]:
         """Map pages of a domain; the caller unmaps them with ``munmap``.
 
         Args:
             domid: the domain.
             prot: PROT_ flags.
             gfns: an ``array("Q")`` of frame numbers.
+            left: where the host address is left, for a caller who is interrupted.
 
         Returns:
             The host address, and one errno a page (0: valid) or None if all are valid.
@@ -41,7 +44,7 @@ class Control(Handle):
         """
         errors = array("i", bytes(4 * len(gfns)))
         # Mind the order: frames, errors, count.
-        result, errno = self.call(MAP_BULK, domid, prot, gfns, errors, len(gfns))
+        result, errno = self.call(MAP_BULK, domid, prot, gfns, errors, len(gfns), left=left)
         if not result:
             raise self.fail(MAP_BULK, domid, errno)
         return result, positive_errors(errors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import starmap
 from typing import Any
 
 from .declarations import Library, Prototype, prototypes
@@ -67,7 +68,7 @@ def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
     numbers = [(position, *_range(kind)) for position, kind in enumerate(kinds) if kind != "*"]
     get_errno, set_errno = ctypes.get_errno, ctypes.set_errno
 
-    def call(*arguments: Argument) -> tuple[int, int]:
+    def call(*arguments: Argument, left: list[int] | None = None) -> tuple[int, int]:
         values = list(arguments)
         for position in pointers:
             values[position] = _pointer(values[position])
@@ -75,6 +76,10 @@ def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
             if not least <= values[position] <= greatest:
                 raise OverflowError(f"integer {values[position]} does not fit {kinds[position]!r}")
         set_errno(0)
+        if left is not None:
+            # All of it is C: no signal handler runs before the number is in the list.
+            left.extend(starmap(function, (values,)))
+            return left[-1] or 0, get_errno()
         result = function(*values)
         return result or 0, get_errno()
 

@@ -29,6 +29,7 @@ class ForeignMemory(Handle):
         *,
         address: int | None = None,
         flags: int = 0,
+        left: list[int] | None = None,
     ) -> tuple[int, bytes | None]:
         """Map pages of a domain, by ``map2``, or by ``map`` where the library is older.
 
@@ -38,6 +39,7 @@ class ForeignMemory(Handle):
             gfns: an ``array("Q")`` of frame numbers.
             address: where; a hint unless MAP_FIXED is in ``flags``.
             flags: further mmap flags.
+            left: where the host address is left, for a caller who is interrupted.
 
         Returns:
             The host address, and one errno a page (0: valid) or None if all are valid.
@@ -51,10 +53,11 @@ class ForeignMemory(Handle):
         errors = array("i", bytes(4 * len(gfns)))
         if self.supports(MAP2) or address is not None or flags:
             name = MAP2
-            result, errno = self.call(MAP2, domid, address, prot, flags, len(gfns), gfns, errors)
+            arguments = (domid, address, prot, flags, len(gfns), gfns, errors)
+            result, errno = self.call(MAP2, *arguments, left=left)
         else:
             name = MAP
-            result, errno = self.call(MAP, domid, prot, len(gfns), gfns, errors)
+            result, errno = self.call(MAP, domid, prot, len(gfns), gfns, errors, left=left)
         if not result:
             raise self.fail(name, domid, errno)
         return result, positive_errors(errors)

@@ -188,8 +188,15 @@ class Handle:
         """Tell whether the library exports a function."""
         return function in self._functions
 
-    def call(self, function: str, *arguments: Argument) -> tuple[int, int]:
+    def call(
+        self, function: str, *arguments: Argument, left: list[int] | None = None
+    ) -> tuple[int, int]:
         """Call a function of the library, whose first parameter is the handle.
+
+        Args:
+            function: its name.
+            *arguments: after the handle.
+            left: see :data:`.loader.Function`.
 
         Returns:
             ``(result, errno)``.
@@ -213,7 +220,7 @@ class Handle:
                 raise ClosedError(f"this {self.declared.name} handle is closed")
             self._calls_under_way += 1
         try:
-            return target(self._pointer, *arguments)
+            return target(self._pointer, *arguments, left=left)
         finally:
             self._leave()
 

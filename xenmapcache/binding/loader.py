@@ -24,6 +24,9 @@ Function = Callable[..., tuple[int, int]]
 Pointers are ints both ways and ``errno`` is the one that this call left. A number that
 does not fit its C type is an OverflowError. The interpreter lock is released while the
 function runs.
+
+``left=``, a list, gets the result before a signal handler can raise: Ctrl-C during the
+call comes when the function has returned, and what it returned would be lost.
 """
 
 
