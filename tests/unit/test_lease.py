@@ -439,15 +439,29 @@ def test_copy_is_for_what_is_stale(domain: MockDomain, backend: Backend) -> None
 def test_copy_to_a_page_that_is_gone_is_a_fault(domain: MockDomain, backend: Backend) -> None:
     """What can be delivered is; the rest is named; the lease is given back."""
     cache = connected(domain, backend, "copy")
-    lease = cache.map_dma(AT, 0x3000, owner="t")
-    lease.view[:] = b"\x42" * 0x3000
+    lease = cache.map_dma(AT + 8, 0x3000 - 8, owner="t")
+    lease.view[:] = b"\x42" * (0x3000 - 8)
+    reballoon(domain, AT)
     domain.balloon_out(AT + 0x1000, 0x1000)
     reballoon(domain, AT + 0x2000)
     with pytest.raises(FaultError, match="no page at 0x201000 ") as caught:
         lease.release()
     assert caught.value.length == 0x2000
     assert lease.released
+    assert domain.read(AT, 0x1000) == bytes(8) + b"\x42" * (0x1000 - 8)
     assert domain.read(AT + 0x2000, 0x1000) == b"\x42" * 0x1000
+
+
+def test_a_device_lease_is_no_stale_dma(
+    domain: MockDomain, backend: Backend, warnings: Callable[[], list[str]]
+) -> None:
+    """Its release after an invalidation is neither refused, nor told of, nor counted."""
+    cache = connected(domain, backend, "raise")
+    lease = cache.map_device(AT, 0x1000, owner="vga")
+    reballoon(domain, 0x900000)
+    lease.release()
+    assert warnings() == []
+    assert cache.stats().stale_dma == 0
 
 
 def test_copy_that_fails_can_be_repeated(domain: MockDomain, backend: Backend) -> None:
