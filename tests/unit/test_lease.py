@@ -725,9 +725,7 @@ def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lea
     held = kind.held
 
     def overtake(lease: Lease) -> None:
-        def released_since(
-            ledger: Ledger[Lease], only: LeaseKind | None = None
-        ) -> list[Lease]:
+        def released_since(ledger: Ledger[Lease], only: LeaseKind | None = None) -> list[Lease]:
             found = held(ledger, only)
             if not lease.released:
                 lease.release()
