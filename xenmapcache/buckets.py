@@ -194,6 +194,7 @@ class Buckets:
                         break
                 with pending.done:
                     pass
+            mapping = None  # one with a hole may have to make room for what replaces it
             fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
             with self._lock:
                 self._check_open()
@@ -203,8 +204,8 @@ class Buckets:
                     self._holes += 1
                 # A bucket that was mapped before an invalidation serves this access,
                 # which had begun by then, and no other.
-                if sequence == self._lessor.sequence and (usable or mapping is None):
-                    former = self._buckets.get(index)
+                former = self._buckets.get(index)
+                if sequence == self._lessor.sequence and (usable or former is None):
                     if former is None or former.parked:
                         self._clock.append(index)
                     self._buckets[index] = fresh
@@ -220,7 +221,7 @@ class Buckets:
         try:
             raise fault
         finally:
-            del fresh, mapping, fault  # no traceback is to keep the memory
+            del fresh, former, fault  # no traceback is to keep the memory
 
     def _admit(self, index: int, mapping: Mapping) -> None:
         """Let accesses find a bucket without coming here; called under the lock.

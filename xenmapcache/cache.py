@@ -348,6 +348,7 @@ class MapCache(Buckets):
                     )
                     mapping.holders.add(lease.id)
                     return lease
+            del mapping  # one with a hole may have to make room for what replaces it
             # Once fetched it may be gone again, by an invalidation: then it is fetched anew.
             self._fetch(index, start, length)
             hit = 0
