@@ -383,9 +383,12 @@ class MapCache(Buckets):
             mapping = lease._mapping  # noqa: SLF001 - the cache made it
             if mapping is None:
                 raise LeaseError(f"{lease!r} was released meanwhile")
+            if mapping.abandoned:  # and what lives there now is not to be mapped over
+                raise LeaseError(f"the memory of {lease!r} was lost")
             try:
                 self._backend.remap(mapping, new_address >> PAGE_SHIFT)
                 with self._lock:
+                    lease.lost = False
                     mapping.gfn = new_address >> PAGE_SHIFT
                     lease.address = new_address
             except BaseException as error:

@@ -540,6 +540,34 @@ def test_replace_that_loses_the_memory_says_so(domain: MockDomain, cache: MapCac
     lease.release()
 
 
+def test_a_lost_lease_can_be_replaced_again(domain: MockDomain, cache: MapCache) -> None:
+    """When that succeeds it shows the guest again, and is not stale; the model test found that."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    domain.write(0x900000, b"new")
+    domain.arm("remap", errno=errno.ENOMEM)
+    with pytest.raises(MappingLostError):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert lease.stale
+    cache.replace(AT, 0x900000, 0x1000)
+    assert not cache.leases()[0].stale
+    assert bytes(lease.view[:3]) == b"new"
+    lease.release()
+
+
+def test_an_address_that_belongs_to_others_is_not_mapped_over(
+    domain: MockDomain, cache: MapCache
+) -> None:
+    """A lease whose address another thread was given is not replaced: it could only be there."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    mapping = lease._mapping
+    assert mapping is not None
+    mapping.abandon()
+    with pytest.raises(LeaseError, match="was lost"):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert not [call for call in domain.calls if call.name == "remap"]
+    domain.unmap(mapping.address, mapping.length)
+
+
 def test_replace_needs_a_device_lease(cache: MapCache) -> None:
     """DMA leases and other ranges are not moved."""
     cache.map_dma(AT, 0x1000, owner="t")
