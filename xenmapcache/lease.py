@@ -38,7 +38,7 @@ class Lease(LeaseRecord):
     succeeds. The bytes themselves are shared with the guest.
     """
 
-    __slots__ = ("_lessor", "_mapping", "_released_at", "_start", "_view")
+    __slots__ = ("_lessor", "_mapping", "_released_at", "_start", "_undelivered", "_view")
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Lease(LeaseRecord):
         self._mapping: Mapping | None = mapping
         self._view: memoryview | None = view if writable else view.toreadonly()
         self._released_at: int | None = None
+        self._undelivered: FaultError | None = None  # kept for when the lease ends
 
     def __repr__(self) -> str:
         state = "released " if self.released else "stale " if self.stale else ""
@@ -258,7 +259,7 @@ class Lessor:
     def _end(self, lease: Lease) -> None:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
         lease._released_at = self.sequence  # noqa: SLF001 - the handle is ours
-        lease._view = None  # noqa: SLF001 - the handle is ours
+        lease._view = lease._undelivered = None  # noqa: SLF001 - the handle is ours
         if mapping is not None and mapping.holders:
             mapping.holders.discard(lease.id)
             if not mapping.holders and mapping.parked:
@@ -270,9 +271,11 @@ class Lessor:
         stale = lease.sequence != self.sequence and lease.kind is _DMA
         report: XenMapCacheError | None = None
         if view is not None and not view.readonly:
-            if stale and self._on_stale == "copy" and lease.delivered != self.sequence:
-                report = self._deliver(lease, view)
-                lease.delivered = self.sequence
+            if stale and self._on_stale == "copy":
+                if lease.delivered != self.sequence:
+                    lease._undelivered = self._deliver(lease, view)  # noqa: SLF001 - the handle is ours
+                    lease.delivered = self.sequence
+                report = lease._undelivered  # noqa: SLF001 - the handle is ours
             self.mark_dirty(lease)
         if not stale:
             return None

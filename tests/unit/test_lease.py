@@ -697,6 +697,34 @@ def test_a_copy_is_delivered_once(domain: MockDomain, backend: Backend) -> None:
     assert domain.dirty == {0x200}
 
 
+def test_what_a_copy_could_not_reach_is_told_when_the_lease_ends(
+    domain: MockDomain, backend: Backend
+) -> None:
+    """A release that fails in between does not lose the FaultError."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 4, owner="t")
+    domain.balloon_out(AT, 0x1000)
+    lease.view[:] = b"DMA!"
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        lease.release()
+    assert not lease.released
+    with pytest.raises(FaultError, match="no page at 0x200000 "):
+        lease.release()
+    assert lease.released
+
+
+def test_a_release_that_failed_keeps_its_place(domain: MockDomain, cache: MapCache) -> None:
+    """Leases are listed oldest first also after one could not be given back; the model found it."""
+    leases = [cache.map_dma(AT, 4, owner="t") for _ in range(3)]
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        leases[0].release()
+    assert [info.id for info in cache.leases()] == [lease.id for lease in leases]
+    for lease in leases:
+        lease.release()
+
+
 def test_a_replace_that_fails_halfway_is_safe(
     domain: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
