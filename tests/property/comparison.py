@@ -188,7 +188,9 @@ class Comparison(RuleBasedStateMachine):
         assert stats.stale_dma == self.stale_returned
         pins = Counter(id(lease.view.obj) for lease in self.leases.values())
         for bucket in self.cache._buckets.values():
-            assert bucket.pins == pins[id(bucket.memory)]
+            assert len(bucket.holders or ()) == pins[id(bucket.memory)]
+        swept = sorted(index for index, bucket in self.cache._buckets.items() if not bucket.parked)
+        assert sorted(self.cache._clock) == swept
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):

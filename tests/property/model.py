@@ -165,6 +165,7 @@ class Model:
 
     def close(self) -> None:
         """Drop all leases by force, with a warning of each, and what a cache has seen."""
+        self.mark_held()
         self.warnings.update(("closed by force, still held", lease.id) for lease in self.held)
         self.held.clear()
         self.seen.clear()
@@ -179,6 +180,13 @@ class Model:
             else:
                 self.take(address, len(part)).put(0, part)
         lease.delivered = True
+
+    def mark_held(self) -> int:
+        """Note that all that may be under way was written; return how many leases that are."""
+        under_way = [lease for lease in self.held if lease.writable]
+        for lease in under_way:
+            self.mark(lease.address, lease.length)
+        return len(under_way)
 
     def mark(self, address: int, length: int) -> None:
         """Note that pages were written."""

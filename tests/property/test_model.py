@@ -302,6 +302,10 @@ class Guest(Comparison):
         with self.failing("map", 0):
             pass
 
+    @rule()
+    def mark_leases_dirty(self) -> None:
+        assert self.cache.mark_leases_dirty() == self.model.mark_held()
+
     # --- the cache's life ---
 
     @rule()
