@@ -62,6 +62,7 @@ def test_weakness_09_a_retry_costs_one_call_and_its_neighbours_none(
     with pytest.raises(FaultError):
         cache.read(hole, 8)
     lease = cache.map_dma(before, 8, owner="disk", direction=TO_DEVICE)
+    gc.collect()  # what other tests left
     maps, alive = cache.stats().maps, live_mappings()
     for attempt in range(1, 11):
         with pytest.raises(FaultError):
