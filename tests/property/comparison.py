@@ -180,7 +180,7 @@ class Comparison(RuleBasedStateMachine):
         assert stats.maps - stats.unmaps == len(alive)
         assert stats.resident_buckets == len(resident)
         of_closed = {id(view.obj) for _, view, cache in self.kept if cache is not self.cache}
-        assert self.domain._mappings == len(alive) + len(of_closed)
+        assert len(self.domain._mapped) == len(alive) + len(of_closed)
         kinds = Counter(held.kind for held in self.model.held)
         assert stats.device_leases == kinds[LeaseKind.DEVICE]
         assert stats.dma_leases == kinds[LeaseKind.DMA]
@@ -208,5 +208,5 @@ class Comparison(RuleBasedStateMachine):
         self.leases_and_views_show_their_frames()
         self.the_guest_sees_what_was_written()
         self.books_balance()
-        assert self.domain._mappings == 0
+        assert not self.domain._mapped
         logging.getLogger("xenmapcache").removeHandler(self.warnings)
