@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import deque
 from typing import Literal, Self, get_args
 
@@ -146,8 +147,8 @@ class Lessor:
         returned_stale: has one more entry per DMA lease that was stale when it came back,
             until the cache counts those too.
 
-    Synchronization: takes no lock, so that any thread and any finalizer may release;
-    the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
+    Synchronization: taking back takes no lock, so that any thread and any finalizer may
+    release; the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
     """
 
     def __init__(self, backend: Backend, on_stale: OnStale, record_origin: bool) -> None:
@@ -165,6 +166,7 @@ class Lessor:
         self.forked = False
         self.ledger: Ledger[Lease] = Ledger()
         self.sequence = 0
+        self._warning = threading.RLock()  # two invalidations at once: who warns of a lease
         self.returned: deque[int] = deque()
         self.returned_stale: deque[int] = deque()
 
@@ -212,8 +214,10 @@ class Lessor:
                 continue
             dma.append(info)
             if not lease.warned:
-                logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
-                lease.warned = True
+                with self._warning:
+                    warned, lease.warned = lease.warned, True
+                if not warned:
+                    logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
         return tuple(device), tuple(dma)
 
     def take_back(self, lease: Lease) -> None:
