@@ -6,7 +6,9 @@ The part of :class:`.cache.MapCache` that knows nothing of what the memory is us
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +29,7 @@ Piece = TypeVar("Piece")
 
 _PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
 _EMERGENCY = 64  # buckets to give back when the kernel has no room
+_FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 _BUCKET_SHIFTS = range(PAGE_SHIFT, 31)
 
 
@@ -111,12 +114,18 @@ class Buckets:
         if self._closed:
             raise ClosedError("this map cache is closed")
 
-    def _drop_all(self) -> None:
-        # New dictionaries, not emptied ones: a reader in another thread may be between
-        # the look-up and the slice, and what it found must not die under the lock.
+    def _drop_all(self) -> tuple[dict[int, Mapping], dict[int, Memory], dict[int, memoryview]]:
+        """Return what was resident, to be cleared without the lock; called under it.
+
+        New dictionaries take its place at once: mappings are not to die under the lock. The old
+        ones are cleared, not just let go: without a GIL a dictionary dies in the thread that
+        made it, and with it all that it holds, and that thread may sleep.
+        """
+        dropped = self._buckets, self._readable, self._writable
         self._readable, self._writable, self._buckets = {}, {}, {}
         self._touched.clear()
         self._clock.clear()
+        return dropped
 
     def _pieces(
         self, address: int, length: int, take: Callable[[Mapping, int, int], Piece]
@@ -297,6 +306,8 @@ class Buckets:
                 )
             patience -= 1
             time.sleep(0.001)
+            if _FREE_THREADED and patience % 10 == 5:
+                gc.collect()  # what was made by threads that sleep dies no sooner
 
     def _leased(self) -> int:
         """Return how many bytes are mapped that leases hold."""

@@ -456,13 +456,11 @@ class MapCache(Buckets):
             self._check_open()
             lessor = self._lessor
             lessor.sequence = sequence = lessor.sequence + 1
-            buckets = self._buckets
-            dropped = len(buckets)
-            # The size before they die; they die below, outside of the lock.
+            dropped = len(self._buckets)
             size = dropped << self._shift
-            if dropped:
-                self._drop_all()
-        del buckets
+            gone = self._drop_all() if dropped else ()
+        for resident in gone:
+            resident.clear()  # here they die, outside of the lock
         if not len(lessor.ledger):
             return Invalidation(sequence, dropped, size, (), ())
         return Invalidation(sequence, dropped, size, *lessor.survivors(sequence))
@@ -559,9 +557,9 @@ class MapCache(Buckets):
                     "Release them, or close(force=True)"
                 )
             self._closed = True
-            buckets = self._buckets
-            self._drop_all()
-        del buckets
+            gone = self._drop_all()
+        for resident in gone:
+            resident.clear()
         for lease in held:
             self._lessor.drop(lease)
 
