@@ -20,11 +20,11 @@ from .guest import GuestMemory
 from .lease import Lease
 from .ledger import DmaDirection, LeaseInfo, LeaseKind
 from .mapping import Mapping
-from .mock import MockDomain, MockHypervisor
 from .source import open_source
 
 if _TYPE_CHECKING:
     from .coredump_writer import write_coredump
+    from .mock import MockDomain, MockHypervisor
 
 __version__ = "0.1.0"
 
@@ -57,12 +57,18 @@ __all__ = [
     "write_coredump",
 ]
 
+# Imported when they are used: they bring much, and few programs need them.
+_LATER = {
+    "MockDomain": "mock",
+    "MockHypervisor": "mock",
+    "write_coredump": "coredump_writer",
+}
+
 
 def __getattr__(name: str) -> object:
-    # Imported when it is used: it brings what reads and writes files, and few need that.
-    if name == "write_coredump":
-        from .coredump_writer import write_coredump
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        globals()[name] = write_coredump
-        return write_coredump
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    return value

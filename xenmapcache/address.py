@@ -23,7 +23,7 @@ _SIZE = re.compile(r"(?P<number>0x[0-9a-f]+|\d+)\s*(?P<unit>[kmgt]?)(?:i?b)?", r
 def as_int(name: str, value: object) -> int:
     """Return ``value`` as an int, or raise a TypeError that calls it ``name``."""
     try:
-        return index(value)  # type: ignore[arg-type]
+        return index(value)  # type: ignore[arg-type] # a TypeError is dealt with
     except TypeError:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
 

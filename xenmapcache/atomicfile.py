@@ -24,7 +24,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
     if os.path.isdir(target):  # noqa: PTH112 - os.replace would tell so after all the work
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
     folder, name = os.path.split(target)
-    draft = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")  # noqa: PTH118
+    draft = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")  # noqa: PTH118 - all in str
     fd, named = _open(folder, draft)
     try:
         yield fd
@@ -32,12 +32,12 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
             # The descriptor's own folder entry is followed only by linkat, hence src_dir_fd.
             os.link(f"/proc/self/fd/{fd}", draft, src_dir_fd=fd, follow_symlinks=True)
             named = True
-        os.replace(draft, target)  # noqa: PTH105
+        os.replace(draft, target)  # noqa: PTH105 - all in str
         named = False
     finally:
         os.close(fd)
         if named:
-            os.unlink(draft)  # noqa: PTH108
+            os.unlink(draft)  # noqa: PTH108 - all in str
 
 
 def _open(folder: str, draft: str) -> tuple[int, bool]:
@@ -50,7 +50,7 @@ def _open(folder: str, draft: str) -> tuple[int, bool]:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
     else:
-        if os.path.exists(f"/proc/self/fd/{fd}"):  # noqa: PTH110
+        if os.path.exists(f"/proc/self/fd/{fd}"):  # noqa: PTH110 - all in str
             return fd, False
         os.close(fd)
     return os.open(draft, flags | os.O_CREAT | os.O_EXCL, 0o600), True

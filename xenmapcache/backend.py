@@ -57,7 +57,7 @@ class Backend(abc.ABC):
             ClosedError: the backend is closed.
         """
 
-    def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:  # noqa: ARG002
+    def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:  # noqa: ARG002 - a contract
         """Return ``(gfn, pages)`` of what is there of a range of pages, in order, apart.
 
         Returns:

@@ -6,7 +6,9 @@ The part of :class:`.cache.MapCache` that knows nothing of what the memory is us
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +29,7 @@ Piece = TypeVar("Piece")
 
 _PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
 _EMERGENCY = 64  # buckets to give back when the kernel has no room
+_FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 _BUCKET_SHIFTS = range(PAGE_SHIFT, 31)
 
 
@@ -111,12 +114,18 @@ class Buckets:
         if self._closed:
             raise ClosedError("this map cache is closed")
 
-    def _drop_all(self) -> None:
-        # New dictionaries, not emptied ones: a reader in another thread may be between
-        # the look-up and the slice, and what it found must not die under the lock.
+    def _drop_all(self) -> tuple[dict[int, Mapping], dict[int, Memory], dict[int, memoryview]]:
+        """Return what was resident, to be cleared without the lock; called under it.
+
+        New dictionaries take its place at once: mappings are not to die under the lock. The old
+        ones are cleared, not just let go: without a GIL a dictionary dies in the thread that
+        made it, and with it all that it holds, and that thread may sleep.
+        """
+        dropped = self._buckets, self._readable, self._writable
         self._readable, self._writable, self._buckets = {}, {}, {}
         self._touched.clear()
         self._clock.clear()
+        return dropped
 
     def _pieces(
         self, address: int, length: int, take: Callable[[Mapping, int, int], Piece]
@@ -194,6 +203,7 @@ class Buckets:
                         break
                 with pending.done:
                     pass
+            mapping = None  # one with a hole may have to make room for what replaces it
             fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
             with self._lock:
                 self._check_open()
@@ -203,12 +213,13 @@ class Buckets:
                     self._holes += 1
                 # A bucket that was mapped before an invalidation serves this access,
                 # which had begun by then, and no other.
-                if sequence == self._lessor.sequence and (usable or mapping is None):
-                    if index not in self._buckets:
+                former = self._buckets.get(index)
+                if sequence == self._lessor.sequence and (usable or former is None):
+                    if former is None or former.parked:
                         self._clock.append(index)
                     self._buckets[index] = fresh
         finally:
-            if mine is not None:
+            if mine is not None:  # pragma: no branch - without one it has returned or raised
                 mine.done.release()  # from here on the note counts for nothing
                 with self._lock:
                     if self._pending.get(index) is mine:
@@ -219,7 +230,7 @@ class Buckets:
         try:
             raise fault
         finally:
-            del fresh, mapping, fault  # no traceback is to keep the memory
+            del fresh, former, fault  # no traceback is to keep the memory
 
     def _admit(self, index: int, mapping: Mapping) -> None:
         """Let accesses find a bucket without coming here; called under the lock.
@@ -262,7 +273,7 @@ class Buckets:
 
         It must not wait for other threads, as they may be waiting for that lock.
         """
-        nested: bool = self._lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001
+        nested: bool = self._lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001 - no other name tells
         return nested
 
     def _make_room(self, gfn: int, length: int) -> _Claim:
@@ -295,10 +306,12 @@ class Buckets:
                 )
             patience -= 1
             time.sleep(0.001)
+            if _FREE_THREADED and patience % 10 == 5:
+                gc.collect()  # what was made by threads that sleep dies no sooner
 
     def _leased(self) -> int:
         """Return how many bytes are mapped that leases hold."""
-        mappings = {lease._mapping for lease in self._lessor.ledger.held()}  # noqa: SLF001
+        mappings = {lease._mapping for lease in self._lessor.ledger.held()}  # noqa: SLF001 - the cache made it
         return sum(mapping.length for mapping in mappings if mapping is not None)
 
     def _evict(self, wanted: int) -> bool:
@@ -306,6 +319,7 @@ class Buckets:
 
         A sweep of the clock: a bucket that can be hit is made unhittable and passed by
         once, so that its next access is seen here; one that was not accessed since, goes.
+        A leased one is parked outside of the clock, or every sweep would meet it.
         """
         victims = []
         with self._lock:
@@ -314,15 +328,22 @@ class Buckets:
                 if wanted <= 0 or not self._clock:
                     break
                 index = self._clock.popleft()
-                mapping = self._buckets[index]
+                mapping = self._buckets.get(index)
+                if mapping is None:  # a signal's handler has invalidated all, just now
+                    continue
+                if mapping.holders:
+                    mapping.parked = True
+                    if mapping.holders:
+                        continue
+                    mapping.parked = False  # a release that saw nothing to tell came between
                 accessed = index in self._readable or index in self._touched
                 self._readable.pop(index, None)
                 self._writable.pop(index, None)
                 self._touched.discard(index)
-                if accessed or mapping.pins:
+                if accessed:
                     self._clock.append(index)
                     continue
-                del self._buckets[index]
+                self._buckets.pop(index, None)
                 victims.append(mapping)
                 wanted -= mapping.length
             self._evictions += len(victims)
@@ -336,9 +357,11 @@ class Buckets:
             self._resident -= abs(length)
             self._unmaps += length > 0
         while returned:
-            mapping = returned.popleft()()
-            if mapping is not None:
-                mapping.pins -= 1
+            index = returned.popleft() >> self._shift - PAGE_SHIFT
+            mapping = self._buckets.get(index)
+            if mapping is not None and mapping.parked:
+                mapping.parked = False
+                self._clock.append(index)
         while stale:
             stale.popleft()
             self._stale_dma += 1
@@ -355,7 +378,7 @@ _all: weakref.WeakSet[Buckets] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for buckets in list(_all):
-        buckets._forget_parent()  # noqa: SLF001
+        buckets._forget_parent()  # noqa: SLF001 - of this module
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 
 _LARGE = 64 * MiB
+_DEVICE, _DMA = LeaseKind  # CPython 3.11 takes long to find them in the class
+_TO_DEVICE = DmaDirection.TO_DEVICE
 
 
 class Invalidation(NamedTuple):
@@ -249,7 +250,7 @@ class MapCache(Buckets):
         Raises:
             XenMapCacheError: as :meth:`map_dma`.
         """
-        return self._lease(LeaseKind.DEVICE, address, length, owner, None, writable)
+        return self._lease(_DEVICE, address, length, owner, None, writable)
 
     def map_dma(
         self,
@@ -280,8 +281,8 @@ class MapCache(Buckets):
         """
         if not isinstance(direction, DmaDirection):
             raise TypeError(f"direction must be a DmaDirection, not {direction!r}")
-        writable = direction is not DmaDirection.TO_DEVICE
-        return self._lease(LeaseKind.DMA, address, length, owner, direction, writable)
+        writable = direction is not _TO_DEVICE
+        return self._lease(_DMA, address, length, owner, direction, writable)
 
     def _lease(
         self,
@@ -305,7 +306,7 @@ class MapCache(Buckets):
                 + ("writable=False" if direction is None else "direction=DmaDirection.TO_DEVICE")
             )
         start = address & self._mask
-        if kind is LeaseKind.DMA and start + length <= self._size:
+        if kind is _DMA and start + length <= self._size:
             return self._lease_of_bucket(address, length, owner, direction, writable)
         gfn, count = page_span(address, length)
         while True:
@@ -321,7 +322,7 @@ class MapCache(Buckets):
             with self._lock:
                 self._check_open()
                 # Mapped before an invalidation, it would be stale without being told so.
-                if kind is LeaseKind.DEVICE or sequence == self._lessor.sequence:
+                if kind is _DEVICE or sequence == self._lessor.sequence:
                     return self._lessor.grant(
                         mapping, kind, address, length, owner, direction, writable
                     )
@@ -331,22 +332,26 @@ class MapCache(Buckets):
     ) -> Lease:
         index = address >> self._shift
         start = address & self._mask
-        for attempt in itertools.count():
+        hit = 1
+        while True:
             with self._lock:
                 mapping = self._buckets.get(index)
                 if mapping is not None and (mapping.errors is None or mapping.valid(start, length)):
                     if self._lessor.returned:
                         self._count()
-                    self._hits += not attempt
+                    self._hits += hit
                     self._touched.add(index)
+                    if mapping.holders is None:
+                        mapping.holders = set()
                     lease = self._lessor.grant(
-                        mapping, LeaseKind.DMA, address, length, owner, direction, writable
+                        mapping, _DMA, address, length, owner, direction, writable
                     )
-                    mapping.pins += 1
+                    mapping.holders.add(lease.id)
                     return lease
+            del mapping  # one with a hole may have to make room for what replaces it
             # Once fetched it may be gone again, by an invalidation: then it is fetched anew.
             self._fetch(index, start, length)
-        raise AssertionError("counting has no end")
+            hit = 0
 
     def replace(self, old_address: int, new_address: int, length: int) -> None:
         """Let a device lease show another guest range at the same host address.
@@ -378,9 +383,12 @@ class MapCache(Buckets):
             mapping = lease._mapping  # noqa: SLF001 - the cache made it
             if mapping is None:
                 raise LeaseError(f"{lease!r} was released meanwhile")
+            if mapping.abandoned:  # and what lives there now is not to be mapped over
+                raise LeaseError(f"the memory of {lease!r} was lost")
             try:
                 self._backend.remap(mapping, new_address >> PAGE_SHIFT)
                 with self._lock:
+                    lease.lost = False
                     mapping.gfn = new_address >> PAGE_SHIFT
                     lease.address = new_address
             except BaseException as error:
@@ -390,11 +398,8 @@ class MapCache(Buckets):
                 raise
 
     def _find_device(self, address: int, length: int) -> Lease:
-        for lease in self._lessor.ledger.held():
-            if lease.kind is LeaseKind.DEVICE and (lease.address, lease.length) == (
-                address,
-                length,
-            ):
+        for lease in self._lessor.ledger.held(_DEVICE):
+            if (lease.address, lease.length) == (address, length):
                 return lease
         raise LeaseError(f"no device lease covers just {address:#x}..{address + length:#x}")
 
@@ -411,7 +416,7 @@ class MapCache(Buckets):
         for lease in self._lessor.ledger.held():
             mapping = lease._mapping  # noqa: SLF001 - the cache made it
             if mapping is not None:
-                offset = host_address - mapping.address - lease._start  # noqa: SLF001
+                offset = host_address - mapping.address - lease._start  # noqa: SLF001 - as above
                 if 0 <= offset < lease.length:
                     return lease.address + offset
         raise LeaseError(f"host address {host_address:#x} lies in no lease that is held")
@@ -419,6 +424,22 @@ class MapCache(Buckets):
     def leases(self) -> tuple[LeaseInfo, ...]:
         """Return what is known of each lease that is held, oldest first. Works after close too."""
         return self._lessor.infos()
+
+    def mark_leases_dirty(self) -> int:
+        """Report the pages of all leases that can be written as written, and return how many.
+
+        A release reports them too, but until then a device may write, and no migration
+        sees it. Call it each time the toolstack is about to collect dirty pages.
+
+        Returns:
+            How many leases were reported: 0 if the backend does not track dirty pages.
+
+        Raises:
+            XenCallError: it could not be noted; call it again.
+            ClosedError: the cache or backend is closed.
+        """
+        self._check_open()
+        return sum(map(self._lessor.mark_dirty, self._lessor.ledger.held()))
 
     # --- life -------------------------------------------------------------------
 
@@ -435,21 +456,18 @@ class MapCache(Buckets):
             self._check_open()
             lessor = self._lessor
             lessor.sequence = sequence = lessor.sequence + 1
-            buckets = self._buckets
-            dropped = len(buckets)
-            # The size before they die; they die below, outside of the lock.
+            dropped = len(self._buckets)
             size = dropped << self._shift
-            if dropped:
-                self._drop_all()
-        del buckets
+            gone = self._drop_all() if dropped else ()
+        for resident in gone:
+            resident.clear()  # here they die, outside of the lock
         if not len(lessor.ledger):
             return Invalidation(sequence, dropped, size, (), ())
         return Invalidation(sequence, dropped, size, *lessor.survivors(sequence))
 
     def stats(self) -> CacheStats:
         """Return the counters. Works after close too."""
-        held = self._lessor.ledger.held()
-        device = sum(lease.kind is LeaseKind.DEVICE for lease in held)
+        ledger = self._lessor.ledger
         with self._lock:
             self._count()
             return CacheStats(
@@ -463,8 +481,8 @@ class MapCache(Buckets):
                 stale_dma=self._stale_dma,
                 resident_bytes=self._resident,
                 resident_buckets=len(self._buckets),
-                device_leases=device,
-                dma_leases=len(held) - device,
+                device_leases=ledger.count(_DEVICE),
+                dma_leases=ledger.count(_DMA),
             )
 
     @property
@@ -519,7 +537,8 @@ class MapCache(Buckets):
         """Drop all mappings. Views that are kept stay safe. Idempotent.
 
         Args:
-            force: drop leases that are held, too, with a WARNING each.
+            force: drop leases that are held, too, with a WARNING each. What they could have
+                written is reported as dirty.
 
         Raises:
             LeaseError: leases are held; nothing has changed.
@@ -538,9 +557,9 @@ class MapCache(Buckets):
                     "Release them, or close(force=True)"
                 )
             self._closed = True
-            buckets = self._buckets
-            self._drop_all()
-        del buckets
+            gone = self._drop_all()
+        for resident in gone:
+            resident.clear()
         for lease in held:
             self._lessor.drop(lease)
 

@@ -79,8 +79,7 @@ def write_coredump(
         XenMapCacheError: as mapping the source raises.
     """
     if isinstance(source, MapCache):
-        for _ in source.present(0, 0):  # raises if it is closed
-            pass
+        list(source.present(0, 0))  # raises if it is closed
         source = source.backend
     if not isinstance(source, Backend):
         raise TypeError(f"source must be a Backend or a MapCache, not {type(source).__name__}")

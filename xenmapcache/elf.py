@@ -146,10 +146,8 @@ class Elf:
         Raises:
             CorruptImageError: there is none of that number, or it ends beyond the file.
         """
-        if number >= len(self._sections):
-            raise self.corrupt(f"has {len(self._sections)} sections, and none of number {number}")
-        kind = self._sections[number][1]
         with self._converted():
+            kind = self._sections[number][1]
             part = self._elf.get_section(number)
             name, offset, size = part.name, part["sh_offset"], part["sh_size"]
             section = Section(name, kind, offset, size, part["sh_entsize"], part["sh_link"])

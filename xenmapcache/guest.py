@@ -30,7 +30,7 @@ _POINTERS = (
     ctypes.c_wchar_p,
     ctypes.py_object,
     ctypes._Pointer,  # noqa: SLF001 - the base of what POINTER() makes has no other name
-    ctypes._CFuncPtr,  # type: ignore[attr-defined] # noqa: SLF001
+    ctypes._CFuncPtr,  # type: ignore[attr-defined] # noqa: SLF001 - nor has that of CFUNCTYPE()
 )
 
 

@@ -290,7 +290,7 @@ class ImageFile:
             libc.cover(address, length, replace=True)
             return False
         finally:
-            if copy >= 0:
+            if copy >= 0:  # pragma: no branch - without one it has returned
                 os.close(copy)
         with contextlib.suppress(XenCallError):
             libc.dont_fork(address, length)
@@ -321,8 +321,7 @@ class ImageFile:
         self._lock = threading.RLock()  # another thread of the parent may have held it
         self._closed, self._leased = True, False
         self._pieces, self._dropped = {}, deque()
-        if fd >= 0:
-            os.close(fd)
+        os.close(fd)
 
     def __del__(self) -> None:
         if self._fd < 0:
@@ -334,7 +333,7 @@ class ImageFile:
 
 
 def _is_owned(lock: threading.RLock) -> bool:
-    owned: bool = lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001
+    owned: bool = lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001 - no other name tells
     return owned
 
 
@@ -349,6 +348,7 @@ def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:
 
 def _file_system(fd: int) -> str:
     """Return the type of the file system that a file lies in; empty if it cannot be told."""
+    wanted = None
     try:
         for line in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines():
             if line.startswith("mnt_id:"):
@@ -357,7 +357,7 @@ def _file_system(fd: int) -> str:
             for mount in mounts:
                 if mount.partition(" ")[0] == wanted:
                     return mount.rpartition(" - ")[2].split()[0]
-    except (OSError, ValueError, IndexError, UnboundLocalError):
+    except (OSError, ValueError, IndexError):
         pass
     return ""
 

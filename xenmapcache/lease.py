@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
+import threading
 from collections import deque
 from typing import Literal, Self, get_args
 
@@ -15,6 +15,8 @@ from .ledger import DmaDirection, LeaseInfo, LeaseKind, LeaseRecord, Ledger, cal
 from .mapping import Mapping
 
 logger = logging.getLogger("xenmapcache")
+_DEVICE, _DMA = LeaseKind  # CPython 3.11 takes long to find them in the class
+_TO_DEVICE = DmaDirection.TO_DEVICE
 
 OnStale = Literal["warn", "raise", "copy"]
 
@@ -37,7 +39,7 @@ class Lease(LeaseRecord):
     succeeds. The bytes themselves are shared with the guest.
     """
 
-    __slots__ = ("_lessor", "_mapping", "_released_at", "_start", "_view")
+    __slots__ = ("_lessor", "_mapping", "_released_at", "_start", "_undelivered", "_view")
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Lease(LeaseRecord):
         self._mapping: Mapping | None = mapping
         self._view: memoryview | None = view if writable else view.toreadonly()
         self._released_at: int | None = None
+        self._undelivered: FaultError | None = None  # kept for when the lease ends
 
     def __repr__(self) -> str:
         state = "released " if self.released else "stale " if self.stale else ""
@@ -139,13 +142,13 @@ class Lessor:
     Attributes:
         sequence: the number of invalidations so far.
         forked: set by the cache in a child process, where nothing of this may be used.
-        returned: buckets whose lease ended; the cache unpins them when it next holds
-            its lock.
+        returned: first frames of parked buckets whose last lease ended, until the cache next
+            holds its lock and sweeps them again.
         returned_stale: has one more entry per DMA lease that was stale when it came back,
             until the cache counts those too.
 
-    Synchronization: takes no lock, so that any thread and any finalizer may release;
-    the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
+    Synchronization: taking back takes no lock, so that any thread and any finalizer may
+    release; the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
     """
 
     def __init__(self, backend: Backend, on_stale: OnStale, record_origin: bool) -> None:
@@ -163,7 +166,8 @@ class Lessor:
         self.forked = False
         self.ledger: Ledger[Lease] = Ledger()
         self.sequence = 0
-        self.returned: deque[weakref.ref[Mapping]] = deque()
+        self._warning = threading.RLock()  # two invalidations at once: who warns of a lease
+        self.returned: deque[int] = deque()
         self.returned_stale: deque[int] = deque()
 
     def check_process(self) -> None:
@@ -203,15 +207,17 @@ class Lessor:
         device, dma = [], []
         for lease in self.ledger.held():
             info = lease.info(sequence)
-            if lease.kind is LeaseKind.DEVICE:
+            if lease.kind is _DEVICE:
                 device.append(info)
                 continue
             if not info.stale:
                 continue
             dma.append(info)
             if not lease.warned:
-                logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
-                lease.warned = True
+                with self._warning:
+                    warned, lease.warned = lease.warned, True
+                if not warned:
+                    logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
         return tuple(device), tuple(dma)
 
     def take_back(self, lease: Lease) -> None:
@@ -234,43 +240,61 @@ class Lessor:
                 del report  # its traceback holds this frame
 
     def drop(self, lease: Lease) -> None:
-        """End a lease without its consequences: the cache is closed by force."""
-        if self.ledger.remove(lease):
+        """End a lease because the cache is closed by force: nothing is delivered or refused."""
+        if not self.ledger.remove(lease):
+            return
+        try:
+            self.mark_dirty(lease)
+        except XenMapCacheError as error:
+            info = lease.info(self.sequence)
+            logger.warning("closed by force, dirty pages are not reported: %s: %s", info, error)
+        finally:
             self._end(lease)
-            logger.warning("closed by force, still held: %s", lease.info(self.sequence))
+        logger.warning("closed by force, still held: %s", lease.info(self.sequence))
+
+    def mark_dirty(self, lease: Lease) -> bool:
+        """Report a lease's pages as written, if they could be; tell whether that was done."""
+        view = lease._view  # noqa: SLF001 - the handle is ours
+        if view is None or view.readonly or not self._tracks_dirty:
+            return False
+        self._backend.mark_dirty(*page_span(lease.address, lease.length))
+        return True
 
     def _end(self, lease: Lease) -> None:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
-        lease._released_at = self.sequence  # noqa: SLF001
-        lease._view = None  # noqa: SLF001
-        if mapping is not None and mapping.pins:
-            self.returned.append(weakref.ref(mapping))
+        lease._released_at = self.sequence  # noqa: SLF001 - the handle is ours
+        lease._view = lease._undelivered = None  # noqa: SLF001 - the handle is ours
+        if mapping is not None and mapping.holders:
+            mapping.holders.discard(lease.id)
+            if not mapping.holders and mapping.parked:
+                self.returned.append(mapping.gfn)
 
     def _settle(self, lease: Lease) -> XenMapCacheError | None:
         """Mark what was written and deliver what is stale; return what is to be raised after."""
-        view = lease._view  # noqa: SLF001
-        stale = lease.sequence != self.sequence and lease.kind is LeaseKind.DMA
+        view = lease._view  # noqa: SLF001 - the handle is ours
+        stale = lease.sequence != self.sequence and lease.kind is _DMA
         report: XenMapCacheError | None = None
         if view is not None and not view.readonly:
-            if stale and self._on_stale == "copy" and lease.delivered != self.sequence:
-                report = self._deliver(lease, view)
-                lease.delivered = self.sequence
-            if self._tracks_dirty:
-                self._backend.mark_dirty(*page_span(lease.address, lease.length))
+            if stale and self._on_stale == "copy":
+                if lease.delivered != self.sequence:
+                    lease._undelivered = self._deliver(lease, view)  # noqa: SLF001 - the handle is ours
+                    lease.delivered = self.sequence
+                report = lease._undelivered  # noqa: SLF001 - the handle is ours
+            self.mark_dirty(lease)
         if not stale:
             return None
         info = lease.info(self.sequence)
         if self._on_stale == "raise":
             report = LeaseError(f"released stale: {info}: {self._loss(lease)}")
         # A copy mends what the device wrote, not what it read.
-        elif self._on_stale == "warn" or lease.direction is DmaDirection.TO_DEVICE:
+        elif self._on_stale == "warn" or lease.direction is _TO_DEVICE:
             logger.warning("released stale: %s: %s", info, self._loss(lease))
         self.returned_stale.append(lease.id)
         return report
 
     @staticmethod
     def _loss(lease: Lease) -> str:
-        if lease.direction is DmaDirection.TO_DEVICE:
+        if lease.direction is _TO_DEVICE:
             return "the device may have read pages that the guest has given up"
         return "what the device wrote may be lost"
 

@@ -8,12 +8,23 @@ import os
 import threading
 import time
 import traceback
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 
 _PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120 - pathlib at import is slow
 _next_id = itertools.count(1).__next__
-_current_thread = threading.current_thread
 _monotonic = time.monotonic
+_id_of = attrgetter("id")
+
+
+class _Here(threading.local):
+    """The thread that asks, found faster than by ``current_thread()``."""
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+
+
+_here = _Here()
 
 
 class LeaseKind(enum.Enum):
@@ -23,6 +34,9 @@ class LeaseKind(enum.Enum):
     """Memory of a device, for long (option ROM, video memory). Ballooning does not touch it."""
     DMA = "dma"
     """A transfer under way. Still held at an invalidation, it may be lost."""
+
+
+_DMA = LeaseKind.DMA  # CPython 3.11 takes long to find it in the class
 
 
 class DmaDirection(enum.Enum):
@@ -109,14 +123,14 @@ class LeaseRecord:
         self.sequence = sequence
         self.origin = origin
         self.since = _monotonic()
-        self.thread = _current_thread()
+        self.thread = _here.thread
         self.warned = False
         self.lost = False
         self.delivered = 0
 
     def stale_at(self, sequence: int) -> bool:
         """Tell whether the invalidation of that number has made it stale."""
-        return self.lost or (self.kind is LeaseKind.DMA and self.sequence < sequence)
+        return self.lost or (self.kind is _DMA and self.sequence < sequence)
 
     def info(self, sequence: int) -> LeaseInfo:
         """Return what is known of it, as seen after the invalidation of that number."""
@@ -141,28 +155,43 @@ class Ledger(Generic[Record]):
     """All leases that are held.
 
     Synchronization: every method may be called in any thread and from finalizers;
-    each is one atomic dictionary operation, or works on a copy.
+    each is one atomic dictionary operation a kind, or works on copies.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_device", "_dma")
 
     def __init__(self) -> None:
-        self._held: dict[int, Record] = {}
+        # Two, so that device leases, which are few, are found among any number of DMA.
+        self._device: dict[int, Record] = {}
+        self._dma: dict[int, Record] = {}
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._device) + len(self._dma)
+
+    def _of(self, kind: LeaseKind) -> dict[int, Record]:
+        return self._dma if kind is _DMA else self._device
 
     def add(self, record: Record) -> None:
         """Note that a lease is held."""
-        self._held[record.id] = record
+        (self._dma if record.kind is _DMA else self._device)[record.id] = record
 
     def remove(self, record: Record) -> bool:
         """Note that it is not; False if that was noted before: exactly one caller gets True."""
-        return self._held.pop(record.id, None) is not None
+        held = self._dma if record.kind is _DMA else self._device
+        return held.pop(record.id, None) is not None
 
-    def held(self) -> list[Record]:
-        """Return what is held, oldest first."""
-        return list(self._held.values())
+    def count(self, kind: LeaseKind) -> int:
+        """Return how many leases of a kind are held."""
+        return len(self._of(kind))
+
+    def held(self, kind: LeaseKind | None = None) -> list[Record]:
+        """Return what is held, or only what is of a kind; oldest first."""
+        if kind is None:
+            found = [*self._device.values(), *self._dma.values()]
+        else:
+            found = list(self._of(kind).values())
+        found.sort(key=_id_of)  # a lease whose release failed was put back behind younger ones
+        return found
 
 
 def call_stack() -> tuple[str, ...]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     class Memory(ctypes.Array[ctypes.c_char]):
         """Such an array; typeshed does not know that its slices are bytes."""
 
-        def __getitem__(self, part: slice) -> bytes:  # type: ignore[override]
+        def __getitem__(self, part: slice) -> bytes:  # type: ignore[override] # only slices are taken
             ...
 
 
@@ -96,10 +96,11 @@ class Mapping:
         address, gfn, count, writable, errors: as given.
         length: bytes.
         abandoned: its memory is lost, and something else may be at its address.
-        pins: how many leases the cache has given out of it; kept by the cache.
+        holders: of a bucket, the ids of the leases given out of it; None before the first.
+        parked: whether the cache has set the bucket aside from eviction while it is leased.
 
-    Synchronization: immutable but for ``gfn`` and ``pins``, which the cache changes
-    under its lock.
+    Synchronization: immutable but for ``gfn`` and ``parked``, which the cache changes under its
+    lock, and ``holders``, to which it adds under its lock, and from which releases take without.
     """
 
     __slots__ = (
@@ -110,9 +111,10 @@ class Mapping:
         "count",
         "errors",
         "gfn",
+        "holders",
         "length",
         "memory",
-        "pins",
+        "parked",
         "writable",
     )
 
@@ -152,7 +154,8 @@ class Mapping:
         self.length = length
         self.writable = writable
         self.errors = errors
-        self.pins = 0
+        self.holders: set[int] | None = None
+        self.parked = False
         self.abandoned = False
 
     def __repr__(self) -> str:

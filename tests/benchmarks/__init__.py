@@ -1,1 +1,1 @@
-"""The speed that the project promises, as ratios within one run: ``python -m tests.benchmarks``."""
+"""The promised speed, and ours beside its peers: ``python -m tests.benchmarks``."""

@@ -18,7 +18,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.benchmarks.__main__ import SIZE, Row, Work, print_table, ratio, seconds
+from tests.benchmarks.promises import HEADINGS, SIZE, Promise
+from tests.benchmarks.report import show
+from tests.benchmarks.timing import Work, ratio, seconds
 from xenmapcache import GuestMemory, MapCache, open_source
 from xenmapcache.address import MiB
 from xenmapcache.cli import diff
@@ -100,21 +102,21 @@ def comparing(path: Path) -> Work:
     return work
 
 
-def rows(name: str, path: Path) -> Iterator[Row]:
+def rows(name: str, path: Path) -> Iterator[Promise]:
     for text in (TEXT[:13], b"NEEDLE", b"root:", b"ab"):
         theirs = grep(path, text.decode())
         figure = ratio(searching(path, text), theirs, ROUNDS)
-        yield Row(f"find {text.decode()!r} / grep -c", name, figure, "x", 2)
+        yield Promise(f"find {text.decode()!r} / grep -c", name, figure, "x", 2)
     pattern = "NEE[A-Z]LE"
     figure = ratio(searching(path, re.compile(pattern.encode())), grep(path, pattern), ROUNDS)
-    yield Row(f"find {pattern!r}, regex / grep -c", name, figure, "x", math.inf)
+    yield Promise(f"find {pattern!r}, regex / grep -c", name, figure, "x", math.inf)
     theirs = grep(path, TEXT[:13].decode())
     figure = ratio(command("find", f"raw:{path}", TEXT[:13].decode()), theirs, ROUNDS)
-    yield Row("the command find / grep -c", name, figure, "x", math.inf)
+    yield Promise("the command find / grep -c", name, figure, "x", math.inf)
     figure = ratio(comparing(path), theirs, ROUNDS)
-    yield Row("diff with itself / grep -c of one", name, figure, "x", 2)
+    yield Promise("diff with itself / grep -c of one", name, figure, "x", 2)
     figure = seconds(lambda: strings(path)) / seconds(grep(path, "-a", r"[[:print:]]\{4,\}"))
-    yield Row("strings / grep -c '[[:print:]]{4,}'", name, figure, "x", math.inf)
+    yield Promise("strings / grep -c '[[:print:]]{4,}'", name, figure, "x", math.inf)
 
 
 def main() -> int:
@@ -124,9 +126,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         measured = [row for image in make_images(Path(folder)) for row in rows(*image)]
     if options.json:
-        print(json.dumps([row._asdict() | {"limit": str(row.limit)} for row in measured], indent=2))
+        print(json.dumps([row.to_json() for row in measured], indent=2))
     else:
-        print_table(measured)
+        print(f"Python {sys.version.split()[0]}")
+        show({"": (HEADINGS, [row.cells() for row in measured])}, 110)
     return 0 if all(row.kept for row in measured) else 1
 
 

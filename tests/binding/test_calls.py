@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -327,3 +328,28 @@ def test_forked_child_never_waits(handle: Control | ForeignMemory) -> None:
     finally:
         finished.set()
         thread.join()
+
+
+def forks_during_a_call(fake: FakeXen, binding: str) -> bool:
+    """Close a handle during a call, and fork; tell what the child has closed, then the parent."""
+    memory = ForeignMemory(binding=binding, library=fake.library)
+    pids: list[int] = []
+
+    def restrict(*_: object, **__: object) -> tuple[int, int]:
+        memory.close()
+        pids.append(os.fork())
+        if pids[0]:
+            pids.append(os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1]))
+        return 0, 0
+
+    memory._functions["xenforeignmemory_restrict"] = restrict
+    memory.restrict(DOMID)
+    closed = fake.count("xenforeignmemory_close")
+    if not pids[0]:
+        os._exit(closed)
+    return (pids[1], closed) == (0, 1)
+
+
+def test_a_fork_during_a_call(fake: FakeXen, binding: str) -> None:
+    """A child that was forked off inside a call does not close what the parent has closed."""
+    assert in_child(lambda: forks_during_a_call(fake, binding)) == 0

@@ -43,6 +43,7 @@ MAP = "xenforeignmemory_map_resource"
 BIND = "xenevtchn_bind_interdomain"
 NOTIFY = "xenevtchn_notify"
 CLAIM = "xendevicemodel_map_io_range_to_ioreq_server"
+UNCLAIM = "xendevicemodel_unmap_io_range_from_ioreq_server"
 RESTRICT = "xentoolcore_restrict_all"
 
 
@@ -141,6 +142,15 @@ def test_from_open_to_close(fake: FakeXen, server: IoreqServer) -> None:
         DESTROY,
     ]
     assert fake.servers == {}
+
+
+def test_ports_are_given_back(fake: FakeXen, server: IoreqServer) -> None:
+    """A region that is released is unclaimed with the ends that it was claimed with."""
+    with server:
+        server.claim_ports(PORT, 4).release()
+        calls = [call for call in fake.calls if call.name in (CLAIM, UNCLAIM)]
+        assert [call.name for call in calls] == [CLAIM, UNCLAIM]
+        assert calls[0].arguments[1:] == calls[1].arguments[1:]
 
 
 def test_requests_are_answered(fake: FakeXen, server: IoreqServer) -> None:
@@ -338,7 +348,7 @@ def test_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_libraries(cache: MapCache, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
     """What is missing is named, and open can be tried again."""
-    kind = xen.EventChannels.func  # type: ignore[attr-defined]
+    kind = xen.EventChannels.func  # type: ignore[attr-defined] # cached_property's, which a class lacks for mypy
     monkeypatch.setattr(xen, "EventChannels", partial(kind, library="no-such-library.so"))
     server = IoreqServer(DOMID, cache, binding=binding)
     for _ in range(2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import stat
 import subprocess
@@ -55,6 +56,16 @@ def test_raw_is_sparse(guest: str, folder: Path, capsys: pytest.CaptureFixture[s
     assert state.st_blocks * 512 < MiB
     assert stat.S_IMODE(state.st_mode) == 0o600
     assert os.listdir(folder) == ["guest.raw"]
+
+
+def test_a_terminal_is_told(
+    guest: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody looks, it says how much it was, and how fast."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    dump(guest, folder / "guest.raw")
+    line = capsys.readouterr().out
+    assert re.fullmatch(r".*guest\.raw: 4 pages, 16 KiB in \d+\.\d s, [\d.]+ [KMGT]?i?B/s\n", line)
 
 
 def test_a_part(guest: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +144,8 @@ def test_an_interrupt_leaves_nothing(
     path = folder / "guest.raw"
     path.write_bytes(b"before")
     code = (
-        "import os, sys, time\n"
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & has it ignored
         "from xenmapcache.cli import main\n"
         "def begun(*_):\n"
         "    print('begun', flush=True)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pty
 import subprocess
@@ -182,9 +183,9 @@ def test_full_disk_is_an_error_of_one_line() -> None:
 def test_import_brings_neither_rich_nor_elftools() -> None:
     """Importing the command imports nothing that only its tables and the doctor need."""
     code = (
-        "import sys, xenmapcache.cli\n"
+        "import sys\nbefore = set(sys.modules)\nimport xenmapcache.cli\n"
         "print([name for name in ('rich', 'elftools', 'json', 'xenmapcache.cli.demo')"
-        " if name in sys.modules])"
+        " if name in set(sys.modules) - before])"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -223,3 +224,14 @@ def test_colours_only_on_a_terminal() -> None:
         os.close(leader)
     assert b"\x1b[" in shown
     assert b"LOST" in shown
+
+
+def test_importing_it_runs_nothing() -> None:
+    """``xenmapcache.__main__`` is a program only where it is run."""
+    assert importlib.import_module("xenmapcache.__main__").main is main
+
+
+def test_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no stdout at all, as in a daemon, the status still tells."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["info", "--json", "mock:1M"]) == 0

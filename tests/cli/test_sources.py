@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,16 @@ import pytest
 
 from tests.cli.test_main import MODULE, environment
 from tests.unit.test_source import lime
-from xenmapcache import Backend, MapCache, MockHypervisor, XenCallError, open_backend
+from xenmapcache import (
+    Backend,
+    MapCache,
+    MockHypervisor,
+    XenCallError,
+    open_backend,
+    write_coredump,
+)
 from xenmapcache.backends.mock import MockBackend
-from xenmapcache.cli import main, session
+from xenmapcache.cli import main, search, session
 from xenmapcache.mapping import Mapping
 
 Run = Callable[..., str]
@@ -102,6 +110,17 @@ def test_info_limits_the_ranges_that_it_shows(run: Run, tmp_path: Path) -> None:
     assert text.count(" 4 KiB\n") == 40
     assert "and 60 more: see --all or --json" in text
     assert run("info", "--all", path).count(" 4 KiB\n") == 100
+
+
+def test_info_of_nothing(run: Run, tmp_path: Path) -> None:
+    """A dump without a page has no ranges, and no table of them; behind its end is a hole."""
+    path = str(tmp_path / "empty.core")
+    with open_backend("mock", memory="1M") as source:
+        write_coredump(source, path, length=0)
+    text = run("info", path)
+    assert re.search("memory +0 pages, 0 B", text)
+    assert "from" not in text
+    assert re.search("holes +1, 1 MiB", run("info", path, "--length", "1M"))
 
 
 def test_info_of_a_guest_whose_holes_only_mapping_tells(
@@ -190,6 +209,7 @@ def test_a_hole_is_an_error_that_offers_fill(run: Run, guest: str) -> None:
         said = run("read", guest, address, "64", status=2)
         place = "0x7000" if address == "0x6ff0" else "0x3000"
         assert f"there is no page at {place}: add --fill 00" in said
+    assert "there is no page at 0x3000" in run("read", guest, "0", "0x6000", status=2)
     data = shell("read", guest, "0x2ffb", "0x200d", "--fill", "ff").stdout
     assert data == b"early" + b"\xff" * 0x2000 + b"late" + bytes(4)
     facts = json.loads(run("read", guest, "0x6fff", "3", "--fill", "ab", "--json"))
@@ -246,6 +266,15 @@ def test_find_shows_surroundings_up_to_a_hole(run: Run, guest: str) -> None:
         "before": "",
         "after": "0000",
     }
+    facts = json.loads(run("find", guest, "late", "--context", "0x3000", "--json"))
+    assert (facts["before"], len(facts["after"])) == ("", 2 * 0x1FFC)  # none from before the hole
+
+
+def test_a_match_that_goes_before_it_is_shown() -> None:
+    """Surroundings of a page that was ballooned out since are empty, and no error."""
+    guest = MockHypervisor().create_domain(memory="1M", holes=[(0x5000, 0x1000)])
+    with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
+        assert search._around(cache, 0x5010, 0x4FF0, 0x5030) == (0x5010, b"")
 
 
 def test_find_escapes_what_is_not_text(run: Run) -> None:
@@ -324,6 +353,15 @@ def test_diff_prints_ranges(run: Run, guest: str, other: str) -> None:
     assert json.loads(run("diff", guest, guest, "--json")) == {"equal": True, "ranges": []}
     assert run("diff", "--quiet", guest, other, status=1) == ""
     assert run("diff", "--quiet", guest, guest) == ""
+
+
+def test_diff_of_one_page_of_several(run: Run, tmp_path: Path) -> None:
+    """Pages beside the one that differs are equal, though they lie in one bucket with it."""
+    pages = bytearray(0x4000)
+    one = str(lime(tmp_path / "one.lime", {0: bytes(pages)}))
+    pages[0x2800] = 1
+    other = str(lime(tmp_path / "other.lime", {0: bytes(pages)}))
+    assert run("diff", one, other, status=1) == "0x00002000..0x00003000       4 KiB  differs\n"
 
 
 def test_diff_prints_bytes(run: Run, guest: str, other: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.fake_xen.fixtures import make_fake
 from xenmapcache import Capability, MapCache
 
-from .guests import IMAGES, XL_FILES, Guest, open_guest
+from .guests import IMAGES, Guest, open_guest
 
 __all__ = ["make_fake"]
 
@@ -19,7 +19,6 @@ HERE = (
     "fake-xen-ctypes",
     "fake-xenctrl-cffi",
     "fake-xenctrl-ctypes",
-    *XL_FILES,
     *IMAGES,
 )
 LIVE = ("xen-cffi", "xen-ctypes", "xenctrl-cffi", "xenctrl-ctypes")

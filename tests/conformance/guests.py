@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import pytest
@@ -210,100 +209,73 @@ def _pfns() -> list[int]:
     return [gfn for gfn in range(PAGES) if gfn not in holes]
 
 
-@contextmanager
-def in_file(
-    name: str,
-    content: bytes,
-    *,
-    holes: Sequence[tuple[int, int]] = HOLES,
-    read: Callable[[int, int], bytes] = xl_files.memory,
-    **options: object,
-) -> Iterator[Guest]:
-    """A guest in a file, opened by the backend of that name."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "guest")
-        path.write_bytes(content)
-
-        def open_absent() -> object:
-            path.rename(path.with_name("gone"))
-            try:
-                return open_backend(name, path=path, **options)
-            finally:
-                path.with_name("gone").rename(path)
-
-        with open_backend(name, path=path, **options) as backend:
-            yield Guest(
-                backend,
-                PRESENT,
-                made_here(holes),
-                scratch=False,
-                reopen=lambda: open_backend(name, path=path, **options),
-                open_absent=open_absent,
-                read=read,
-                copied=True,
-            )
-
-
-def coredump_pvh() -> AbstractContextManager[Guest]:
-    """A PVH guest that xl dump-core wrote."""
-    return in_file("coredump", xl_files.dump_core(_pfns()))
-
-
-def coredump_pv() -> AbstractContextManager[Guest]:
-    """A PV guest that xl dump-core wrote, its pages not aligned in the file."""
-    return in_file("coredump", xl_files.dump_core_pv(_pfns(), shift=24))
-
-
-def save() -> AbstractContextManager[Guest]:
-    """A guest that xl save wrote while it ran: its first pages come again, and last."""
-    pfns = _pfns()
-    batches = [xl_files.pages(*pfns[i : i + 1024]) for i in range(0, len(pfns), 1024)]
-    return in_file("save", xl_files.save(xl_files.pages(*pfns[:700], copy=1), *batches))
-
-
-XL_FILES = {"coredump-pvh": coredump_pvh, "coredump-pv": coredump_pv, "save": save}
-
-
 def _ranges() -> list[tuple[int, int]]:
     edges = [0, *(edge for gfn, count in HOLES for edge in (gfn, gfn + count)), PAGES]
     return [(begin, end - begin) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def _image(
-    name: str, content: bytes, holes: Sequence[tuple[int, int]] = HOLES, **options: object
-) -> AbstractContextManager[Guest]:
-    return in_file(name, content, holes=holes, read=writers.memory_at, **options)
+def _saved() -> bytes:
+    """What xl save wrote while the guest ran: its first pages come again, and last."""
+    pfns = _pfns()
+    batches = [xl_files.pages(*pfns[i : i + 1024]) for i in range(0, len(pfns), 1024)]
+    return xl_files.save(xl_files.pages(*pfns[:700], copy=1), *batches)
 
 
-def raw_flat() -> AbstractContextManager[Guest]:
-    """A flat image of a guest without holes."""
-    return _image("raw", writers.memory(0, PAGES), [])
+class Image(NamedTuple):
+    """A guest in a file: the backend that reads it, what is in the file, and what in the guest."""
+
+    backend: str
+    content: Callable[[], bytes]
+    read: Callable[[int, int], bytes] = writers.memory_at
+    holes: Sequence[tuple[int, int]] = HOLES
+    options: dict[str, object] = {}  # noqa: RUF012 - nobody changes it
 
 
-def raw_ranges() -> AbstractContextManager[Guest]:
-    """Ranges of memory, one after the other in a file."""
-    ranges = [(gfn * PAGE_SIZE, pages * PAGE_SIZE) for gfn, pages in _ranges()]
-    return _image("raw", writers.packed(_ranges()), ranges=ranges)
-
-
-def lime() -> AbstractContextManager[Guest]:
-    """A LiME file: none of its pages is aligned in it."""
-    return _image("raw", writers.lime(_ranges()))
-
-
-def elfcore(bits: int, align: int) -> AbstractContextManager[Guest]:
-    """A core as kdump (aligned) and QEMU (not aligned) write it."""
-    return _image("elfcore", writers.elf_core_of(_ranges(), bits=bits, align=align))
-
-
-IMAGES: dict[str, Callable[[], AbstractContextManager[Guest]]] = {
-    "raw": raw_flat,
-    "raw-ranges": raw_ranges,
-    "raw-lime": lime,
-    "elfcore": lambda: elfcore(64, PAGE_SIZE),
-    "elfcore-unaligned": lambda: elfcore(64, 1),
-    "elfcore-32": lambda: elfcore(32, PAGE_SIZE),
+# kdump aligns pages in its files, QEMU does not; nor does LiME, or Xen for a PV guest.
+IMAGES = {
+    "coredump-pvh": Image("coredump", lambda: xl_files.dump_core(_pfns()), xl_files.memory),
+    "coredump-pv": Image(
+        "coredump", lambda: xl_files.dump_core_pv(_pfns(), shift=24), xl_files.memory
+    ),
+    "save": Image("save", _saved, xl_files.memory),
+    "raw": Image("raw", lambda: writers.memory(0, PAGES), holes=[]),
+    "raw-ranges": Image(
+        "raw",
+        lambda: writers.packed(_ranges()),
+        options={"ranges": [(gfn * PAGE_SIZE, pages * PAGE_SIZE) for gfn, pages in _ranges()]},
+    ),
+    "raw-lime": Image("raw", lambda: writers.lime(_ranges())),
+    "elfcore": Image("elfcore", lambda: writers.elf_core_of(_ranges(), bits=64, align=PAGE_SIZE)),
+    "elfcore-unaligned": Image("elfcore", lambda: writers.elf_core_of(_ranges(), bits=64, align=1)),
+    "elfcore-32": Image(
+        "elfcore", lambda: writers.elf_core_of(_ranges(), bits=32, align=PAGE_SIZE)
+    ),
 }
+
+
+@contextmanager
+def in_file(name: str, folder: Path) -> Iterator[Guest]:
+    """The guest of that name in :data:`IMAGES`; its file is written once for a whole run."""
+    image = IMAGES[name]
+    path = folder / name
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        path.write_bytes(image.content())
+
+    def reopen(path: Path = path) -> Backend:
+        return open_backend(image.backend, path=path, **image.options)
+
+    with reopen() as backend:
+        yield Guest(
+            backend,
+            PRESENT,
+            made_here(image.holes),
+            scratch=False,
+            reopen=reopen,
+            open_absent=lambda: reopen(folder / "gone"),
+            read=image.read,
+            copied=True,
+        )
 
 
 def open_guest(name: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
@@ -312,9 +284,9 @@ def open_guest(name: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
         with mock() as guest:
             yield guest
         return
-    files = {**XL_FILES, **IMAGES}
-    if name in files:
-        with files[name]() as guest:
+    if name in IMAGES:
+        folder = request.getfixturevalue("tmp_path_factory").getbasetemp() / "guests"
+        with in_file(name, folder) as guest:
             yield guest
         return
     source, _, binding = name.rpartition("-")

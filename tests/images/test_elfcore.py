@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 import random
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from io import BytesIO
 from itertools import pairwise
@@ -17,12 +17,16 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.descriptors import open_files
+from tests.effort import calls_at_most
 from tests.images.writers import Load, elf_core, elf_core_of, memory, note
 from xenmapcache import (
     BackendUnavailableError,
     CorruptImageError,
     MapCache,
     UnsupportedOperationError,
+    XenCallError,
+    elf,
 )
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.elfcore import ElfCoreBackend, first_wins
@@ -256,10 +260,10 @@ LIES = {
 def test_files_that_lie(path: Path, name: str) -> None:
     """The error names the file, what is wrong and where; and the file is closed again."""
     content, message = LIES[name]
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     with pytest.raises(CorruptImageError, match=f"vmcore .*{message}"):
         opened(path, content)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files() == before
 
 
 @pytest.mark.parametrize(
@@ -284,25 +288,24 @@ def test_without_pyelftools(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def without(name: str, *rest: object) -> object:
         if name.startswith("elftools"):
             raise ImportError(f"No module named {name!r}")
-        return original(name, *rest)  # type: ignore[arg-type]
+        return original(name, *rest)  # type: ignore[arg-type] # whatever __import__ takes
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(BackendUnavailableError, match=r"pip install xenmapcache\[elf\]"):
         opened(path, GOOD)
 
 
-def test_many_segments_are_read_in_time(path: Path) -> None:
-    """A core of tens of thousands of segments, each overlapping others, is open in a moment."""
+def test_many_segments_are_little_work(path: Path) -> None:
+    """A core of tens of thousands of segments, each overlapping others: each is looked at once."""
     loads = [Load(gfn % 5000 * P, b"", 0) for gfn in range(60_000)]
     content = bytearray(elf_core(loads, many=True))
     for number in range(1, 60_001):
         struct.pack_into("<QQ", content, 64 + 56 * number + 32, P, P)
         struct.pack_into("<Q", content, 64 + 56 * number + 8, 0)
     path.write_bytes(content)
-    started = time.process_time()
-    with ElfCoreBackend(path=path) as backend:
-        assert there(backend) == [(0, 5000)]
-    assert time.process_time() - started < 1
+    with calls_at_most(20 * 60_000):
+        with ElfCoreBackend(path=path) as backend:
+            assert there(backend) == [(0, 5000)]
 
 
 def test_a_large_dump_takes_no_memory(path: Path) -> None:
@@ -323,3 +326,14 @@ def test_a_large_dump_takes_no_memory(path: Path) -> None:
         "    assert tracemalloc.get_traced_memory()[1] < 1 << 20\n"
     )
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+
+
+def test_a_disk_that_fails_among_the_headers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told as that, and not as a file that is wrong."""
+
+    def fail(*_: object) -> None:
+        raise XenCallError("pread", None, errno.EIO)
+
+    monkeypatch.setattr(elf._Stream, "readinto", fail)
+    with pytest.raises(XenCallError, match="EIO"):
+        opened(path, GOOD)

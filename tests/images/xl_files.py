@@ -113,7 +113,7 @@ class Core:
 
 def dump_core(pfns: Iterable[int], **options: object) -> bytes:
     """A file of xl dump-core of an HVM or PVH guest."""
-    return Core(list(pfns), **options).build()  # type: ignore[arg-type]
+    return Core(list(pfns), **options).build()  # type: ignore[arg-type] # Core's own
 
 
 def dump_core_pv(pfns: Iterable[int], **options: object) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_structures_lie_over_guest_memory(
         copy.flags = 0
     assert domain.read(AT + 12, 2) == b"\xef\xbe"
     with pytest.raises(TypeError, match=r"layout must be a ctypes\.Structure class"):
-        with memory.structure(AT, int):  # type: ignore[type-var]
+        with memory.structure(AT, int):  # type: ignore[type-var] # wrong on purpose
             pass
 
 
@@ -156,19 +157,19 @@ def test_find_gives_every_match_once(
 def test_find_knows_what_cannot_be_found(memory: GuestMemory, backend: Backend) -> None:
     """Patterns of the wrong kind, empty ones, and an unknown end of memory are refused at once."""
     with pytest.raises(TypeError, match="compiled from bytes"):
-        memory.find(re.compile("text"))  # type: ignore[arg-type]
+        memory.find(re.compile("text"))  # type: ignore[arg-type] # wrong on purpose
     with pytest.raises(TypeError, match="must be bytes or a compiled pattern"):
-        memory.find("text")  # type: ignore[arg-type]
+        memory.find("text")  # type: ignore[arg-type] # wrong on purpose
     for empty in (b"", re.compile(rb"x*")):
         with pytest.raises(ValueError, match="matches nothing at all"):
             memory.find(empty)
-    type(backend).memory_end = property(lambda _: None)  # type: ignore[assignment]
+    type(backend).memory_end = property(lambda _: None)  # type: ignore[assignment] # for this test alone
     try:
         with pytest.raises(ValueError, match="give a length"):
             memory.find(b"x")
         assert list(memory.find(b"x", 0, 0x1000)) == []
     finally:
-        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[assignment]
+        type(backend).memory_end = property(lambda self: self.domain.memory_end)  # type: ignore[assignment] # for this test alone
 
 
 def test_a_block_that_raises_ends_its_leases(memory: GuestMemory, cache: MapCache) -> None:
@@ -222,6 +223,8 @@ def test_find_does_not_repeat_or_lose_at_the_edge_of_a_piece(
     domain.write(0x300000 - 8, b"x" * 16)
     pattern = re.compile(rb"x+")
     assert list(memory.find(pattern, 0x200000)) == [(0x300000 - 8, b"x" * 16)]
+    domain.write(0x300000 - 8, bytes(12) + b"x" * 8)  # begins behind it, and is seen in part
+    assert list(memory.find(pattern, 0x200000, max_match=8)) == [(0x300000 + 4, b"x" * 8)]
     for wrong in (0, -4096):
         with pytest.raises(ValueError, match="is no length of a match"):
             memory.find(pattern, max_match=wrong)
@@ -303,10 +306,29 @@ def test_strings_are_runs_of_printable_characters(domain: MockDomain, memory: Gu
     with pytest.raises(ValueError, match="min_length 0"):
         memory.strings(min_length=0)
     with pytest.raises(ValueError, match="encoding 'utf-8' is not one of ascii, utf-16le"):
-        memory.strings(encoding="utf-8")  # type: ignore[arg-type]
+        memory.strings(encoding="utf-8")  # type: ignore[arg-type] # wrong on purpose
 
 
 def test_a_long_string_comes_whole(domain: MockDomain, memory: GuestMemory) -> None:
     """Up to 64 KiB, wherever it lies."""
     domain.write(0x300000 - 10, b"x" * 65536)
     assert list(memory.strings(0x200000)) == [(0x300000 - 10, "x" * 65536)]
+
+
+def test_a_page_that_goes_during_a_search(
+    domain: MockDomain, cache: MapCache, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there when it was looked at, and is ballooned out by then, is a hole as others."""
+    for address in (AT, HOLE[0] - 0x100):
+        domain.write(address, b"needle")
+    present = cache.present
+
+    def going(address: int, length: int) -> Iterator[tuple[int, int]]:
+        for found in present(address, length):
+            if found[0] <= AT < sum(found):
+                domain.balloon_out(AT, 0x1000)
+                cache.invalidate()
+            yield found
+
+    monkeypatch.setattr(cache, "present", going)
+    assert [address for address, _ in memory.find(b"needle")] == [HOLE[0] - 0x100]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
 import logging
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_xen.child import in_child
 from tests.images.writers import memory
 from xenmapcache import (
     ClosedError,
@@ -222,6 +225,23 @@ def test_a_writer_waits_until_it_is_copied(image: ImageFile, path: Path) -> None
     assert mapping.view(0, mapping.length) == memory(0, PAGES)
 
 
+def test_a_lease_is_taken_where_there_is_one(path: Path) -> None:
+    """Where the kernel grants a lease a piece is mapped: other tests are skipped where not."""
+    with path.open("rb") as file:
+        if module._file_system(file.fileno()) not in module._LOCAL:
+            pytest.skip("leases of this file system are not relied on")
+        try:
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as error:
+            pytest.skip(f"the kernel grants no lease here: {error}")
+    image = ImageFile(path)
+    address = image.map(0, PAGE_SIZE)
+    assert address is not None
+    image.unmap(address, PAGE_SIZE)
+    image.close()
+
+
 def test_a_lease_that_is_broken_is_not_mapped_under(image: ImageFile, path: Path) -> None:
     """While somebody waits to write, nothing more is mapped."""
     with image._lock:
@@ -230,8 +250,13 @@ def test_a_lease_that_is_broken_is_not_mapped_under(image: ImageFile, path: Path
         assert image.map(0, PAGE_SIZE) is None
 
 
+@pytest.mark.parametrize("function", ["memfd_create", "sendfile", "no sendfile"])
 def test_what_cannot_be_copied_shows_zeros(
-    image: ImageFile, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    image: ImageFile,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    function: str,
 ) -> None:
     """Where there is no room for a copy, the view shows zeros, and the log says so: no crash."""
     address = image.map(0, PAGES * PAGE_SIZE)
@@ -239,9 +264,11 @@ def test_what_cannot_be_copied_shows_zeros(
     mapping = Mapping(address, 0, PAGES, writable=False, errors=None, unmap=image.unmap)
 
     def full(*_: object) -> int:
+        if function.startswith("no "):
+            return 0  # as where the file ends before
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "sendfile", full)
+    monkeypatch.setattr(os, function.removeprefix("no "), full)
     overwrite(path)
     assert mapping.view(0, mapping.length) == bytes(mapping.length)
     wait_for(lambda: "guest.raw: 1 of 1 pieces could not be saved" in caplog.text)
@@ -312,7 +339,7 @@ def test_a_kernel_that_refuses(
     def refuse(fd: int, command: int, *rest: object) -> object:
         if command == fcntl.F_SETLEASE and rest == (fcntl.F_RDLCK,):
             raise OSError(errno.EACCES, "Permission denied")
-        return original(fd, command, *rest)  # type: ignore[call-overload]
+        return original(fd, command, *rest)  # type: ignore[call-overload] # whatever fcntl takes
 
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     file = ImageFile(path)
@@ -463,7 +490,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def test_a_name_in_bytes(path: Path) -> None:
     """Whatever kind of path it was, errors show it as text."""
-    file = ImageFile(os.fsencode(path))  # type: ignore[arg-type]
+    file = ImageFile(os.fsencode(path))  # type: ignore[arg-type] # bytes work, as in open()
     assert file.path == str(path)
     file.close()
 
@@ -601,13 +628,13 @@ def test_many_times(path: Path) -> None:
         assert view == memory(0, 1)[:8]
 
     once()
-    before = state()
+    before, guarded = state(), dict(module._guard.files)
     for _ in range(1000):
         once()
     assert state() == before
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("xenmapcache image guard") <= 1
-    assert module._guard.files == {}
+    assert module._guard.files == guarded
 
 
 def test_present_is_the_same_as_mapping(backend: Backend) -> None:
@@ -644,3 +671,92 @@ def test_errors_keep_no_memory(backend: Backend, path: Path) -> None:
         kept.append(caught.value)
     assert live_mappings() == before
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "0x40 bytes at 0x100 of .*guest.raw"),
+        (None, "guest.raw ends at 0x100 now: it has changed .* 0x40 more bytes are wanted"),
+    ],
+)
+def test_a_read_that_fails(
+    image: ImageFile, monkeypatch: pytest.MonkeyPatch, fault: OSError | None, message: str
+) -> None:
+    """A disk that fails, and a file whose end has come nearer, are told apart, with the place."""
+
+    def pread(*_: object) -> bytes:
+        if fault is not None:
+            raise fault
+        return b""
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(CorruptImageError if fault is None else XenCallError, match=message):
+        image.read(0x100, 0x40)
+
+
+def test_a_closed_file_that_dies_with_a_piece(image: ImageFile, path: Path) -> None:
+    """Nobody is told of an unclosed file that was closed, and what is mapped stays."""
+    file: ImageFile | None = ImageFile(path)
+    assert file is not None
+    address, fd = file.map(0, PAGE_SIZE), file._fd
+    assert address is not None
+    file.close()
+    key = id(file)
+    file = None  # a warning would be an error
+    assert libc.file_at(address) is not None
+    libc.unmap(address, PAGE_SIZE)
+    os.close(fd)
+    del module._guard.files[key]
+
+
+@pytest.fixture
+def dying(path: Path) -> Iterator[None]:
+    """A file that dies in another thread at this moment, and is still in the guard's list."""
+    file = ImageFile(path)
+    file.close()
+    module._guard.files[-1] = weakref.ref(file)
+    del file
+    yield
+    module._guard.files.pop(-1, None)
+
+
+@pytest.mark.usefixtures("dying")
+def test_a_file_that_dies_meanwhile(image: ImageFile, path: Path) -> None:
+    """Neither the guard nor a child at a fork stumbles over it."""
+    assert in_child(lambda: module._guard.files == {}) == 0
+    address = image.map(0, PAGE_SIZE)
+    assert address is not None
+    module._guard._answer_all()
+    assert image._leased  # nobody has asked for it
+    overwrite(path)  # returns when the guard has looked through its list
+    image.unmap(address, PAGE_SIZE)
+
+
+def test_an_answer_that_fails_is_told(
+    image: ImageFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What goes wrong in the guard's thread is in the log, and the thread goes on."""
+    monkeypatch.setattr(image, "_is_asked_for", lambda: 1 / 0)
+    module._guard._answer_all()
+    assert "guest.raw: cannot be saved from being changed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_no_file_system_can_be_told(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Where the kernel's lists do not have the file's mount, nothing is relied on."""
+
+    def listing(name: str) -> Path:
+        return Path(os.devnull if name == "/proc/self/mountinfo" else name)
+
+    monkeypatch.setattr(module, "Path", listing)
+    with path.open() as file:
+        assert module._file_system(file.fileno()) == ""
+
+
+def test_a_system_without_the_signal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no signal to spare, the file is read."""
+    monkeypatch.delattr(signal, "SIGSTKFLT")
+    with contextlib.closing(ImageFile(path)) as file:
+        assert file.map(0, PAGE_SIZE) is None
+        assert file.read(0, 8) == memory(0, 1)[:8]

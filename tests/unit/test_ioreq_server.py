@@ -229,7 +229,7 @@ def test_every_vcpu_is_served(guest: MockDomain, live: IoreqServer, device: Memo
                 return False
         return True
 
-    threads = [in_thread(lambda vcpu=vcpu: work(vcpu)) for vcpu in range(4)]  # type: ignore[misc]
+    threads = [in_thread(lambda vcpu=vcpu: work(vcpu)) for vcpu in range(4)]  # type: ignore[misc] # mypy cannot infer it
     for thread, _ in threads:
         thread.join()
     assert [seen for _, seen in threads] == [[True]] * 4
@@ -318,7 +318,7 @@ def test_no_ports(server: IoreqServer, first: int, count: int) -> None:
 def test_a_device_without_methods(server: IoreqServer) -> None:
     """Something that can neither be read nor written is no device."""
     with pytest.raises(TypeError, match="has neither read"):
-        server.claim_ports(PORT, 4, object())  # type: ignore[arg-type]
+        server.claim_ports(PORT, 4, object())  # type: ignore[arg-type] # wrong on purpose
 
 
 def test_an_access_over_two_regions(
@@ -382,7 +382,7 @@ def test_a_handler_that_returns_nonsense(
     guest: MockDomain, live: IoreqServer, value: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is no number of that size is logged, and reads all ones."""
-    live.claim_ports(0x600, 1).read(lambda offset, size: value)  # type: ignore[type-var]
+    live.claim_ports(0x600, 1).read(lambda offset, size: value)  # type: ignore[type-var] # wrong on purpose
     assert guest.port_in(0x600, 1) == 0xFF
     assert live.failures == 1
     assert "PORT read of 1 bytes at 0x600: failed" in caplog.text
@@ -554,7 +554,7 @@ def test_pending_requests_are_answered_on_close(guest: MockDomain, server: Ioreq
     """Closing carries out what waits; after it nobody answers for the ports."""
     server.claim_ports(PORT, 4).read(lambda offset, size: 5)
     with server:
-        threads = [in_thread(lambda v=v: guest.port_in(PORT, vcpu=v)) for v in range(4)]  # type: ignore[misc]
+        threads = [in_thread(lambda v=v: guest.port_in(PORT, vcpu=v)) for v in range(4)]  # type: ignore[misc] # mypy cannot infer it
         wait_for_requests(server, 4)
     for thread, _ in threads:
         thread.join()
@@ -634,9 +634,9 @@ def test_no_server_for_that(guest: MockDomain, cache: MapCache) -> None:
     """What is no domain or no cache is refused, and so is a cache of another domain."""
     for domain in ("3", None, True, 3.0):
         with pytest.raises(TypeError, match="domain must be"):
-            IoreqServer(domain, cache)  # type: ignore[arg-type]
+            IoreqServer(domain, cache)  # type: ignore[arg-type] # wrong on purpose
     with pytest.raises(TypeError, match="cache must be"):
-        IoreqServer(guest, cache.backend)  # type: ignore[arg-type]
+        IoreqServer(guest, cache.backend)  # type: ignore[arg-type] # wrong on purpose
     with pytest.raises(ValueError, match="the cache maps domain 1, the server is for domain 7"):
         IoreqServer(7, cache)
 
@@ -688,7 +688,7 @@ def test_a_guest_that_never_stops_asking(server: IoreqServer, device: Memory) ->
         link = server._link
         assert link is not None
         port = next(iter(server._vcpus))
-        link.pending = lambda: port  # type: ignore[method-assign]
+        link.pending = lambda: port  # type: ignore[method-assign] # for this test alone
         assert server.process_pending() == 0
 
 
@@ -727,7 +727,7 @@ def test_what_ends_the_thread_is_raised(
         link = server._link
         assert link is not None
         server.process_pending()  # the events of binding
-        link.unmask = fail  # type: ignore[method-assign]
+        link.unmask = fail  # type: ignore[method-assign] # for this test alone
         with pytest.raises(XenCallError, match="xenevtchn_unmask failed"), server.serving():
             thread, seen = in_thread(lambda: guest.port_in(PORT))
             assert failed.wait(20)
@@ -765,7 +765,7 @@ def test_asyncio_ends_with_what_fails(server: IoreqServer) -> None:
         await asyncio.sleep(0)
         link = server._link
         assert link is not None
-        link.pending = lambda: (_ for _ in ()).throw(XenCallError("x", 1, errno.EIO))  # type: ignore[method-assign]
+        link.pending = lambda: (_ for _ in ()).throw(XenCallError("x", 1, errno.EIO))  # type: ignore[method-assign] # for this test alone
         link.unmask(110)
         with pytest.raises(XenCallError):
             await asyncio.wait_for(task, 20)
@@ -1105,7 +1105,7 @@ def test_an_invalidate_that_is_given_up(
         def interrupt() -> None:
             raise KeyboardInterrupt
 
-        link.disable = interrupt  # type: ignore[method-assign]
+        link.disable = interrupt  # type: ignore[method-assign] # for this test alone
         with pytest.raises(KeyboardInterrupt):
             server.close()
         thread.join()
@@ -1122,7 +1122,7 @@ def test_a_notify_that_does_not_come_through(
     server.claim_ports(PORT, 4).read(lambda offset, size: 5)
     with server:
         server.process_pending()
-        threads = [in_thread(lambda v=v: guest.port_in(PORT, vcpu=v)) for v in range(4)]  # type: ignore[misc]
+        threads = [in_thread(lambda v=v: guest.port_in(PORT, vcpu=v)) for v in range(4)]  # type: ignore[misc] # mypy cannot infer it
         wait_for_requests(server, 4)
         link = server._link
         assert link is not None
@@ -1133,7 +1133,7 @@ def test_a_notify_that_does_not_come_through(
                 raise errors.pop()
             notify(port)
 
-        link.notify = fail_once  # type: ignore[method-assign]
+        link.notify = fail_once  # type: ignore[method-assign] # for this test alone
         if goes_on:
             with pytest.raises(type(error)):
                 server.process_pending()
@@ -1222,7 +1222,7 @@ def test_both_errors_are_seen(guest: MockDomain, server: IoreqServer) -> None:
             failed.set()
             raise XenCallError("xenevtchn_pending", 1, errno.EIO)
 
-        link.pending = fail  # type: ignore[method-assign]
+        link.pending = fail  # type: ignore[method-assign] # for this test alone
         with pytest.raises(XenCallError) as caught, server.serving():
             assert failed.wait(20)
             raise TimeoutError("the guest is stuck")
@@ -1247,11 +1247,11 @@ def test_misuse(guest: MockDomain, server: IoreqServer, cache: MapCache) -> None
     """Each mistake is named where it is made."""
     for count in ("1", 1.5, None):
         with pytest.raises(TypeError, match="count must be an int"):
-            server.claim_ports(PORT, count)  # type: ignore[arg-type]
+            server.claim_ports(PORT, count)  # type: ignore[arg-type] # wrong on purpose
     with pytest.raises(TypeError, match="callback 5 cannot be called"):
-        server.on_quiesce(5)  # type: ignore[type-var]
+        server.on_quiesce(5)  # type: ignore[type-var] # wrong on purpose
     with pytest.raises(TypeError, match="handler None cannot be called"):
-        server.claim_ports(PORT, 4).read(None)  # type: ignore[type-var]
+        server.claim_ports(PORT, 4).read(None)  # type: ignore[type-var] # wrong on purpose
     with pytest.raises(ValueError, match="irq 16 is not in"):
         server.set_isa_irq(16, True)
     with pytest.raises(ValueError, match="pin 4 is not in"):

@@ -18,6 +18,7 @@ from xenmapcache import (
     ClosedError,
     DmaDirection,
     FaultError,
+    Lease,
     LeaseError,
     LeaseKind,
     MapCache,
@@ -28,6 +29,7 @@ from xenmapcache import (
 )
 from xenmapcache.backend import Capability
 from xenmapcache.binding import libc
+from xenmapcache.ledger import Ledger
 
 BUCKET = 1 << 16
 AT = 0x200000
@@ -54,7 +56,7 @@ def policy(request: pytest.FixtureRequest) -> str:
 
 
 def connected(domain: MockDomain, backend: Backend, on_stale: str = "warn") -> MapCache:
-    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type]
+    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type] # from parametrize
     domain.on_invalidate(cache.invalidate)
     return cache
 
@@ -96,7 +98,7 @@ def test_what_is_known_of_leases(cache: MapCache) -> None:
     assert (dma.kind, dma.address, dma.length) == (LeaseKind.DMA, AT + 1, 2)
     assert (dma.owner, dma.direction) == ("disk0", DmaDirection.FROM_DEVICE)
     assert dma.id > device.id
-    assert device.age >= dma.age >= 0
+    assert min(device.age, dma.age) >= 0  # measured one after the other, under whatever load
     assert not device.stale
     assert device.origin is None
     assert "DEVICE lease of 'vga': address 0x200000, length 0x40, age " in str(device)
@@ -167,6 +169,27 @@ def test_a_lease_is_released_once(cache: MapCache) -> None:
         other.release()  # inside the block: leaving it does not release again
 
 
+def test_a_lease_that_ended_in_time_is_not_stale(cache: MapCache) -> None:
+    """What comes after the release is no business of the lease's, nor of its name in a log."""
+    lease = cache.map_dma(AT, 8, owner="t")
+    lease.release()
+    cache.invalidate()
+    assert not lease.stale
+
+
+def test_ended_leases_leave_nothing(backend: Backend) -> None:
+    """However many end between two misses, what the cache notes of them does not grow."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=2 * BUCKET)
+    lease = cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE)
+    for number in range(1, 5):  # a sweep sets the leased bucket aside
+        cache.read(AT + number * BUCKET, 1)
+    assert cache._buckets[AT // BUCKET].parked
+    for _ in range(1000):
+        lease.release()
+        lease = cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE)
+    assert len(cache._lessor.returned) <= 1
+
+
 def test_one_of_two_overlapping_leases_ends(cache: MapCache) -> None:
     """Releases go by handle: the other one resolves and lives (QEMU, 2017 and 2024)."""
     first = cache.map_dma(AT, 2 * BUCKET, owner="a")
@@ -190,7 +213,7 @@ def test_exactly_one_of_many_threads_releases(cache: MapCache) -> None:
         barrier = threading.Barrier(4)
         outcomes: list[str] = []
 
-        def release(lease=lease, barrier=barrier, outcomes=outcomes) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+        def release(lease=lease, barrier=barrier, outcomes=outcomes) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001 - bound now
             barrier.wait()
             try:
                 lease.release()
@@ -263,6 +286,38 @@ def test_release_marks_dirty_what_could_be_written(domain: MockDomain, cache: Ma
     names = [call.name for call in domain.calls]
     assert names[-2:] == ["mark_dirty", "unmap"]
     assert domain.dirty == {0x20F, 0x210}
+
+
+def test_leases_under_way_can_be_reported_dirty(domain: MockDomain, cache: MapCache) -> None:
+    """A migration need not wait for the releases: all that can be written is reported on demand."""
+    cache.map_dma(AT, 8, owner="reads", direction=DmaDirection.TO_DEVICE)
+    assert cache.mark_leases_dirty() == 0
+    cache.map_dma(AT + 0xFFF, 2, owner="disk0", direction=DmaDirection.FROM_DEVICE)
+    cache.map_device(0x800000, 0x2000, owner="vga")
+    cache.map_device(0xC0000, 0x2000, owner="rom", writable=False)
+    cache.map_dma(AT + 0x8000, 8, owner="done").release()
+    for _ in range(2):
+        domain.dirty.clear()
+        assert cache.mark_leases_dirty() == 2
+        assert domain.dirty == {0x200, 0x201, 0x800, 0x801}
+    cache.close(force=True)
+    with pytest.raises(ClosedError):
+        cache.mark_leases_dirty()
+
+
+def test_a_forced_close_marks_dirty_what_could_be_written(
+    domain: MockDomain, cache: MapCache, warnings: Callable[[], list[str]]
+) -> None:
+    """What a device wrote before its cache was closed by force is not lost to a migration."""
+    leases = [cache.map_dma(AT + 0x1000 * n, 8, owner=f"disk{n}") for n in range(3)]
+    cache.map_device(0x800000, 8, owner="rom", writable=False)
+    domain.arm("mark_dirty", errno=errno.EIO, nth=2)
+    cache.close(force=True)
+    assert domain.dirty == {0x200, 0x202}
+    assert all(lease.released for lease in leases)
+    assert next(text for text in warnings() if "'disk1'" in text).startswith(
+        "closed by force, dirty pages are not reported: DMA lease of 'disk1': address 0x201000"
+    )
 
 
 def test_a_release_that_fails_can_be_repeated(domain: MockDomain, cache: MapCache) -> None:
@@ -374,18 +429,45 @@ def test_copy_leaves_alone_what_is_still_the_guests(
     assert domain.read(AT, 0x2000) == b"\x42" * 0x2000
 
 
+def test_copy_is_for_what_is_stale(domain: MockDomain, backend: Backend) -> None:
+    """A lease that no invalidation has met is released without a call, as under other policies."""
+    cache = connected(domain, backend, "copy")
+    reballoon(domain, AT)
+    for take in (cache.map_dma, cache.map_device):
+        lease = take(AT, 8, owner="t")
+        before = cache.stats().maps, len(domain.calls)
+        lease.view[:] = b"in time!"
+        lease.release()
+        assert domain.calls[before[1]].name == "mark_dirty"
+        assert cache.stats().maps == before[0]
+
+
 def test_copy_to_a_page_that_is_gone_is_a_fault(domain: MockDomain, backend: Backend) -> None:
     """What can be delivered is; the rest is named; the lease is given back."""
     cache = connected(domain, backend, "copy")
-    lease = cache.map_dma(AT, 0x3000, owner="t")
-    lease.view[:] = b"\x42" * 0x3000
+    lease = cache.map_dma(AT + 8, 0x3000 - 8, owner="t")
+    lease.view[:] = b"\x42" * (0x3000 - 8)
+    reballoon(domain, AT)
     domain.balloon_out(AT + 0x1000, 0x1000)
     reballoon(domain, AT + 0x2000)
     with pytest.raises(FaultError, match="no page at 0x201000 ") as caught:
         lease.release()
     assert caught.value.length == 0x2000
     assert lease.released
+    assert domain.read(AT, 0x1000) == bytes(8) + b"\x42" * (0x1000 - 8)
     assert domain.read(AT + 0x2000, 0x1000) == b"\x42" * 0x1000
+
+
+def test_a_device_lease_is_no_stale_dma(
+    domain: MockDomain, backend: Backend, warnings: Callable[[], list[str]]
+) -> None:
+    """Its release after an invalidation is neither refused, nor told of, nor counted."""
+    cache = connected(domain, backend, "raise")
+    lease = cache.map_device(AT, 0x1000, owner="vga")
+    reballoon(domain, 0x900000)
+    lease.release()
+    assert warnings() == []
+    assert cache.stats().stale_dma == 0
 
 
 def test_copy_that_fails_can_be_repeated(domain: MockDomain, backend: Backend) -> None:
@@ -464,6 +546,34 @@ def test_replace_that_loses_the_memory_says_so(domain: MockDomain, cache: MapCac
     lease.release()
 
 
+def test_a_lost_lease_can_be_replaced_again(domain: MockDomain, cache: MapCache) -> None:
+    """When that succeeds it shows the guest again, and is not stale; the model test found that."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    domain.write(0x900000, b"new")
+    domain.arm("remap", errno=errno.ENOMEM)
+    with pytest.raises(MappingLostError):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert lease.stale
+    cache.replace(AT, 0x900000, 0x1000)
+    assert not cache.leases()[0].stale
+    assert bytes(lease.view[:3]) == b"new"
+    lease.release()
+
+
+def test_an_address_that_belongs_to_others_is_not_mapped_over(
+    domain: MockDomain, cache: MapCache
+) -> None:
+    """A lease whose address another thread was given is not replaced: it could only be there."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    mapping = lease._mapping
+    assert mapping is not None
+    mapping.abandon()
+    with pytest.raises(LeaseError, match="was lost"):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert not [call for call in domain.calls if call.name == "remap"]
+    domain.unmap(mapping.address, mapping.length)
+
+
 def test_replace_needs_a_device_lease(cache: MapCache) -> None:
     """DMA leases and other ranges are not moved."""
     cache.map_dma(AT, 0x1000, owner="t")
@@ -523,11 +633,11 @@ def test_a_lease_taken_during_an_invalidation_belongs_to_the_next(
 
     def late(sequence: int) -> object:
         cache.map_dma(AT, 8, owner="late")
-        cache._lessor.survivors = survivors  # type: ignore[method-assign]
+        cache._lessor.survivors = survivors  # type: ignore[method-assign] # for this test alone
         return survivors(sequence)
 
     cache.map_dma(AT, 8, owner="early")
-    cache._lessor.survivors = late  # type: ignore[method-assign,assignment]
+    cache._lessor.survivors = late  # type: ignore[method-assign,assignment] # for this test alone
     assert [info.owner for info in cache.invalidate().dma] == ["early"]
     assert [info.owner for info in cache.invalidate().dma] == ["early", "late"]
     assert sum("'late'" in message for message in warnings()) == 1
@@ -593,6 +703,34 @@ def test_a_copy_is_delivered_once(domain: MockDomain, backend: Backend) -> None:
     assert domain.dirty == {0x200}
 
 
+def test_what_a_copy_could_not_reach_is_told_when_the_lease_ends(
+    domain: MockDomain, backend: Backend
+) -> None:
+    """A release that fails in between does not lose the FaultError."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 4, owner="t")
+    domain.balloon_out(AT, 0x1000)
+    lease.view[:] = b"DMA!"
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        lease.release()
+    assert not lease.released
+    with pytest.raises(FaultError, match="no page at 0x200000 "):
+        lease.release()
+    assert lease.released
+
+
+def test_a_release_that_failed_keeps_its_place(domain: MockDomain, cache: MapCache) -> None:
+    """Leases are listed oldest first also after one could not be given back; the model found it."""
+    leases = [cache.map_dma(AT, 4, owner="t") for _ in range(3)]
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        leases[0].release()
+    assert [info.id for info in cache.leases()] == [lease.id for lease in leases]
+    for lease in leases:
+        lease.release()
+
+
 def test_a_replace_that_fails_halfway_is_safe(
     domain: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -609,7 +747,7 @@ def test_a_replace_that_fails_halfway_is_safe(
         calls.append(arguments)
         if len(calls) == 3:
             raise XenCallError("mmap", None, errno.ENOMEM)
-        return original(*arguments, **options)  # type: ignore[arg-type]
+        return original(*arguments, **options)  # type: ignore[arg-type] # whatever it takes
 
     monkeypatch.setattr(libc, "map_file", limited)
     with pytest.raises(MappingLostError, match="ENOMEM"):
@@ -617,3 +755,75 @@ def test_a_replace_that_fails_halfway_is_safe(
     assert bytes(view) == bytes(0x8000)
     assert lease.stale
     lease.release()
+
+
+def test_a_lease_shows_what_became_of_it(domain: MockDomain, backend: Backend) -> None:
+    """Its repr says what and whose it is, whether it is stale, and that it was released."""
+    cache = connected(domain, backend)
+    lease = cache.map_dma(AT, 8, owner="nic")
+    assert repr(lease).startswith("<DMA lease of 'nic': address 0x200000, length 0x8")
+    reballoon(domain, AT)
+    assert repr(lease).startswith("<stale DMA lease of 'nic'")
+    lease.release()
+    assert repr(lease).startswith("<released DMA lease of 'nic'")
+
+
+def test_a_source_without_dirty_pages(domain: MockDomain, backend: Backend) -> None:
+    """Leases and writes, hot ones too, ask such a backend to mark nothing."""
+    backend.capabilities = Capability.WRITE
+    cache = MapCache(backend)
+    with cache.map_dma(AT, 8, owner="t") as lease:
+        lease.view[:] = b"by lease"
+    for _ in range(3):
+        cache.write(AT + 8, b"by write")
+    assert domain.read(AT, 16) == b"by leaseby write"
+    assert domain.dirty == set()
+
+
+@pytest.fixture
+def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lease], None]:
+    """A function that lets a lease be released by another thread right after it was looked up."""
+    kind = type(cache._lessor.ledger)
+    held = kind.held
+
+    def overtake(lease: Lease) -> None:
+        def released_since(ledger: Ledger[Lease], only: LeaseKind | None = None) -> list[Lease]:
+            found = held(ledger, only)
+            if not lease.released:
+                lease.release()
+            return found
+
+        monkeypatch.setattr(kind, "held", released_since)
+
+    return overtake
+
+
+def test_a_replace_that_a_release_overtakes(
+    cache: MapCache, overtaken: Callable[[Lease], None]
+) -> None:
+    """There is nothing to be moved any more, and the error says why."""
+    overtaken(cache.map_device(AT, 0x1000, owner="rom"))
+    with pytest.raises(LeaseError, match="'rom'.* was released meanwhile"):
+        cache.replace(AT, AT + 0x1000, 0x1000)
+
+
+def test_a_resolve_that_a_release_overtakes(
+    cache: MapCache, overtaken: Callable[[Lease], None]
+) -> None:
+    """An address of a lease that has just ended is in none; others are found."""
+    gone, other = (cache.map_device(AT + n * 0x1000, 0x1000, owner=str(n)) for n in range(2))
+    address = gone.host_address
+    overtaken(gone)
+    with pytest.raises(LeaseError, match="lies in no lease that is held"):
+        cache.resolve(address)
+    assert cache.resolve(other.host_address + 5) == AT + 0x1005
+
+
+def test_a_forced_close_that_a_release_overtakes(
+    cache: MapCache, overtaken: Callable[[Lease], None], warnings: Callable[[], list[str]]
+) -> None:
+    """What was given back in time is not warned of."""
+    overtaken(cache.map_dma(AT, 8, owner="t"))
+    cache.close(force=True)
+    assert warnings() == []
+    assert cache.leases() == ()

@@ -265,3 +265,34 @@ def test_the_example_takes_a_kernel_with_symbols(vmlinux: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "searching" not in done.stdout
     assert done.stdout.splitlines()[-1].endswith(": Linux version 6.1.0-test (gcc) #1 SMP")
+
+
+def test_symbols_that_lie_nowhere(guest: MockDomain, tmp_path: Path) -> None:
+    """A symbol outside of all segments is left out; a table without symbols is none."""
+    outside = elf32().replace(struct.pack("<I", 0xC0100010), struct.pack("<I", 0xD0000000))
+    empty = bytearray(elf32())
+    (sections,) = struct.unpack_from("<I", empty, 32)
+    struct.pack_into("<I", empty, sections + 80 + 20, 0)
+    for content in (outside, bytes(empty)):
+        (tmp_path / "kernel").write_bytes(content)
+        assert guest.load_elf(tmp_path / "kernel") == {}
+
+
+def test_a_symbol_table_of_odd_entries(guest: MockDomain, tmp_path: Path) -> None:
+    """Entries of another size than symbols have are refused."""
+    content = bytearray(elf32())
+    (sections,) = struct.unpack_from("<I", content, 32)
+    struct.pack_into("<I", content, sections + 80 + 36, 8)
+    (tmp_path / "kernel").write_bytes(content)
+    with pytest.raises(CorruptImageError, match="symbol table of no size that there is"):
+        guest.load_elf(tmp_path / "kernel")
+
+
+def test_symbols_without_names(guest: MockDomain, tmp_path: Path) -> None:
+    """A table of names that is empty is refused, naming which section it is."""
+    content = bytearray(elf32())
+    (sections,) = struct.unpack_from("<I", content, 32)
+    struct.pack_into("<I", content, sections + 120 + 20, 0)
+    (tmp_path / "kernel").write_bytes(content)
+    with pytest.raises(CorruptImageError, match="no section 3 with the names of its symbols"):
+        guest.load_elf(tmp_path / "kernel")

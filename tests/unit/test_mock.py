@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
+from xenmapcache.binding import libc
 
 
 def test_a_hole_really_faults(domain: MockDomain) -> None:
@@ -192,3 +194,26 @@ def test_nothing_stays_open() -> None:
     assert bytes(view) == b"\0"
     view.release()
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("function", ["dont_fork", "map_file"])
+def test_a_map_call_that_the_kernel_fails_leaves_nothing(
+    domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """What was mapped of it is unmapped before the error is raised."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise XenCallError(function, None, errno.ENOMEM)
+
+    domain.balloon_out(0x5000, 0x1000)  # so that it takes more than one call
+    before = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    with monkeypatch.context() as patch:
+        patch.setattr(libc, function, fail)
+        with pytest.raises(XenCallError) as caught:
+            backend.map(0, 16, writable=True)
+    assert caught.value.errno == errno.ENOMEM
+    after = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    assert [line for line in after if "xenmapcache-mock" in line] == [
+        line for line in before if "xenmapcache-mock" in line
+    ]
+    backend.map(0, 16, writable=True)

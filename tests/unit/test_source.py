@@ -162,3 +162,10 @@ def test_names_without_xl(xl: Path) -> None:
     xl.unlink()
     with pytest.raises(BackendUnavailableError, match="xl is not installed.*by its number"):
         find_domain("web")
+
+
+def test_an_xl_that_does_not_start(xl: Path) -> None:
+    """A file that the system cannot run says which command failed, and why."""
+    xl.write_bytes(b"\x7fELF")
+    with pytest.raises(BackendUnavailableError, match="xl domid web failed: .*Exec format error"):
+        find_domain("web")

@@ -42,7 +42,7 @@ class Timed(MapCache):
     """Notes how long each invalidation takes."""
 
     def __init__(self, *arguments: object, **options: object) -> None:
-        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        super().__init__(*arguments, **options)  # type: ignore[arg-type] # whatever it takes
         self.times: list[float] = []
 
     def invalidate(self) -> Invalidation:

@@ -307,7 +307,7 @@ def test_written_pages_are_logged(served: Served) -> None:
         assert log.dirty() == {first, first + 1, first + 3, first + 4}
 
         log.dirty(CLEAN)
-        backend.log_dirty = False  # type: ignore[attr-defined]
+        backend.log_dirty = False  # type: ignore[attr-defined] # a XenBackend
         cache.write(first * PAGE_SIZE, b"8 bytes.")
         assert log.dirty() == set()
     for cpu in (0, 1):

@@ -38,7 +38,7 @@ PATIENCE = 60.0
 def cache(request: pytest.FixtureRequest, live_domid: int) -> Iterator[MapCache]:
     name, binding = request.param
     with open_backend(name, domid=live_domid, binding=binding) as backend:
-        assert backend.binding == binding  # type: ignore[attr-defined]
+        assert backend.binding == binding  # type: ignore[attr-defined] # a XenBackend's
         with MapCache(backend) as cache:
             yield cache
 

@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from .. import __version__
 from ..address import PAGE_SIZE
-from ..backend import open_backend
+from ..backend import Backend, open_backend
 from ..binding.control import Control
 from ..binding.declarations import (
     CONTROL,
@@ -35,8 +36,7 @@ from ..binding.devicemodel import DeviceModel
 from ..binding.eventchannel import EventChannels
 from ..binding.foreignmemory import ForeignMemory
 from ..binding.handle import Handle, find_library, xen_version
-from ..binding.loader import get_loader
-from ..errors import BackendUnavailableError, XenCallError, XenMapCacheError
+from ..errors import BackendUnavailableError, FaultError, XenCallError, XenMapCacheError
 from ..source import XL_PATH
 from .output import Output, print_json
 
@@ -87,19 +87,16 @@ def check_python() -> Iterator[Finding]:
     section = "Python"
     version = f"{platform.python_implementation()} {platform.python_version()}"
     yield Finding(section, "xenmapcache", "ok", f"{__version__}, {version}, {platform.machine()}")
-    if get_loader().name == "cffi":
-        number = import_module("_cffi_backend").__version__
-        yield Finding(
-            section, "binding", "ok", f"cffi {number} (preferred to ctypes)", "", {"name": "cffi"}
-        )
-        return
     try:
         import_module("xenmapcache.binding.cffi_loader")
-        reason = "cffi was not chosen"
+        number = import_module("_cffi_backend").__version__
     except ImportError as error:
-        reason = f"cffi cannot be imported: {error}"
-    remedy = "it works as well, only slower; for the other: pip install cffi"
-    yield Finding(section, "binding", "note", f"ctypes ({reason})", remedy, {"name": "ctypes"})
+        text = f"ctypes (cffi cannot be imported: {error})"
+        remedy = "it works as well, only slower; for the other: pip install cffi"
+        yield Finding(section, "binding", "note", text, remedy, {"name": "ctypes"})
+        return
+    text = f"cffi {number} (preferred to ctypes)"
+    yield Finding(section, "binding", "ok", text, "", {"name": "cffi"})
 
 
 # --- libraries ----------------------------------------------------------------------
@@ -328,15 +325,7 @@ def _map_page(name: str, domid: int) -> Iterator[Finding]:
     section, subject = "Live guest", f"backend {name!r}"
     try:
         with open_backend(name, domid=domid) as backend:
-            for gfn in GFNS_TO_TRY:
-                mapping = backend.map(gfn, 1, writable=False)
-                if mapping.valid(0, PAGE_SIZE):
-                    size = len(bytes(mapping.view(0, PAGE_SIZE)))
-                    text = f"mapped gfn {gfn:#x}, read {size} bytes"
-                    details: dict[str, object] = {"mapped": True, "gfn": gfn}
-                    yield Finding(section, subject, "ok", text, "", details)
-                    return
-            mapping.view(0, PAGE_SIZE)
+            gfn, size = _read_page(backend)
     except XenCallError as error:
         remedy = error.hint or "see the kernel's log and xl dmesg"
         text = str(error).removesuffix(f": {error.hint}")
@@ -345,7 +334,20 @@ def _map_page(name: str, domid: int) -> Iterator[Finding]:
     except XenMapCacheError as error:
         text = str(error)
         remedy = "a PV guest has no guest-physical memory: try a PVH or HVM one"
+    else:
+        text = f"mapped gfn {gfn:#x}, read {size} bytes"
+        yield Finding(section, subject, "ok", text, "", {"mapped": True, "gfn": gfn})
+        return
     yield Finding(section, subject, "problem", text, remedy, {"mapped": False})
+
+
+def _read_page(backend: Backend) -> tuple[int, int]:
+    """Return the first page that is there of some that most guests have, and its size as read."""
+    *others, last = GFNS_TO_TRY
+    for gfn in others:
+        with suppress(FaultError):
+            return gfn, len(bytes(backend.map(gfn, 1, writable=False).view(0, PAGE_SIZE)))
+    return last, len(bytes(backend.map(last, 1, writable=False).view(0, PAGE_SIZE)))
 
 
 # --- the report ---------------------------------------------------------------------

@@ -10,6 +10,8 @@ from ..address import parse_size
 
 ERROR = 2
 
+_Commands = Any
+"""What ``add_subparsers`` returns; argparse has no public name for it."""
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """What shtab takes for an argument that is a file."""
 _SOURCES = """sources:
@@ -92,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any,  # noqa: ANN401 - argparse has no public name for it
+    commands: _Commands,
     name: str,
     run: str,
     summary: str,
@@ -130,7 +132,7 @@ def _add_range(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _info(commands: Any) -> None:  # noqa: ANN401
+def _info(commands: _Commands) -> None:
     parser = _command(
         commands,
         "info",
@@ -147,7 +149,7 @@ def _info(commands: Any) -> None:  # noqa: ANN401
     parser.add_argument("--all", action="store_true", help="all ranges, however many they are")
 
 
-def _read(commands: Any) -> None:  # noqa: ANN401
+def _read(commands: _Commands) -> None:
     parser = _command(
         commands,
         "read",
@@ -175,7 +177,7 @@ def _read(commands: Any) -> None:  # noqa: ANN401
     )
 
 
-def _find(commands: Any) -> None:  # noqa: ANN401
+def _find(commands: _Commands) -> None:
     parser = _command(
         commands,
         "find",
@@ -211,7 +213,7 @@ def _find(commands: Any) -> None:  # noqa: ANN401
     what.add_argument("--count", action="store_true", help="only how many there are")
 
 
-def _strings(commands: Any) -> None:  # noqa: ANN401
+def _strings(commands: _Commands) -> None:
     parser = _command(
         commands,
         "strings",
@@ -240,7 +242,7 @@ def _strings(commands: Any) -> None:  # noqa: ANN401
     _add_range(parser)
 
 
-def _dump(commands: Any) -> None:  # noqa: ANN401
+def _dump(commands: _Commands) -> None:
     parser = _command(
         commands,
         "dump",
@@ -266,7 +268,7 @@ def _dump(commands: Any) -> None:  # noqa: ANN401
     _add_range(parser)
 
 
-def _diff(commands: Any) -> None:  # noqa: ANN401
+def _diff(commands: _Commands) -> None:
     parser = _command(
         commands,
         "diff",
@@ -286,7 +288,7 @@ def _diff(commands: Any) -> None:  # noqa: ANN401
     _add_range(parser)
 
 
-def _demo(commands: Any) -> None:  # noqa: ANN401
+def _demo(commands: _Commands) -> None:
     _command(
         commands,
         "demo",
@@ -299,7 +301,7 @@ def _demo(commands: Any) -> None:  # noqa: ANN401
     )
 
 
-def _doctor(commands: Any) -> None:  # noqa: ANN401
+def _doctor(commands: _Commands) -> None:
     parser = _command(
         commands,
         "doctor",

@@ -693,7 +693,8 @@ def _signals(wake: int) -> Iterator[list[int]]:
     pid = os.getpid()
 
     def handle(number: int, _: FrameType | None) -> None:
-        if os.getpid() != pid:  # forked off by a handler: nobody handles it here
+        # Forked off by a handler: nobody handles it here.
+        if os.getpid() != pid:  # pragma: no cover - ends a process that then cannot tell; tested
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

@@ -40,6 +40,7 @@ def wheel(project: Path, folder: Path) -> Path:
     source = folder / "source"
     shutil.copytree(project, source, ignore=shutil.ignore_patterns(*LEFT_OUT, "tests", "docs"))
     command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source)]
+    output = ""
     for options in (["--no-isolation"], []):  # offline where the build backend is here already
         done = subprocess.run(
             [*command, *options],
@@ -52,7 +53,8 @@ def wheel(project: Path, folder: Path) -> Path:
             shutil.rmtree(source)
             (built,) = folder.glob("*.whl")
             return built
-    tail = "\n".join(done.stdout.splitlines()[-15:])
+        output = done.stdout
+    tail = "\n".join(output.splitlines()[-15:])
     raise LabUnavailableError(f"the wheel cannot be built:\n{tail}")
 
 

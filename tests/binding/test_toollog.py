@@ -1,0 +1,77 @@
+"""Xen's complaints on their way to logging: without the library, without memory, in masses."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+import pytest
+
+from tests.descriptors import open_files
+from tests.fake_xen import DOMID, Behaviour, FakeXen
+from xenmapcache.binding import libc, toollog
+from xenmapcache.binding.declarations import TOOL_LOG, Library
+from xenmapcache.binding.foreignmemory import ForeignMemory
+from xenmapcache.binding.loader import Function
+from xenmapcache.errors import XenCallError
+
+
+class StandIn:
+    """A loader that finds a libxentoollog on any machine, or none."""
+
+    name = "stand-in"
+
+    def __init__(self, *, installed: bool = True) -> None:
+        self.installed = installed
+
+    def open(self, library: Library, path: str) -> dict[str, Function]:
+        assert (library, path) == (TOOL_LOG, TOOL_LOG.soname)
+        if not self.installed:
+            raise OSError("no such file")
+        return {
+            "xtl_createlogger_stdiostream": lambda *_: (1, 0),
+            "xtl_logger_destroy": lambda *_: (0, 0),
+        }
+
+
+def test_without_the_library(
+    fake: FakeXen, binding: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Xen is handed no logger, so it writes to stderr; calls and their errors are the same."""
+    caplog.set_level(logging.DEBUG, "xenmapcache.xen")
+    monkeypatch.setattr(toollog, "TOOL_LOG", TOOL_LOG._replace(soname="libnowhere.so.1"))
+    with ForeignMemory(binding=binding, library=fake.library) as memory:
+        assert fake.calls[0].arguments[0] == 0
+        fake.plan("xenforeignmemory_restrict", Behaviour.FAIL, errno.EBUSY)
+        with pytest.raises(XenCallError, match="EBUSY"):
+            memory.restrict(DOMID)
+    assert "Xen will write to stderr" in caplog.text
+
+
+def test_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where C can make no stream the error says so, and its file is closed."""
+    functions = {**libc.functions(), "fdopen": lambda *_: (0, errno.ENOMEM)}
+    monkeypatch.setattr(toollog, "libc_functions", lambda: functions)
+    before = open_files()
+    with pytest.raises(OSError, match="fdopen") as caught:
+        toollog.ToolLog(StandIn())
+    assert caught.value.errno == errno.ENOMEM
+    assert open_files() == before
+
+
+def test_a_flood_of_complaints(caplog: pytest.LogCaptureFixture) -> None:
+    """What Xen says is brought once, in order; its file does not grow for ever."""
+    caplog.set_level(logging.DEBUG, "xenmapcache.xen")
+    before = open_files()
+    log = toollog.ToolLog(StandIn())
+    for number in range(5):
+        os.write(log._fd, f"complaint {number}\n".encode() + b"x" * 30_000 + b"\n")
+        assert log.drain().startswith(f"complaint {number}; xxx")
+        assert os.fstat(log._fd).st_size < 100_000
+    assert [record.message for record in caplog.records][::2] == [
+        f"complaint {number}" for number in range(5)
+    ]
+    log.close()
+    log.close()
+    assert open_files() == before
