@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
-.PHONY: demo test coverage mutants test-xen lint bench bench-xen docs man completion clean
+.PHONY: demo test coverage mutants test-xen lint bench bench-dma bench-scaling bench-xen docs man completion clean
 
 demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
 	@$(BIN)/xenmapcache demo
@@ -34,6 +34,12 @@ mutants: $(VENV)/test.stamp  ## break the package in many places, and see each b
 
 bench: $(PEERS_VENV)/stamp  ## the promised speed, and ours beside peers; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks $(ARGS)
+
+bench-dma: $(PEERS_VENV)/stamp  ## map calls of DMA, ours beside other policies; ARGS=--write for the docs
+	$(PEERS_VENV)/bin/python -m tests.benchmarks.dma $(ARGS)
+
+bench-scaling: $(PEERS_VENV)/stamp  ## cost against size; ARGS=--write for the docs
+	$(PEERS_VENV)/bin/python -m tests.benchmarks.scaling $(ARGS)
 
 bench-xen: $(VENV)/test.stamp  ## the speed of device models on a real Xen, under emulation
 	set -e; for xen in $(XEN); do \

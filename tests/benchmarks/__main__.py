@@ -23,6 +23,7 @@ from tests.benchmarks.images import FORMATS, make_images
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.promises import promises
 from tests.benchmarks.report import PAGE, Report
+from tests.benchmarks.timing import pin
 from xenmapcache.address import MiB, parse_size
 
 
@@ -59,8 +60,7 @@ def run(options: argparse.Namespace) -> Report:
     Raises:
         WrongBytesError: a candidate does not give what is in the image.
     """
-    if cpus := os.sched_getaffinity(0):
-        os.sched_setaffinity(0, {max(cpus)})
+    pin()
     candidates = [*BARE, *OURS, *([] if options.without_peers else PEERS)]
     candidates.sort(key=lambda each: FORMATS.index(each.format))  # what reads the same, together
     with tempfile.TemporaryDirectory() as folder:

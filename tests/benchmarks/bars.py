@@ -22,6 +22,7 @@ LEGEND = {"ours": "xenmapcache", "bare": "nothing but Python", "peer": "packages
 def draw(rows: Sequence[Row]) -> Path:
     """Draw the measured rows, grouped by how the guest is there; return the file."""
     from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
 
     measured = [row for row in rows if row.figures]
     places, labels = positions(measured)
@@ -30,7 +31,7 @@ def draw(rows: Sequence[Row]) -> Path:
         panel(axes, measured, places, name)
     panels[0][0].set_yticks(places, labels)
     panels[0][0].invert_yaxis()
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in LEGEND]
+    handles = [Rectangle((0, 0), 1, 1, color=COLOURS[kind]) for kind in LEGEND]
     figure.legend(handles, LEGEND.values(), loc="outside lower center", ncols=3, frameon=False)
     path = chart.save(figure, "peers")
     pyplot.close(figure)

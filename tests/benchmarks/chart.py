@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parents[2] / "docs" / "charts"
+LINES = {
+    "color": ["#1b6ca8", "#d9722b", "#3a8f4d", "#8a5fa8", "#555555", "#b0892f", "#b0415a"],
+    "marker": list("osD^vPX"),
+}
+"""How lines are told apart: ``axes.set_prop_cycle(**LINES)``."""
 
 mpl.use("svg")
 mpl.rcParams.update(

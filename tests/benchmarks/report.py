@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +11,7 @@ from tests.benchmarks.comparison import NAMES, Row
 from tests.benchmarks.footprint import Footprint
 from tests.benchmarks.promises import HEADINGS as PROMISE_HEADINGS
 from tests.benchmarks.promises import Promise
-from tests.benchmarks.timing import Figure, processor
+from tests.benchmarks.timing import Figure, machine
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 COMMAND = "make bench"
@@ -60,11 +57,7 @@ class Report(NamedTuple):
         return [row for row in self.rows if row.figures]
 
     def machine(self) -> str:
-        return (
-            f"{processor()}, {os.cpu_count()} CPUs, pinned to one; Linux {platform.release()}; "
-            f"CPython {platform.python_version()}; {time.strftime('%Y-%m-%d', time.gmtime())}. "
-            f"{self.size // MiB} MiB, {self.rounds} rounds."
-        )
+        return f"{machine()} {self.size // MiB} MiB, {self.rounds} rounds."
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -168,13 +161,13 @@ def markdown(headings: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (headings, sides, *lines))
 
 
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- output: {COMMAND}, {name} -->", f"<!-- end of output: {COMMAND}, {name} -->"
+def markers(name: str, command: str = COMMAND) -> tuple[str, str]:
+    return f"<!-- output: {command}, {name} -->", f"<!-- end of output: {command}, {name} -->"
 
 
-def rewrite(page: Path, name: str, text: str) -> None:
+def rewrite(page: Path, name: str, text: str, command: str = COMMAND) -> None:
     """Put a text between the markers of that name in a page."""
-    begin, end = markers(name)
+    begin, end = markers(name, command)
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, found_end, after = rest.partition(end)
     if not found or not found_end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -48,3 +49,17 @@ def processor() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
+
+
+def machine() -> str:
+    """Return what figures depend on, in a line."""
+    return (
+        f"{processor()}, {os.cpu_count()} CPUs, pinned to one; Linux {platform.release()}; "
+        f"CPython {platform.python_version()}; {time.strftime('%Y-%m-%d', time.gmtime())}."
+    )
+
+
+def pin() -> None:
+    """Stay on one processor from here on."""
+    if cpus := os.sched_getaffinity(0):
+        os.sched_setaffinity(0, {max(cpus)})
