@@ -6,7 +6,9 @@ The part of :class:`.cache.MapCache` that knows nothing of what the memory is us
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import sys
 import threading
 import time
 import weakref
@@ -27,6 +29,7 @@ Piece = TypeVar("Piece")
 
 _PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
 _EMERGENCY = 64  # buckets to give back when the kernel has no room
+_FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 _BUCKET_SHIFTS = range(PAGE_SHIFT, 31)
 
 
@@ -111,13 +114,18 @@ class Buckets:
         if self._closed:
             raise ClosedError("this map cache is closed")
 
-    def _drop_all(self) -> None:
-        # New dictionaries, not emptied ones: a reader in another thread may be between
-        # the look-up and the slice, and what it found must not die under the lock.
+    def _drop_all(self) -> tuple[dict[int, Mapping], dict[int, Memory], dict[int, memoryview]]:
+        """Return what was resident, to be cleared without the lock; called under it.
+
+        New dictionaries take its place at once: mappings are not to die under the lock. The old
+        ones are cleared, not just let go: without a GIL a dictionary dies in the thread that
+        made it, and with it all that it holds, and that thread may sleep.
+        """
+        dropped = self._buckets, self._readable, self._writable
         self._readable, self._writable, self._buckets = {}, {}, {}
         self._touched.clear()
         self._clock.clear()
-        self._lessor.parked.clear()
+        return dropped
 
     def _pieces(
         self, address: int, length: int, take: Callable[[Mapping, int, int], Piece]
@@ -195,8 +203,8 @@ class Buckets:
                         break
                 with pending.done:
                     pass
-            gfn = index << self._shift - PAGE_SHIFT
-            fresh = self._map(gfn, self._size >> PAGE_SHIFT)
+            mapping = None  # one with a hole may have to make room for what replaces it
+            fresh = self._map(index << self._shift - PAGE_SHIFT, self._size >> PAGE_SHIFT)
             with self._lock:
                 self._check_open()
                 self._misses += 1
@@ -205,9 +213,9 @@ class Buckets:
                     self._holes += 1
                 # A bucket that was mapped before an invalidation serves this access,
                 # which had begun by then, and no other.
-                if sequence == self._lessor.sequence and (usable or mapping is None):
-                    if index not in self._buckets or gfn in self._lessor.parked:
-                        self._lessor.parked.discard(gfn)
+                former = self._buckets.get(index)
+                if sequence == self._lessor.sequence and (usable or former is None):
+                    if former is None or former.parked:
                         self._clock.append(index)
                     self._buckets[index] = fresh
         finally:
@@ -222,7 +230,7 @@ class Buckets:
         try:
             raise fault
         finally:
-            del fresh, mapping, fault  # no traceback is to keep the memory
+            del fresh, former, fault  # no traceback is to keep the memory
 
     def _admit(self, index: int, mapping: Mapping) -> None:
         """Let accesses find a bucket without coming here; called under the lock.
@@ -298,6 +306,8 @@ class Buckets:
                 )
             patience -= 1
             time.sleep(0.001)
+            if _FREE_THREADED and patience % 10 == 5:
+                gc.collect()  # what was made by threads that sleep dies no sooner
 
     def _leased(self) -> int:
         """Return how many bytes are mapped that leases hold."""
@@ -312,7 +322,6 @@ class Buckets:
         A leased one is parked outside of the clock, or every sweep would meet it.
         """
         victims = []
-        parked = self._lessor.parked
         with self._lock:
             self._count()
             for _ in range(2 * len(self._clock)):
@@ -323,10 +332,10 @@ class Buckets:
                 if mapping is None:  # a signal's handler has invalidated all, just now
                     continue
                 if mapping.holders:
-                    parked.add(mapping.gfn)
+                    mapping.parked = True
                     if mapping.holders:
                         continue
-                    parked.discard(mapping.gfn)  # a release that saw nothing to tell came between
+                    mapping.parked = False  # a release that saw nothing to tell came between
                 accessed = index in self._readable or index in self._touched
                 self._readable.pop(index, None)
                 self._writable.pop(index, None)
@@ -342,17 +351,17 @@ class Buckets:
 
     def _count(self) -> None:
         """Bring the books up to date with what finalizers and releases left; under the lock."""
-        lessor = self._lessor
-        freed, returned, stale = self._freed, lessor.returned, lessor.returned_stale
+        freed, returned, stale = self._freed, self._lessor.returned, self._lessor.returned_stale
         while freed:
             length = freed.popleft()
             self._resident -= abs(length)
             self._unmaps += length > 0
         while returned:
-            gfn = returned.popleft()
-            if gfn in lessor.parked:  # and was not dropped by an invalidation meanwhile
-                lessor.parked.discard(gfn)
-                self._clock.append(gfn >> self._shift - PAGE_SHIFT)
+            index = returned.popleft() >> self._shift - PAGE_SHIFT
+            mapping = self._buckets.get(index)
+            if mapping is not None and mapping.parked:
+                mapping.parked = False
+                self._clock.append(index)
         while stale:
             stale.popleft()
             self._stale_dma += 1

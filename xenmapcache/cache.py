@@ -351,6 +351,7 @@ class MapCache(Buckets):
                     )
                     mapping.holders.add(lease.id)
                     return lease
+            del mapping  # one with a hole may have to make room for what replaces it
             # Once fetched it may be gone again, by an invalidation: then it is fetched anew.
             self._fetch(index, start, length)
             hit = 0
@@ -385,9 +386,12 @@ class MapCache(Buckets):
             mapping = lease._mapping  # noqa: SLF001 - the cache made it
             if mapping is None:
                 raise LeaseError(f"{lease!r} was released meanwhile")
+            if mapping.abandoned:  # and what lives there now is not to be mapped over
+                raise LeaseError(f"the memory of {lease!r} was lost")
             try:
                 self._backend.remap(mapping, new_address >> PAGE_SHIFT)
                 with self._lock:
+                    lease.lost = False
                     mapping.gfn = new_address >> PAGE_SHIFT
                     lease.address = new_address
             except BaseException as error:
@@ -412,11 +416,10 @@ class MapCache(Buckets):
             LeaseError: no held lease covers it.
         """
         host_address = as_int("host_address", host_address)
-        for kind in LeaseKind:  # all at once they would be sorted, by age
-            for lease in self._lessor.ledger.held(kind):
-                offset = host_address - lease._host_address  # noqa: SLF001 - the cache made it
-                if 0 <= offset < lease.length and not lease.released:
-                    return lease.address + offset
+        for lease in self._lessor.ledger.held():
+            offset = host_address - lease._host_address  # noqa: SLF001 - the cache made it
+            if 0 <= offset < lease.length and not lease.released:
+                return lease.address + offset
         raise LeaseError(f"host address {host_address:#x} lies in no lease that is held")
 
     def leases(self) -> tuple[LeaseInfo, ...]:
@@ -454,13 +457,11 @@ class MapCache(Buckets):
             self._check_open()
             lessor = self._lessor
             lessor.sequence = sequence = lessor.sequence + 1
-            buckets = self._buckets
-            dropped = len(buckets)
-            # The size before they die; they die below, outside of the lock.
+            dropped = len(self._buckets)
             size = dropped << self._shift
-            if dropped:
-                self._drop_all()
-        del buckets
+            gone = self._drop_all() if dropped else ()
+        for resident in gone:
+            resident.clear()  # here they die, outside of the lock
         if not len(lessor.ledger):
             return Invalidation(sequence, dropped, size, (), ())
         return Invalidation(sequence, dropped, size, *lessor.survivors(sequence))
@@ -557,9 +558,9 @@ class MapCache(Buckets):
                     "Release them, or close(force=True)"
                 )
             self._closed = True
-            buckets = self._buckets
-            self._drop_all()
-        del buckets
+            gone = self._drop_all()
+        for resident in gone:
+            resident.clear()
         for lease in held:
             self._lessor.drop(lease)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections import deque
 from typing import Literal, Self, get_args
 
@@ -38,7 +39,7 @@ class Lease(LeaseRecord):
     succeeds. The bytes themselves are shared with the guest.
     """
 
-    __slots__ = ("_host_address", "_lessor", "_mapping", "_released_at", "_view")
+    __slots__ = ("_host_address", "_lessor", "_mapping", "_released_at", "_undelivered", "_view")
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Lease(LeaseRecord):
         self._mapping: Mapping | None = mapping
         self._view: memoryview | None = view if writable else view.toreadonly()
         self._released_at: int | None = None
+        self._undelivered: FaultError | None = None  # kept for when the lease ends
 
     def __repr__(self) -> str:
         state = "released " if self.released else "stale " if self.stale else ""
@@ -140,14 +142,13 @@ class Lessor:
     Attributes:
         sequence: the number of invalidations so far.
         forked: set by the cache in a child process, where nothing of this may be used.
-        parked: first frames of the leased buckets that the cache's sweep has set aside.
-        returned: those of them whose last lease ended, until the cache next holds its lock
-            and sweeps them again.
+        returned: first frames of parked buckets whose last lease ended, until the cache next
+            holds its lock and sweeps them again.
         returned_stale: has one more entry per DMA lease that was stale when it came back,
             until the cache counts those too.
 
-    Synchronization: takes no lock, so that any thread and any finalizer may release;
-    the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
+    Synchronization: taking back takes no lock, so that any thread and any finalizer may
+    release; the ledger decides who was first. ``sequence`` is changed by the cache, under its lock.
     """
 
     def __init__(self, backend: Backend, on_stale: OnStale, record_origin: bool) -> None:
@@ -165,7 +166,7 @@ class Lessor:
         self.forked = False
         self.ledger: Ledger[Lease] = Ledger()
         self.sequence = 0
-        self.parked: set[int] = set()
+        self._warning = threading.RLock()  # two invalidations at once: who warns of a lease
         self.returned: deque[int] = deque()
         self.returned_stale: deque[int] = deque()
 
@@ -213,8 +214,10 @@ class Lessor:
                 continue
             dma.append(info)
             if not lease.warned:
-                logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
-                lease.warned = True
+                with self._warning:
+                    warned, lease.warned = lease.warned, True
+                if not warned:
+                    logger.warning("invalidation %d: still held, may be lost: %s", sequence, info)
         return tuple(device), tuple(dma)
 
     def take_back(self, lease: Lease) -> None:
@@ -260,10 +263,10 @@ class Lessor:
     def _end(self, lease: Lease) -> None:
         mapping, lease._mapping = lease._mapping, None  # noqa: SLF001 - the handle is ours
         lease._released_at = self.sequence  # noqa: SLF001 - the handle is ours
-        lease._view = None  # noqa: SLF001 - the handle is ours
+        lease._view = lease._undelivered = None  # noqa: SLF001 - the handle is ours
         if mapping is not None and mapping.holders:
             mapping.holders.discard(lease.id)
-            if not mapping.holders and mapping.gfn in self.parked:
+            if not mapping.holders and mapping.parked:
                 self.returned.append(mapping.gfn)
 
     def _settle(self, lease: Lease) -> XenMapCacheError | None:
@@ -272,9 +275,11 @@ class Lessor:
         stale = lease.sequence != self.sequence and lease.kind is _DMA
         report: XenMapCacheError | None = None
         if view is not None and not view.readonly:
-            if stale and self._on_stale == "copy" and lease.delivered != self.sequence:
-                report = self._deliver(lease, view)
-                lease.delivered = self.sequence
+            if stale and self._on_stale == "copy":
+                if lease.delivered != self.sequence:
+                    lease._undelivered = self._deliver(lease, view)  # noqa: SLF001 - the handle is ours
+                    lease.delivered = self.sequence
+                report = lease._undelivered  # noqa: SLF001 - the handle is ours
             self.mark_dirty(lease)
         if not stale:
             return None

@@ -8,11 +8,13 @@ import os
 import threading
 import time
 import traceback
+from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 
 _PACKAGE = os.path.dirname(__file__) + os.sep  # noqa: PTH120 - pathlib at import is slow
 _next_id = itertools.count(1).__next__
 _monotonic = time.monotonic
+_id_of = attrgetter("id")
 
 
 class _Here(threading.local):
@@ -184,11 +186,12 @@ class Ledger(Generic[Record]):
 
     def held(self, kind: LeaseKind | None = None) -> list[Record]:
         """Return what is held, or only what is of a kind; oldest first."""
-        if kind is not None:
-            return list(self._of(kind).values())
-        both = [*self._device.values(), *self._dma.values()]
-        both.sort(key=lambda record: record.id)
-        return both
+        if kind is None:
+            found = [*self._device.values(), *self._dma.values()]
+        else:
+            found = list(self._of(kind).values())
+        found.sort(key=_id_of)  # a lease whose release failed was put back behind younger ones
+        return found
 
 
 def call_stack() -> tuple[str, ...]:

@@ -97,9 +97,10 @@ class Mapping:
         length: bytes.
         abandoned: its memory is lost, and something else may be at its address.
         holders: of a bucket, the ids of the leases given out of it; None before the first.
+        parked: whether the cache has set the bucket aside from eviction while it is leased.
 
-    Synchronization: immutable but for ``gfn``, which the cache changes under its lock, and
-    ``holders``, to which it adds under its lock, and from which releases take without.
+    Synchronization: immutable but for ``gfn`` and ``parked``, which the cache changes under its
+    lock, and ``holders``, to which it adds under its lock, and from which releases take without.
     """
 
     __slots__ = (
@@ -113,6 +114,7 @@ class Mapping:
         "holders",
         "length",
         "memory",
+        "parked",
         "writable",
     )
 
@@ -153,6 +155,7 @@ class Mapping:
         self.writable = writable
         self.errors = errors
         self.holders: set[int] | None = None
+        self.parked = False
         self.abandoned = False
 
     def __repr__(self) -> str:

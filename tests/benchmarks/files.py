@@ -70,7 +70,7 @@ def read_index(path: Path, offset: int, length: int) -> None:
 def index_bytes(name: str, path: Path) -> float:
     """Return what an open file's index takes, for each of its pages."""
     with open_backend(name, path=path) as backend:
-        index = backend._index  # type: ignore[attr-defined]
+        index = backend._index  # type: ignore[attr-defined] # of each kind
         arrays = [numbers for numbers in (index.gfns, index.offsets) if numbers is not None]
         empty = sys.getsizeof(array.array("Q"))
         return sum(sys.getsizeof(numbers) - empty for numbers in arrays) / len(index)

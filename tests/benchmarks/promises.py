@@ -202,7 +202,7 @@ class Source:
         return min(ours) / min(bare)
 
     @staticmethod
-    def _hand_over(mappings: list) -> list:  # type: ignore[type-arg]
+    def _hand_over(mappings: list) -> list:  # type: ignore[type-arg] # of anything
         """Take the duty to unmap away from mappings, so that bare munmaps can be timed."""
         from xenmapcache import mapping as module
 

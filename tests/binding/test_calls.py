@@ -335,7 +335,7 @@ def forks_during_a_call(fake: FakeXen, binding: str) -> bool:
     memory = ForeignMemory(binding=binding, library=fake.library)
     pids: list[int] = []
 
-    def restrict(*_: object) -> tuple[int, int]:
+    def restrict(*_: object, **__: object) -> tuple[int, int]:
         memory.close()
         pids.append(os.fork())
         if pids[0]:

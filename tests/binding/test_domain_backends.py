@@ -152,6 +152,24 @@ def test_all_holes_are_no_error(name: str, fake: FakeXen, binding: str) -> None:
             mapping.view(0, 1)
 
 
+def test_errors_that_are_not_written(name: str, fake: FakeXen, binding: str) -> None:
+    """A page of which the library says nothing is a hole: to touch it might be a SIGBUS."""
+    call = {"xen": MAP2, "xenctrl": BULK}[name]
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        fake.plan(call, Behaviour.PARTIAL)
+        mapping = backend.map(8, 4, writable=False)
+        assert mapping.errors == bytes([0, 0, errno.EIO, errno.EIO])
+
+
+def test_an_address_where_no_page_begins(name: str, fake: FakeXen, binding: str) -> None:
+    """It is an error of the library, and not memory to be unmapped later, which would fail."""
+    call = {"xen": MAP2, "xenctrl": BULK}[name]
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        fake.plan(call, Behaviour.ASKEW)
+        with pytest.raises(XenCallError, match="where no page begins"):
+            backend.map(8, 4, writable=False)
+
+
 @pytest.mark.parametrize("writable", [False, True])
 def test_protection(name: str, fake: FakeXen, binding: str, writable: bool) -> None:
     """Only what is asked for is mapped for writing."""

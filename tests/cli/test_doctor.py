@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -17,7 +20,8 @@ from tests.cli.test_main import MODULE, environment
 from tests.fake_xen import DOMID
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache import Backend, MockHypervisor, XenCallError, open_backend
-from xenmapcache.binding import handle, loader
+from xenmapcache.address import PAGE_SIZE
+from xenmapcache.binding import handle, libc
 from xenmapcache.binding.declarations import (
     CONTROL,
     DEVICE_MODEL,
@@ -257,7 +261,6 @@ def test_binding_is_named_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without cffi it says that ctypes is used, and why."""
-    monkeypatch.setattr(doctor, "get_loader", lambda: loader.get_loader("ctypes"))
     monkeypatch.setitem(sys.modules, "xenmapcache.binding.cffi_loader", None)
     finding = examine(capsys)["binding"]
     assert finding["details"] == {"name": "ctypes"}
@@ -276,6 +279,24 @@ def test_device_nodes_tell_owner_and_mode(
     assert finding["state"] == "ok"
     assert finding["details"] == {"exists": True, "mode": "0640", "opens": True}
     assert finding["text"].startswith("-rw-r-----")
+
+
+def test_an_owner_without_a_name(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node of a user that this system does not know of is shown with his number."""
+    machine.become_dom0()
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    text = examine(capsys)[str(machine.root / "dev/xen/privcmd")]["text"]
+    assert f" {os.getuid()}:" in text
+
+
+def test_a_function_in_no_file() -> None:
+    """Where a loaded function is in no file that the kernel names, its address is told."""
+    address = libc.allocate(PAGE_SIZE)
+    handle = SimpleNamespace(open=ctypes.CFUNCTYPE(None)(address))
+    assert doctor._file_of(handle, "open") == f"in memory at {address:#x}"  # type: ignore[arg-type] # enough of a CDLL
+    libc.unmap(address, PAGE_SIZE)
 
 
 def test_node_that_does_not_open_is_a_problem(
@@ -358,6 +379,8 @@ def test_first_guest_of_xl_is_mapped(
     assert "a guest with 1 name" in findings["guest"]["text"]
     for name in ("xen", "xenctrl"):
         assert findings[f"backend '{name}'"]["text"] == "mapped gfn 0x0, read 4096 bytes"
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("A live guest was mapped.")
 
 
 @pytest.mark.usefixtures("machine")
@@ -420,6 +443,13 @@ def test_xl_that_fails_is_shown(
     """Whatever xl says, it is reported and nothing is raised."""
     machine.install_xl(script)
     assert text in examine(capsys)["guest"]["text"]
+
+
+def test_xl_that_does_not_start(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that the system cannot run is reported with its reason."""
+    machine.write("bin/xl", "\x7fELF").chmod(0o755)
+    text = examine(capsys)["guest"]["text"]
+    assert "xl list failed: [Errno 8] Exec format error" in text
 
 
 def test_unforeseen_errors_are_findings(

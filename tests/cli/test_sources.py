@@ -355,6 +355,15 @@ def test_diff_prints_ranges(run: Run, guest: str, other: str) -> None:
     assert run("diff", "--quiet", guest, guest) == ""
 
 
+def test_diff_of_one_page_of_several(run: Run, tmp_path: Path) -> None:
+    """Pages beside the one that differs are equal, though they lie in one bucket with it."""
+    pages = bytearray(0x4000)
+    one = str(lime(tmp_path / "one.lime", {0: bytes(pages)}))
+    pages[0x2800] = 1
+    other = str(lime(tmp_path / "other.lime", {0: bytes(pages)}))
+    assert run("diff", one, other, status=1) == "0x00002000..0x00003000       4 KiB  differs\n"
+
+
 def test_diff_prints_bytes(run: Run, guest: str, other: str) -> None:
     """With --bytes what differs is shown, the old and the new, a line's worth at a time."""
     assert run("diff", "--bytes", guest, other, "--length", "0x1800", status=1) == (

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import pytest
 
 import xenmapcache
+from tests.images.writers import elf_core_of
+from tests.images.xl_files import pages as saved_pages
+from tests.images.xl_files import save
 from xenmapcache import devicemodel
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +24,12 @@ README = ROOT / "README.md"
 
 NEEDS_XEN = "<!-- needs Xen -->"
 RUN_BY_PYTEST = "<!-- run by pytest -->"
+
+FILES = {
+    "guest.save": save(saved_pages(0, 1, 5)),
+    "vmcore": elf_core_of([(0, 2)]),
+}
+"""What the documentation's code opens without making it."""
 
 FENCE = re.compile(r"(?P<ticks>`{3,})(?P<language>[\w{}-]*)")
 INLINE = re.compile(r"`([^`\n]+)`")
@@ -160,6 +169,8 @@ def test_each_block_compiles(page: Path) -> None:
 @of_pages(WITH_PYTHON)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     """A page's Python blocks run in order, in one namespace, without warnings."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
     done = run(program(page.read_text(encoding="utf-8")), page.name, tmp_path)
     assert done.returncode == 0, done.stderr
 

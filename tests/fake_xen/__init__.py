@@ -74,7 +74,11 @@ class Behaviour(enum.IntEnum):
     """It maps somewhere else, whatever MAP_FIXED says."""
     DROP = 5
     """As FAIL, after the mapping at the fixed address has gone."""
-    BLOCK = 6
+    PARTIAL = 6
+    """It returns a pointer, and of err[] only the first half is written; there are no others."""
+    ASKEW = 7
+    """It returns a pointer to where no page begins."""
+    BLOCK = 8
     """It tells that it has begun, and goes on when it is told to."""
 
 

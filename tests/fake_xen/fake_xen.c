@@ -55,6 +55,8 @@ enum behaviour {
     ALL_PAGES,   /* a pointer, and every page failed with errno value */
     IGNORE,      /* MAP_FIXED is ignored */
     DROP,        /* as FAIL, after the mapping at the fixed address has gone */
+    PARTIAL,     /* a pointer, and of err[] only the first half is written; there are no others */
+    ASKEW,       /* a pointer to where no page begins */
     BLOCK,       /* tell that the call has begun, go on when told to */
 };
 
@@ -217,10 +219,13 @@ static int close_handle(handle *h)
     return 0;
 }
 
-static int page_error(const struct plan *plan, uint32_t dom, xen_pfn_t gfn)
+/* half: whether it is a page of the second half */
+static int page_error(const struct plan *plan, uint32_t dom, xen_pfn_t gfn, int half)
 {
     if (plan->behaviour == ALL_PAGES)
         return plan->value;
+    if (plan->behaviour == PARTIAL && half)
+        return EINVAL;
     if (dom != state->domid)
         return ESRCH;
     return gfn < state->pages ? state->errors[gfn] : EINVAL;
@@ -255,12 +260,12 @@ static void *map_pages(const struct plan *plan, handle *h, uint32_t dom, void *a
     if (base == MAP_FAILED)
         return NULL;
     for (size_t i = 0; i < pages; i++) {
-        int error = page_error(plan, dom, arr[i]);
+        int error = page_error(plan, dom, arr[i], i >= pages / 2);
         if (!error && mmap(base + (i << PAGE_SHIFT), 1 << PAGE_SHIFT, prot, MAP_SHARED | MAP_FIXED,
                            state->fd, (off_t)(arr[i] << PAGE_SHIFT)) == MAP_FAILED) {
             error = errno;
         }
-        if (err)
+        if (err && !(plan->behaviour == PARTIAL && i >= pages / 2))
             err[i] = plan->behaviour == SIGN ? error : -error;
         if (!first_error)
             first_error = error;
@@ -272,7 +277,7 @@ static void *map_pages(const struct plan *plan, handle *h, uint32_t dom, void *a
         return NULL;
     }
     errno = EDOM; /* a call that succeeds may leave anything here */
-    return base;
+    return plan->behaviour == ASKEW ? base + 8 : base;
 }
 
 /* --- libxenforeignmemory --- */

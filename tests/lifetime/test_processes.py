@@ -274,47 +274,6 @@ def test_a_signal_handler_does_not_wait_for_a_thread_that_waits_for_it() -> None
     """)
 
 
-def test_threads_hammer_and_nothing_tears() -> None:
-    """Readers, writers, leases, eviction and invalidation at once: whole values, no crash."""
-    run("""
-        import random
-        small = MapCache(backend, bucket_shift=16, max_resident=0x60000, on_stale="copy")
-        domain.on_invalidate(small.invalidate)
-        errors, stop = [], threading.Event()
-        def guarded(work):
-            def loop():
-                rng = random.Random(threading.get_ident())
-                try:
-                    while not stop.is_set():
-                        work(rng)
-                except BaseException as error:
-                    errors.append(error); stop.set(); raise
-            return threading.Thread(target=loop)
-        def address(rng):
-            return rng.randrange(0, 1 << 20, 8)
-        def read(rng):
-            data = small.read(address(rng), 8)
-            assert len(set(data)) == 1, data
-        def write(rng):
-            small.write(address(rng), bytes([rng.randrange(256)]) * 8)
-        def lease(rng):
-            with small.map_dma(address(rng), 8, owner="t") as held:
-                held.view[:] = bytes([rng.randrange(256)]) * 8
-        threads = [guarded(work) for work in (read, read, write, lease)]
-        for thread in threads: thread.start()
-        for _ in range(100):
-            if stop.is_set(): break
-            domain.balloon_out(0x800000, 0x4000); domain.balloon_in(0x800000, 0x4000)
-        stop.set()
-        for thread in threads: thread.join()
-        assert not errors, errors
-        assert small.leases() == ()
-        small.close(); gc.collect()
-        assert small.stats().resident_bytes == 0
-        assert mappings() == 0, mappings()
-    """)
-
-
 def test_long_use_leaves_nothing_behind() -> None:
     """No lock, mapping or descriptor is left by reads, leases and invalidations."""
     run("""

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--grace",
         type=float,
-        default=12,
+        default=10,
         metavar="S",
         help="a run hangs when it takes so many seconds more than usual (%(default)s)",
     )

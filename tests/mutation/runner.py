@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import json
 import os
-import py_compile
 import shutil
 import signal
 import subprocess
@@ -73,12 +71,7 @@ class Copy:
         shutil.copytree(TESTS, self._root / TESTS.name, ignore=ignored)
         shutil.copy2(TESTS.parent / "pyproject.toml", self._root)
         shutil.copy2(pytest_xenmapcache.__file__, self._root)
-        # By default a changed file of the same size and second would be taken for the old one.
-        compileall.compile_dir(
-            self._root / PACKAGE.name,
-            quiet=1,
-            invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH,
-        )
+        self._broken_before = 0
 
     def __enter__(self) -> Self:
         return self
@@ -133,12 +126,16 @@ class Copy:
     @contextlib.contextmanager
     def _broken(self, mutant: Mutant) -> Iterator[None]:
         path = self._root / mutant.file
-        text = path.read_text(encoding="utf-8")
+        text, state = path.read_text(encoding="utf-8"), path.stat()
         path.write_text(mutant.applied(text), encoding="utf-8")
+        # What was compiled is used again for a source of the same size and second.
+        self._broken_before += 1
+        os.utime(path, (state.st_atime, state.st_mtime + self._broken_before))
         try:
             yield
         finally:
             path.write_text(text, encoding="utf-8")
+            os.utime(path, (state.st_atime, state.st_mtime))
 
     def _run(self, targets: Sequence[str], limit: float | None) -> _Run:
         """Run tests in the copy, until the first fails, with nothing left of the run before."""
@@ -149,11 +146,11 @@ class Copy:
             command += ["-p", "no:cacheprovider", "-p", "tests.mutation.witness"]
             environment = os.environ | {
                 "PYTHONPATH": str(self._root),
-                "PYTHONDONTWRITEBYTECODE": "1",  # pytest's goes by time and size of the source
                 "TMPDIR": scratch,
                 "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(scratch, "hypothesis")),
             }
             environment.pop("PYTEST_ADDOPTS", None)
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)  # it would take twice as long
             with Path(scratch, "output").open("w+", encoding="utf-8") as output:
                 process = subprocess.Popen(
                     [*command, f"--witness={notes}", *targets],

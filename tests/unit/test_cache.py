@@ -283,6 +283,24 @@ def test_a_hole_is_tried_again(domain: MockDomain, cache: MapCache) -> None:
     assert maps(domain) == 3
 
 
+def test_a_hole_is_tried_again_where_one_bucket_has_room(
+    domain: MockDomain, backend: Backend
+) -> None:
+    """A bucket with a hole makes room for the one that replaces it; the model test found that."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=1 << 16)
+    beside = HOLE[0] + HOLE[1] - 0x1000
+    domain.balloon_in(HOLE[0], HOLE[1] - 0x1000)
+    for access in (
+        lambda: cache.read(beside, 1),
+        lambda: cache.map_dma(beside, 1, owner="t"),
+    ):
+        cache.read(beside - 0x1000, 1)
+        with pytest.raises(FaultError):
+            access()
+    domain.balloon_in(beside, 0x1000)
+    assert cache.read(beside, 1) == b"\0"
+
+
 def test_present_lists_what_is_there(domain: MockDomain, cache: MapCache) -> None:
     """Ranges are half-open, exact to the byte at their ends, joined over buckets."""
     end = 16 << 20

@@ -52,7 +52,9 @@ def fail(*_: object) -> None:
 
 
 def test_a_handler_that_closes_while_it_is_closed(guest: MockDomain, server: IoreqServer) -> None:
-    """What waits at close may close, too: each vCPU goes on, with an answer or all ones."""
+    """What waits at close may close, too: each vCPU goes on, and what ends is ended once."""
+    quiesced: list[int] = []
+    server.on_quiesce(lambda: quiesced.append(1))
 
     def read(offset: int, size: int) -> int:
         server.close()
@@ -67,7 +69,7 @@ def test_a_handler_that_closes_while_it_is_closed(guest: MockDomain, server: Ior
         thread.join()
     # The nested close serves the other two, whose handlers close it once more.
     assert [seen for _, seen in threads] == [[ONES]] * 3
-    assert guest.ioreq_servers == {}
+    assert (guest.ioreq_servers, quiesced) == ({}, [1])
 
 
 def test_a_disable_that_fails(
@@ -253,8 +255,11 @@ def test_an_interrupted_loop(guest: MockDomain, server: IoreqServer) -> None:
 
 def test_a_signal_and_a_stop_at_once(server: IoreqServer) -> None:
     """Either ends it, and the other one that comes with it does no harm."""
+    failures: list[object] = []
 
     async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: failures.append(context))
         task = asyncio.create_task(server.serve_async())
         await asyncio.sleep(0)
         signal.raise_signal(signal.SIGTERM)
@@ -264,6 +269,7 @@ def test_a_signal_and_a_stop_at_once(server: IoreqServer) -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     with server:
         asyncio.run(main())
+    assert failures == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -177,11 +177,17 @@ def test_a_lease_that_ended_in_time_is_not_stale(cache: MapCache) -> None:
     assert not lease.stale
 
 
-def test_ended_leases_leave_nothing(cache: MapCache) -> None:
+def test_ended_leases_leave_nothing(backend: Backend) -> None:
     """However many end between two misses, what the cache notes of them does not grow."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=2 * BUCKET)
+    lease = cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE)
+    for number in range(1, 5):  # a sweep sets the leased bucket aside
+        cache.read(AT + number * BUCKET, 1)
+    assert cache._buckets[AT // BUCKET].parked
     for _ in range(1000):
-        cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE).release()
-    assert len(cache._lessor.returned) == 1
+        lease.release()
+        lease = cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE)
+    assert len(cache._lessor.returned) <= 1
 
 
 def test_one_of_two_overlapping_leases_ends(cache: MapCache) -> None:
@@ -439,15 +445,29 @@ def test_copy_is_for_what_is_stale(domain: MockDomain, backend: Backend) -> None
 def test_copy_to_a_page_that_is_gone_is_a_fault(domain: MockDomain, backend: Backend) -> None:
     """What can be delivered is; the rest is named; the lease is given back."""
     cache = connected(domain, backend, "copy")
-    lease = cache.map_dma(AT, 0x3000, owner="t")
-    lease.view[:] = b"\x42" * 0x3000
+    lease = cache.map_dma(AT + 8, 0x3000 - 8, owner="t")
+    lease.view[:] = b"\x42" * (0x3000 - 8)
+    reballoon(domain, AT)
     domain.balloon_out(AT + 0x1000, 0x1000)
     reballoon(domain, AT + 0x2000)
     with pytest.raises(FaultError, match="no page at 0x201000 ") as caught:
         lease.release()
     assert caught.value.length == 0x2000
     assert lease.released
+    assert domain.read(AT, 0x1000) == bytes(8) + b"\x42" * (0x1000 - 8)
     assert domain.read(AT + 0x2000, 0x1000) == b"\x42" * 0x1000
+
+
+def test_a_device_lease_is_no_stale_dma(
+    domain: MockDomain, backend: Backend, warnings: Callable[[], list[str]]
+) -> None:
+    """Its release after an invalidation is neither refused, nor told of, nor counted."""
+    cache = connected(domain, backend, "raise")
+    lease = cache.map_device(AT, 0x1000, owner="vga")
+    reballoon(domain, 0x900000)
+    lease.release()
+    assert warnings() == []
+    assert cache.stats().stale_dma == 0
 
 
 def test_copy_that_fails_can_be_repeated(domain: MockDomain, backend: Backend) -> None:
@@ -524,6 +544,34 @@ def test_replace_that_loses_the_memory_says_so(domain: MockDomain, cache: MapCac
     lease.view[:3] = b"off"
     assert domain.read(AT, 3) == b"old"
     lease.release()
+
+
+def test_a_lost_lease_can_be_replaced_again(domain: MockDomain, cache: MapCache) -> None:
+    """When that succeeds it shows the guest again, and is not stale; the model test found that."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    domain.write(0x900000, b"new")
+    domain.arm("remap", errno=errno.ENOMEM)
+    with pytest.raises(MappingLostError):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert lease.stale
+    cache.replace(AT, 0x900000, 0x1000)
+    assert not cache.leases()[0].stale
+    assert bytes(lease.view[:3]) == b"new"
+    lease.release()
+
+
+def test_an_address_that_belongs_to_others_is_not_mapped_over(
+    domain: MockDomain, cache: MapCache
+) -> None:
+    """A lease whose address another thread was given is not replaced: it could only be there."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    mapping = lease._mapping
+    assert mapping is not None
+    mapping.abandon()
+    with pytest.raises(LeaseError, match="was lost"):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert not [call for call in domain.calls if call.name == "remap"]
+    domain.unmap(mapping.address, mapping.length)
 
 
 def test_replace_needs_a_device_lease(cache: MapCache) -> None:
@@ -655,6 +703,34 @@ def test_a_copy_is_delivered_once(domain: MockDomain, backend: Backend) -> None:
     assert domain.dirty == {0x200}
 
 
+def test_what_a_copy_could_not_reach_is_told_when_the_lease_ends(
+    domain: MockDomain, backend: Backend
+) -> None:
+    """A release that fails in between does not lose the FaultError."""
+    cache = connected(domain, backend, "copy")
+    lease = cache.map_dma(AT, 4, owner="t")
+    domain.balloon_out(AT, 0x1000)
+    lease.view[:] = b"DMA!"
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        lease.release()
+    assert not lease.released
+    with pytest.raises(FaultError, match="no page at 0x200000 "):
+        lease.release()
+    assert lease.released
+
+
+def test_a_release_that_failed_keeps_its_place(domain: MockDomain, cache: MapCache) -> None:
+    """Leases are listed oldest first also after one could not be given back; the model found it."""
+    leases = [cache.map_dma(AT, 4, owner="t") for _ in range(3)]
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        leases[0].release()
+    assert [info.id for info in cache.leases()] == [lease.id for lease in leases]
+    for lease in leases:
+        lease.release()
+
+
 def test_a_replace_that_fails_halfway_is_safe(
     domain: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -711,8 +787,8 @@ def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lea
     held = kind.held
 
     def overtake(lease: Lease) -> None:
-        def released_since(ledger: Ledger[Lease]) -> list[Lease]:
-            found = list(held(ledger))
+        def released_since(ledger: Ledger[Lease], only: LeaseKind | None = None) -> list[Lease]:
+            found = held(ledger, only)
             if not lease.released:
                 lease.release()
             return found

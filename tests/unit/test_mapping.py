@@ -15,7 +15,7 @@ from xenmapcache.mapping import Mapping, live_mappings
 
 def mapping_at(address: int, count: int = 1, **options: object) -> Mapping:
     given = {"writable": True, "errors": None, "unmap": libc.unmap, **options}
-    return Mapping(address, 0x100, count, **given)  # type: ignore[arg-type]
+    return Mapping(address, 0x100, count, **given)  # type: ignore[arg-type] # the test knows
 
 
 def test_a_fault_names_the_first_hole_of_its_range() -> None:

@@ -9,7 +9,7 @@ from array import array
 from functools import cached_property
 from pathlib import Path
 
-from ..address import PAGE_SHIFT, as_int
+from ..address import PAGE_MASK, PAGE_SHIFT, as_int
 from ..backend import Backend, Capability
 from ..binding import libc
 from ..binding.control import MAXIMUM_GPFN, Control
@@ -135,6 +135,10 @@ class DomainBackend(Backend):
         left: list[int] = []  # the address, until the mapping has taken it over
         try:
             address, errors = self._map_pages(libc.protection(writable), gfns, left)
+            if address & PAGE_MASK:
+                left.clear()  # where pages begin there is not known
+                hint = f"it returned {address:#x}, where no page begins"
+                raise XenCallError(self.map_call, self.domid, _errno.EIO, hint)
             mapping = Mapping(
                 address, gfn, count, writable=writable, errors=errors, unmap=libc.unmap, left=left
             )

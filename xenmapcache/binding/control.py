@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 
 from .declarations import CONTROL
-from .handle import Handle, positive_errors
+from .handle import Handle, positive_errors, unwritten_errors
 
 MAP_BULK = "xc_map_foreign_bulk"
 MAXIMUM_GPFN = "xc_domain_maximum_gpfn"
@@ -42,7 +42,7 @@ class Control(Handle):
         Raises:
             XenCallError: the call failed as a whole.
         """
-        errors = array("i", bytes(4 * len(gfns)))
+        errors = unwritten_errors(len(gfns))
         # Mind the order: frames, errors, count.
         result, errno = self.call(MAP_BULK, domid, prot, gfns, errors, len(gfns), left=left)
         if not result:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 
 from .declarations import FOREIGN_MEMORY
-from .handle import Handle, positive_errors
+from .handle import Handle, positive_errors, unwritten_errors
 
 MAP, MAP2 = "xenforeignmemory_map", "xenforeignmemory_map2"
 
@@ -50,7 +50,7 @@ class ForeignMemory(Handle):
                 ``address`` may be gone.
             UnsupportedOperationError: an address was given and ``map2`` is missing.
         """
-        errors = array("i", bytes(4 * len(gfns)))
+        errors = unwritten_errors(len(gfns))
         if self.supports(MAP2) or address is not None or flags:
             name = MAP2
             arguments = (domid, address, prot, flags, len(gfns), gfns, errors)

@@ -79,6 +79,11 @@ def find_library(library: Library) -> str:
     return max(found)[-1]
 
 
+def unwritten_errors(pages: int) -> array[int]:
+    """Return an ``err[]`` in which a page counts as failed until the library says otherwise."""
+    return array("i", [_errno.EIO]) * pages
+
+
 def positive_errors(errors: array[int]) -> bytes | None:
     """Turn the ``err[]`` of a map call into one positive errno a page; None if all is well.
 

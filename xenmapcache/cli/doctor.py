@@ -36,7 +36,6 @@ from ..binding.devicemodel import DeviceModel
 from ..binding.eventchannel import EventChannels
 from ..binding.foreignmemory import ForeignMemory
 from ..binding.handle import Handle, find_library, xen_version
-from ..binding.loader import get_loader
 from ..errors import BackendUnavailableError, FaultError, XenCallError, XenMapCacheError
 from ..source import XL_PATH
 from .output import Output, print_json
@@ -88,19 +87,16 @@ def check_python() -> Iterator[Finding]:
     section = "Python"
     version = f"{platform.python_implementation()} {platform.python_version()}"
     yield Finding(section, "xenmapcache", "ok", f"{__version__}, {version}, {platform.machine()}")
-    if get_loader().name == "cffi":
-        number = import_module("_cffi_backend").__version__
-        yield Finding(
-            section, "binding", "ok", f"cffi {number} (preferred to ctypes)", "", {"name": "cffi"}
-        )
-        return
     try:
         import_module("xenmapcache.binding.cffi_loader")
-        reason = "cffi was not chosen"
+        number = import_module("_cffi_backend").__version__
     except ImportError as error:
-        reason = f"cffi cannot be imported: {error}"
-    remedy = "it works as well, only slower; for the other: pip install cffi"
-    yield Finding(section, "binding", "note", f"ctypes ({reason})", remedy, {"name": "ctypes"})
+        text = f"ctypes (cffi cannot be imported: {error})"
+        remedy = "it works as well, only slower; for the other: pip install cffi"
+        yield Finding(section, "binding", "note", text, remedy, {"name": "ctypes"})
+        return
+    text = f"cffi {number} (preferred to ctypes)"
+    yield Finding(section, "binding", "ok", text, "", {"name": "cffi"})
 
 
 # --- libraries ----------------------------------------------------------------------

@@ -80,7 +80,7 @@ class MockDomain(Instructions):
         self._listeners: list[Callable[[], object]] = []
         self._faults: list[_ArmedFault] = []
         self._destroyed = False
-        self._mappings = 0
+        self._mapped: set[int] = set()  # host addresses; a number would not count in two threads
         first = hypervisor.allocate(pages)
         self._p2m = array("q", range(first, first + pages))
         for address, length in holes:
@@ -265,7 +265,7 @@ class MockDomain(Instructions):
                 frames[page - gfn] = _ABSENT
             address = self._map_frames(frames, writable)
         self._calls.append(("map", gfn, count, 0))
-        self._mappings += 1
+        self._mapped.add(address)
         if _ABSENT not in frames:
             return address, None
         errors = bytearray(_errno.EINVAL if frame == _ABSENT else 0 for frame in frames)
@@ -294,8 +294,8 @@ class MockDomain(Instructions):
 
     def unmap(self, address: int, length: int) -> None:
         """Unmap, and note it. Takes no lock: finalizers call it."""
+        self._mapped.discard(address)  # before another thread can be given the same address
         libc.unmap(address, length)
-        self._mappings -= 1
         self._calls.append(("unmap", None, length >> PAGE_SHIFT, 0))
 
     def mark_dirty(self, gfn: int, count: int) -> None:
@@ -332,7 +332,7 @@ class MockDomain(Instructions):
         if delay:
             time.sleep(delay)
         hint = "injected"
-        if self._destroyed and not self._mappings and call == "map":
+        if self._destroyed and not self._mapped and call == "map":
             errno, hint = _errno.ESRCH, "there is no such domain"
         if errno:
             self._calls.append((call, gfn, count, errno))
