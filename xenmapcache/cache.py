@@ -416,7 +416,7 @@ class MapCache(Buckets):
             LeaseError: no held lease covers it.
         """
         host_address = as_int("host_address", host_address)
-        for lease in self._lessor.ledger.held():
+        for lease in self._lessor.ledger:
             offset = host_address - lease._host_address  # noqa: SLF001 - the cache made it
             if 0 <= offset < lease.length and not lease.released:
                 return lease.address + offset
