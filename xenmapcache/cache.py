@@ -146,6 +146,9 @@ class MapCache(Buckets):
 
     def _read_slowly(self, address: int, length: int) -> bytes:
         address, length = check_range(address, length, empty=True)
+        start = address & self._mask
+        if 0 < length <= self._size - start:
+            return self._fetch(address >> self._shift, start, length).memory[start : start + length]
         if length > _LARGE:  # and it all has to be there: look before copying so much
             for _ in self._pieces(address, length, lambda *_: None):
                 pass
@@ -154,7 +157,7 @@ class MapCache(Buckets):
                 address, length, lambda mapping, start, count: mapping.memory[start : start + count]
             )
         )
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return b"".join(chunks)
 
     def views(self, address: int, length: int) -> Iterator[memoryview]:
         """Return an iterator of read-only views of a range, one for each bucket, without a copy.
@@ -413,12 +416,10 @@ class MapCache(Buckets):
             LeaseError: no held lease covers it.
         """
         host_address = as_int("host_address", host_address)
-        for lease in self._lessor.ledger.held():
-            mapping = lease._mapping  # noqa: SLF001 - the cache made it
-            if mapping is not None:
-                offset = host_address - mapping.address - lease._start  # noqa: SLF001 - as above
-                if 0 <= offset < lease.length:
-                    return lease.address + offset
+        for lease in self._lessor.ledger:
+            offset = host_address - lease._host_address  # noqa: SLF001 - the cache made it
+            if 0 <= offset < lease.length and not lease.released:
+                return lease.address + offset
         raise LeaseError(f"host address {host_address:#x} lies in no lease that is held")
 
     def leases(self) -> tuple[LeaseInfo, ...]:

@@ -39,7 +39,7 @@ class Lease(LeaseRecord):
     succeeds. The bytes themselves are shared with the guest.
     """
 
-    __slots__ = ("_lessor", "_mapping", "_released_at", "_start", "_undelivered", "_view")
+    __slots__ = ("_host_address", "_lessor", "_mapping", "_released_at", "_undelivered", "_view")
 
     def __init__(
         self,
@@ -53,9 +53,10 @@ class Lease(LeaseRecord):
         writable: bool,
         origin: tuple[str, ...] | None,
     ) -> None:
-        self._start = start = address - (mapping.gfn << PAGE_SHIFT)  # in the mapping
+        start = address - (mapping.gfn << PAGE_SHIFT)  # in the mapping
         view = mapping.bytes[start : start + length]  # which the cache has found valid
         LeaseRecord.__init__(self, kind, address, length, owner, direction, lessor.sequence, origin)
+        self._host_address = mapping.address + start
         self._lessor = lessor
         self._mapping: Mapping | None = mapping
         self._view: memoryview | None = view if writable else view.toreadonly()
@@ -93,10 +94,9 @@ class Lease(LeaseRecord):
         Raises:
             LeaseError: the lease was released.
         """
-        mapping = self._mapping
-        if mapping is None:
+        if self._mapping is None:
             raise LeaseError(f"{self.info(self._lessor.sequence)} was released")
-        return mapping.address + self._start
+        return self._host_address
 
     @property
     def stale(self) -> bool:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Generic, NamedTuple, TypeVar
 
@@ -167,6 +168,10 @@ class Ledger(Generic[Record]):
 
     def __len__(self) -> int:
         return len(self._device) + len(self._dma)
+
+    def __iter__(self) -> Iterator[Record]:
+        """Return an iterator of what is held now, in no order: sorting costs more than a walk."""
+        return iter([*self._device.values(), *self._dma.values()])
 
     def _of(self, kind: LeaseKind) -> dict[int, Record]:
         return self._dma if kind is _DMA else self._device

@@ -124,7 +124,7 @@ class Resident:
 
 
 class Leased:
-    """A cache of which so many DMA leases are held, in 64 buckets, beside one device lease."""
+    """A cache of which so many DMA leases are held, apart from each other, and one device lease."""
 
     def __init__(self, leases: int, times: int) -> None:
         self.held, self.times = leases, times
@@ -133,10 +133,11 @@ class Leased:
         self.device = self.cache.map_device(size // 2, PAGE_SIZE, owner="bench")
         self.leases = [self.take(number) for number in range(leases)]
         choices = random.Random(1).choices(self.leases, k=max(1, min(times, 2_000_000 // leases)))
-        self.pointers = [lease.host_address + 256 for lease in choices]
+        self.pointers = [lease.host_address + 1 for lease in choices]
 
     def take(self, number: int) -> Lease:
-        return self.cache.map_dma(number % 64 * PAGE_SIZE, 512, owner="bench")
+        """Lease a range that no other one of 100,000 has."""
+        return self.cache.map_dma(2 * number, 2, owner="bench")
 
     def works(self) -> dict[str, Callable[[], float]]:
         return {

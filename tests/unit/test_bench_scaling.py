@@ -10,7 +10,6 @@ import pytest
 
 from tests.benchmarks import report, scaling
 from tests.benchmarks.scaling import Leased, Resident, by_buckets, by_leases, table
-from xenmapcache.address import PAGE_SIZE
 from xenmapcache.mapping import live_mappings
 
 
@@ -46,7 +45,7 @@ def test_leased_is_what_it_says() -> None:
     """So many DMA leases are held, each pointer lies in one, and the device lease comes back."""
     case = Leased(100, 50)
     assert (case.cache.stats().dma_leases, case.cache.stats().device_leases) == (100, 1)
-    assert all(case.cache.resolve(pointer) % PAGE_SIZE == 256 for pointer in case.pointers)
+    assert {case.cache.resolve(pointer) for pointer in case.pointers} <= set(range(1, 200, 2))
     address = case.device.address
     for work in case.works().values():
         work()

@@ -794,6 +794,7 @@ def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lea
             return found
 
         monkeypatch.setattr(kind, "held", released_since)
+        monkeypatch.setattr(kind, "__iter__", lambda ledger: iter(released_since(ledger)))
 
     return overtake
 

@@ -94,15 +94,9 @@ class ImageBackend(Backend):
                 return Mapping(
                     address, gfn, count, writable=False, errors=None, unmap=self._file.unmap
                 )
-        address = libc.allocate(length)
-        mapping = Mapping(
-            address,
-            gfn,
-            count,
-            writable=False,
-            errors=_errors(runs, gfn, count),
-            unmap=libc.unmap,
-        )
+        errors = _errors(runs, gfn, count)
+        address = libc.allocate(length, at_once=errors is None)
+        mapping = Mapping(address, gfn, count, writable=False, errors=errors, unmap=libc.unmap)
         try:
             libc.dont_fork(address, length)
             self._fill(mapping, runs)

@@ -76,6 +76,16 @@ class PageIndex:
     @staticmethod
     def _adjacent(offsets: array[int], gfn: int, first: int, stop: int) -> Iterator[Run]:
         """Cut consecutive pages where they are not so in the file, too."""
+        pages, begin = stop - first, offsets[first]
+        end = begin + (pages << PAGE_SHIFT)
+        # A bucket's mostly are: compared at once, in half the time.
+        if (
+            pages <= _BLOCK
+            and offsets[stop - 1] == end - PAGE_SIZE
+            and offsets[first:stop] == array("Q", range(begin, end, PAGE_SIZE))
+        ):
+            yield Run(gfn, pages, begin)
+            return
         while first < stop:
             begin = expected = offsets[first]
             pages = 0

@@ -60,8 +60,10 @@ def _bind(function: Argument, prototype: Prototype) -> Function:
         values = list(arguments)
         held = []  # a cast does not keep the buffer behind it alive
         for position, kind in pointers:
-            pointer = _pointer(values[position])
-            held.append(pointer)
+            pointer = values[position]
+            if type(pointer) is not int:
+                pointer = _pointer(pointer)
+                held.append(pointer)
             values[position] = _cast(kind, pointer)
         ffi.errno = 0
         if left is not None:

@@ -24,6 +24,7 @@ MAP_SHARED = _mmap.MAP_SHARED
 MAP_FIXED = 0x10
 MAP_FIXED_NOREPLACE = 0x100000
 MAP_NORESERVE = 0x4000
+MAP_POPULATE = 0x8000
 MADV_DONTFORK = 10
 _ANONYMOUS = _mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS | MAP_NORESERVE
 _FAILED = (1 << 64) - 1 if sys.maxsize > 1 << 32 else (1 << 32) - 1
@@ -65,13 +66,19 @@ def map_file(
     return _map(address, length, protection(writable), flags, fd, offset)
 
 
-def allocate(length: int) -> int:
+def allocate(length: int, *, at_once: bool = False) -> int:
     """Take zeroed memory of this process's own.
+
+    Args:
+        length: bytes.
+        at_once: have all of its pages there from the start, for whoever fills them all: one
+            call takes less time than a page fault for each.
 
     Raises:
         XenCallError: mmap failed.
     """
-    return _map(None, length, protection(True), _ANONYMOUS, -1, 0)
+    flags = _ANONYMOUS | MAP_POPULATE if at_once else _ANONYMOUS
+    return _map(None, length, protection(True), flags, -1, 0)
 
 
 def reserve(length: int, *, address: int | None = None) -> int:
