@@ -110,16 +110,6 @@ def test_a_child_of_a_busy_parent_is_not_stuck() -> None:
     """)
 
 
-def test_exit_is_quiet_with_everything_held() -> None:
-    """Leases, views and caches that live at exit do nothing at exit."""
-    run("""
-        lease = cache.map_dma(0x2000, 8, owner="t")
-        view = lease.view
-        cache.read(0x100000, 1)
-        sys.modules["keep"] = (lease, view, cache, backend)
-    """)
-
-
 def test_a_lease_that_moves_under_a_reader() -> None:
     """While replace() goes over to scattered pages there is memory at the address, all the time."""
     run("""
@@ -137,45 +127,6 @@ def test_a_lease_that_moves_under_a_reader() -> None:
             cache.replace(here, there, 0x10000)
             here, there = there, here
         done.set(); thread.join()
-    """)
-
-
-def test_exit_in_a_thread_and_through_sys_exit() -> None:
-    """The same from a daemon thread's mappings, and when the main thread raises SystemExit."""
-    run("""
-        held = []
-        ready = threading.Event()
-        def work():
-            held.append(cache.map_device(0x2000, 8, owner="t"))
-            ready.set()
-            threading.Event().wait()
-        threading.Thread(target=work, daemon=True).start()
-        ready.wait()
-        sys.exit(0)
-    """)
-
-
-def test_views_kept_over_everything() -> None:
-    """A view, a slice of it and a structure over it outlive eviction, invalidation and close."""
-    run("""
-        import ctypes
-        small = MapCache(backend, bucket_shift=16, max_resident=0x20000)
-        lease = small.map_dma(0x2000, 8, owner="t")
-        number = ctypes.c_uint64.from_buffer(lease.view)
-        part = lease.view[2:4].cast("H")
-        lease.release()
-        small.invalidate()
-        for address in range(0x100000, 0x200000, 0x10000):
-            try: small.read(address, 1)
-            except CacheFullError: raise
-        small.close(); backend.close(); domain.destroy()
-        gc.collect()
-        number.value = 0x1122334455667788
-        assert part[0] == 0x5566
-        assert mappings() == 1
-        del number, part, lease
-        gc.collect()
-        assert mappings() == 0
     """)
 
 
@@ -271,24 +222,6 @@ def test_a_signal_handler_does_not_wait_for_a_thread_that_waits_for_it() -> None
         thread.join()
         assert seen == [b"\\0"]
         faulthandler.cancel_dump_traceback_later()
-    """)
-
-
-def test_long_use_leaves_nothing_behind() -> None:
-    """No lock, mapping or descriptor is left by reads, leases and invalidations."""
-    run("""
-        def state():
-            gc.collect()
-            return mappings(), len(os.listdir("/proc/self/fd")), len(cache.leases())
-        before = state()
-        for _ in range(300_000):
-            cache.read(0x2000, 8)
-        for number in range(10_000):
-            cache.map_dma(0x2000 + number, 8, owner="t").release()
-            if not number % 100:
-                cache.invalidate()
-        cache.invalidate()
-        assert state() == before, (state(), before)
     """)
 
 

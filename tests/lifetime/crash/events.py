@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import resource
@@ -171,4 +172,5 @@ EVENTS: dict[str, Callable[[World, Hold], object]] = {
     "Ctrl-C in a release": interrupt_in_release,
     "RLIMIT_AS": limit_memory,
     "RLIMIT_NOFILE": limit_files,
+    "a crash": lambda *_: ctypes.string_at(0),
 }

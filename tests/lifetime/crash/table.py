@@ -84,16 +84,20 @@ OPERATIONS = ("read", "read_into", "write", "views", "map_dma", "map_device", "r
 
 
 def markdown() -> Iterator[str]:
-    """Yield the lines of the tables, as the documentation has them."""
+    """Yield the lines of the tables, as the documentation has them; equal columns as one."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in ROWS:
+        alike.setdefault(tuple(expected(row, column) for column in EVENTS), []).append(row)
     yield from _table(
-        ["", *ROWS], [[column, *(expected(row, column) for row in ROWS)] for column in EVENTS]
+        ["", *map(", ".join, alike.values())],
+        [[event, *outcomes] for event, *outcomes in zip(EVENTS, *alike, strict=True)]
+        + [[column, *[ENDED] * len(alike)] for column in EXITS],
     )
-    yield ""
-    yield from _table(["the library", "what comes of it"], map(list, BEHAVIOURS.items()))
+    yield from _table(["the library", "each operation"], list(map(list, BEHAVIOURS.items())))
 
 
-def _table(head: list[str], rows: object) -> Iterator[str]:
+def _table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield "|" + "---|" * len(head)
-    for row in rows:  # type: ignore[attr-defined]
+    for row in rows:
         yield "| " + " | ".join(row) + " |"
