@@ -37,7 +37,7 @@ NUMBERS = st.sampled_from(
 PLACES = st.one_of(st.integers(0, 260), st.integers(-260, -1), st.integers(0, len(SEEDS[0])))
 
 
-@calls_at_most(10_000)
+@calls_at_most(100_000)
 def check(path: Path, content: bytes) -> None:
     """Open it and read all that is there; then once more, by the index that was kept."""
     for old in path.parent.iterdir():
