@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
-.PHONY: demo test coverage mutants test-xen lint bench bench-dma bench-scaling bench-xen docs man completion clean
+.PHONY: demo test coverage mutants test-free-threaded test-xen lint bench bench-dma bench-scaling bench-xen docs man completion clean
 
 demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
 	@$(BIN)/xenmapcache demo
@@ -19,6 +19,9 @@ coverage: $(VENV)/test.stamp  ## the same, and that they come to every line and 
 	$(BIN)/python -m coverage run -m pytest -q
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
+
+test-free-threaded:  ## what threads matter to, on CPython without a GIL, which is built if need be
+	$(PYTHON) -m tests.free_threaded
 
 test-xen: $(VENV)/test.stamp  ## boot a real Xen under emulation and run the tests in its Dom0
 	set -e; for xen in $(XEN); do $(BIN)/python -m pytest -v -m xen --xen=$$xen; done
