@@ -186,6 +186,9 @@ class Comparison(RuleBasedStateMachine):
         assert stats.dma_leases == kinds[LeaseKind.DMA]
         assert stats.invalidations == self.invalidations
         assert stats.stale_dma == self.stale_returned
+        for held in self.model.held:
+            if held.kind is LeaseKind.DMA and not held.stale and not held.crosses:
+                assert held.address // BUCKET in self.cache._buckets  # which is not evicted
         pins = Counter(id(lease.view.obj) for lease in self.leases.values())
         for bucket in self.cache._buckets.values():
             assert len(bucket.holders or ()) == pins[id(bucket.memory)]

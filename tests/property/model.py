@@ -76,6 +76,11 @@ class Held(Window):
     delivered: bool = False  # since the last invalidation
     undelivered: tuple[int, int, int] | None = None  # what a delivery could not reach
 
+    @property
+    def crosses(self) -> bool:
+        """Whether it lies in more than one bucket."""
+        return self.address % BUCKET + self.length > BUCKET
+
     def agrees_with(self, info: LeaseInfo) -> bool:
         """Tell whether that is what the cache should say of it."""
         said = (info.id, info.kind, info.address, info.length, info.owner, info.direction)
