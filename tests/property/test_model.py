@@ -22,6 +22,7 @@ from xenmapcache import (
     DmaDirection,
     FaultError,
     GuestMemory,
+    Lease,
     LeaseError,
     LeaseKind,
     MappingLostError,
@@ -31,7 +32,7 @@ from xenmapcache import buckets as buckets_module
 from xenmapcache.mapping import live_mappings
 
 from .comparison import KEPT_VIEWS, Comparison
-from .model import BUCKET, PAGE, PAGES, Held, pages_of, rounded
+from .model import BUCKET, PAGE, PAGES, Held, Window, pages_of, rounded
 
 SEQUENCES = int(os.environ.get("XENMAPCACHE_MODEL", "100"))
 STEPS = 50
@@ -44,9 +45,10 @@ addresses = st.builds(
 )
 lengths = st.sampled_from([1, 8, 0xFFF, PAGE, PAGE + 2, 3 * PAGE])
 fills = st.integers(0, 255)
-failures = st.sampled_from([0, 0, 0, errno.ENOMEM, errno.EPERM])
+failures = st.sampled_from([0, 0, 0, 0, 0, 0, errno.ENOMEM, errno.EPERM])
 """0: the call does not fail."""
 ways = st.sampled_from(list(DmaDirection))
+owners = st.sampled_from(["disk0", "net0"])
 choices = st.integers(0, 3)
 """Which lease: mostly one of the oldest, so that things happen to the same one."""
 
@@ -62,10 +64,13 @@ class Guest(Comparison):
 
     # --- plain access ---
 
-    @rule(address=addresses, length=lengths, fails=failures)
-    def read(self, address: int, length: int, fails: int) -> None:
+    @rule(address=addresses, length=lengths, fails=failures, by=st.sampled_from(["bytes", "views"]))
+    def read(self, address: int, length: int, fails: int, by: str) -> None:
         with self.attempt((address, length), needs=BUCKET, fails=fails):
-            data = self.cache.read(address, length)
+            if by == "bytes":
+                data = self.cache.read(address, length)
+            else:
+                data = b"".join(map(bytes, self.cache.views(address, length)))
             assert data == self.model.take(address, length).content()
 
     @rule(address=addresses, length=lengths, fails=failures)
@@ -76,12 +81,6 @@ class Guest(Comparison):
             self.cache.read_into(address, buffer)
             wanted = self.model.take(address, length).content()
         assert buffer == wanted
-
-    @rule(address=addresses, length=lengths, fails=failures)
-    def look_through_views(self, address: int, length: int, fails: int) -> None:
-        with self.attempt((address, length), needs=BUCKET, fails=fails):
-            data = b"".join(map(bytes, self.cache.views(address, length)))
-            assert data == self.model.take(address, length).content()
 
     @precondition(lambda self: len(self.kept) < KEPT_VIEWS)
     @rule(address=addresses, length=lengths)
@@ -121,36 +120,35 @@ class Guest(Comparison):
 
     # --- leases ---
 
-    @rule(
-        address=addresses,
-        length=lengths,
-        direction=st.one_of(st.none(), ways),
-        writable=st.booleans(),
-        owner=st.sampled_from(["disk0", "net0"]),
-        fails=failures,
-    )
-    def lease(
-        self,
-        address: int,
-        length: int,
-        direction: DmaDirection | None,
-        writable: bool,
-        owner: str,
-        fails: int,
+    @rule(address=addresses, length=lengths, writable=st.booleans(), owner=owners, fails=failures)
+    def map_device(self, address: int, length: int, writable: bool, owner: str, fails: int) -> None:
+        needs = rounded(address, length, PAGE)
+        with self.attempt((address, length), needs=needs, fails=fails, anew=True):
+            lease = self.cache.map_device(address, length, owner=owner, writable=writable)
+            self.hold(lease, self.model.take(address, length), owner, None, writable)
+
+    @rule(address=addresses, length=lengths, direction=ways, owner=owners, fails=failures)
+    def map_dma(
+        self, address: int, length: int, direction: DmaDirection, owner: str, fails: int
     ) -> None:
-        own = direction is None or address % BUCKET + length > BUCKET
+        own = address % BUCKET + length > BUCKET
         needs = rounded(address, length, PAGE) if own else BUCKET
+        writable = direction is not DmaDirection.TO_DEVICE
         with self.attempt((address, length), needs=needs, fails=fails, anew=own):
-            if direction is None:
-                lease = self.cache.map_device(address, length, owner=owner, writable=writable)
-            else:
-                lease = self.cache.map_dma(address, length, owner=owner, direction=direction)
-                writable = direction is not DmaDirection.TO_DEVICE
-            kind = LeaseKind.DMA if direction else LeaseKind.DEVICE
-            taken = self.model.take(address, length)
-            held = Held(address, length, taken.frames, lease.id, kind, owner, direction, writable)
-            self.model.held.append(held)
-            self.leases[lease.id] = lease
+            lease = self.cache.map_dma(address, length, owner=owner, direction=direction)
+            self.hold(lease, self.model.take(address, length), owner, direction, writable)
+
+    def hold(
+        self, lease: Lease, taken: Window, owner: str, way: DmaDirection | None, writable: bool
+    ) -> None:
+        kind = LeaseKind.DMA if way else LeaseKind.DEVICE
+        span = taken.address, taken.length, taken.frames
+        self.model.held.append(Held(*span, lease.id, kind, owner, way, writable))
+        self.leases[lease.id] = lease
+
+    @rule(address=addresses, direction=ways)
+    def map_dma_of_few_bytes(self, address: int, direction: DmaDirection) -> None:
+        self.map_dma(address, 8, direction, "net1", 0)
 
     @rule(
         ranges=st.lists(st.tuples(addresses, lengths), min_size=1, max_size=3),
@@ -288,6 +286,15 @@ class Guest(Comparison):
         for page in range(gfn, gfn + count):
             self.model.balloon_in(page)
         self.domain.balloon_in(gfn * PAGE, count * PAGE)
+
+    @precondition(lambda self: self.leases)
+    @rule(which=choices, again=st.booleans())
+    def balloon_under_a_lease(self, which: int, again: bool) -> None:
+        held = self.model.held[which % len(self.leases)]
+        gfn = (held.address + held.length - 1) // PAGE
+        self.balloon_out(gfn, 1)
+        if again:
+            self.balloon_in(gfn, 1)
 
     @rule(gfn=page_numbers, reason=st.sampled_from([errno.ENOENT, errno.EAGAIN]))
     def page_out(self, gfn: int, reason: int) -> None:
