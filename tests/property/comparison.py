@@ -144,12 +144,15 @@ class Comparison(RuleBasedStateMachine):
     # --- what must always be so ---
 
     @invariant()
-    def all_is_as_it_must_be(self) -> None:
+    def after_each_step(self) -> None:
         if hasattr(self, "cache"):
-            self.leases_and_views_show_their_frames()
-            self.the_guest_sees_what_was_written()
-            self.books_balance()
+            self.all_is_as_it_must_be()
             self.steps += 1
+
+    def all_is_as_it_must_be(self) -> None:
+        self.leases_and_views_show_their_frames()
+        self.the_guest_sees_what_was_written()
+        self.books_balance()
 
     def leases_and_views_show_their_frames(self) -> None:
         infos = self.cache.leases()
@@ -208,8 +211,6 @@ class Comparison(RuleBasedStateMachine):
         self.cache.close(force=True)
         self.model.close()
         self.leases.clear()
-        self.leases_and_views_show_their_frames()
-        self.the_guest_sees_what_was_written()
-        self.books_balance()
+        self.all_is_as_it_must_be()
         assert not self.domain._mapped
         logging.getLogger("xenmapcache").removeHandler(self.warnings)

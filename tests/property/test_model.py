@@ -190,8 +190,8 @@ class Guest(Comparison):
                 view[0] = fill
 
     @precondition(lambda self: self.leases)
-    @rule(which=choices, keep=st.booleans(), fails=failures, marking=failures)
-    def release(self, which: int, keep: bool, fails: int, marking: int) -> None:
+    @rule(which=choices, again=st.booleans(), keep=st.booleans(), fails=failures, marking=failures)
+    def release(self, which: int, again: bool, keep: bool, fails: int, marking: int) -> None:
         held = self.model.held[which % len(self.leases)]
         lease = self.leases[held.id]
         view = lease.view
@@ -226,6 +226,9 @@ class Guest(Comparison):
         assert got == wanted
         assert lease.released != still_held
         if still_held:
+            self.all_is_as_it_must_be()
+            if again:
+                self.release(which, False, keep, 0, 0)
             return
         if stale:
             self.stale_returned += 1
