@@ -112,7 +112,7 @@ def build(prefix: Path) -> None:
     """Build it from the newest source package of its Debian."""
     if missing := sorted({name for path, name in NEEDED.items() if not Path(path).exists()}):
         install(missing)
-    print(f"building {SOURCE} without a GIL, once, into {prefix}", flush=True)  # noqa: T201
+    print(f"building {SOURCE} without a GIL, once, into {prefix}", flush=True)  # noqa: T201 - what it is for
     with tempfile.TemporaryDirectory() as work:
         tree = unpack(Path(work))
         run("./configure", "--quiet", f"--prefix={prefix}", *OPTIONS, folder=tree)
@@ -179,7 +179,7 @@ def prepare(python: Path, cache: Path) -> Path:
     try:
         run(*pip, "--only-binary=cffi", "cffi>=1.15")
     except UnavailableError:
-        print("there is no cffi for it: C is called through ctypes")  # noqa: T201
+        print("there is no cffi for it: C is called through ctypes")  # noqa: T201 - what it is for
     return inside
 
 
@@ -189,7 +189,7 @@ def main() -> int:
     try:
         python = prepare(interpreter(cache), cache)
     except UnavailableError as error:
-        print(f"no CPython without a GIL can be had here: {error}")  # noqa: T201
+        print(f"no CPython without a GIL can be had here: {error}")  # noqa: T201 - what it is for
         return UNAVAILABLE
     environment = {"XENMAPCACHE_THREADS": SECONDS, **os.environ, "PYTHONPATH": str(ROOT)}
     tests = sys.argv[1:] or TESTS

@@ -72,7 +72,7 @@ class Comparison(RuleBasedStateMachine):
             self.backend,
             bucket_shift=BUCKET.bit_length() - 1,
             max_resident=self.limit,
-            on_stale=self.on_stale,  # type: ignore[arg-type]
+            on_stale=self.on_stale,  # type: ignore[arg-type] # the test knows
         )
         self.leases: dict[int, Lease] = {}
         self.invalidations = self.stale_returned = 0
@@ -84,7 +84,7 @@ class Comparison(RuleBasedStateMachine):
         views = [view for _, view, its_cache in self.kept if its_cache is cache]
         if cache is self.cache:
             views += [lease.view for lease in self.leases.values()]
-        return {id(view.obj): len(view.obj) for view in views}  # type: ignore[arg-type]
+        return {id(view.obj): len(view.obj) for view in views}  # type: ignore[arg-type] # the test knows
 
     def needs(self, address: int, length: int) -> int:
         """Return the size of what is mapped for an access to all of a range at once."""

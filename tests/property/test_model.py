@@ -377,4 +377,4 @@ def test_the_cache_does_as_the_model(record_property: Callable[[str, object], No
     assert live_mappings() == mappings
     whole, steps = Guest.ran.count(STEPS), sum(Guest.ran)
     record_property("sequences", whole)
-    print(f"{whole} sequences of {STEPS} steps; with shorter ones {steps} steps")  # noqa: T201
+    print(f"{whole} sequences of {STEPS} steps; with shorter ones {steps} steps")  # noqa: T201 - what it is for

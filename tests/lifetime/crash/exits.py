@@ -67,4 +67,4 @@ def leave(world: World, hold: Hold, column: str) -> None:
     elif column == "at exit: used by a daemon thread":
         use_by_daemon(hold)
     elif column == "at exit: in a cycle, in __del__":
-        sys.modules["cycle"] = Cycle(hold)  # type: ignore[assignment]
+        sys.modules["cycle"] = Cycle(hold)  # type: ignore[assignment] # the test knows
