@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,11 @@ import pytest
 from xenmapcache import Backend, MapCache, MockDomain, MockHypervisor, open_backend
 
 pytest_plugins = ["tests.xen.plugin"]
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and so would be all that
+# the tests start: then nothing could be interrupted.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HOLE = (0xA0000, 0x20000)
 """Address and length of the hole that the guest has, as every PC has."""
