@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import gc
 import logging
@@ -175,6 +176,14 @@ def test_a_lease_that_ended_in_time_is_not_stale(cache: MapCache) -> None:
     lease.release()
     cache.invalidate()
     assert not lease.stale
+
+
+def test_a_pointer_is_that_of_the_first_byte(cache: MapCache) -> None:
+    """Not that of the bucket, or of the mapping, around it."""
+    for address in (AT + 5, AT + BUCKET - 3):
+        with cache.map_dma(address, 8, owner="t") as lease:
+            lease.view[:] = b"by view!"
+            assert ctypes.string_at(lease.host_address, 8) == b"by view!"
 
 
 def test_ended_leases_leave_nothing(backend: Backend) -> None:
