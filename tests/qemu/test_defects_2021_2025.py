@@ -31,7 +31,7 @@ def test_defect_25_nobody_steals_the_address_during_replace(guest: Guest) -> Non
 
     QEMU, 2021: it unmapped before it mapped anew, and another thread got the address between.
     """
-    rounds = 300 if guest.scratch else 30
+    rounds = 60 if guest.scratch else 30
     length = 4 * PAGE_SIZE
     here, there = guest.address, guest.address + MiB
 
