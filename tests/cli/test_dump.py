@@ -181,7 +181,8 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     dump(guest, folder / "f", status=2)
-    assert capsys.readouterr().err == "xenmapcache: error: No space left on device\n"
+    complaint = f"xenmapcache: error: {folder / 'f'}: No space left on device\n"
+    assert capsys.readouterr().err == complaint
     assert os.listdir(folder) == []
 
 
