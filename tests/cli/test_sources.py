@@ -103,6 +103,16 @@ def test_info_shows_what_a_source_says_of_itself(run: Run, monkeypatch: pytest.M
     assert json.loads(run("info", "--json", "mock:4M"))["notes"] == notes
 
 
+def test_info_obeys_no_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file says of itself, such as a version, may be made to do things on a terminal."""
+    evil = {"xen_version": "4.17\x1b]0;evil\x07", "vcpus": "1\n2"}
+    monkeypatch.setattr(MockBackend, "describe", lambda _: evil)
+    shown = run("info", "mock:4M")
+    assert r"4.17\x1b]0;evil\x07" in shown
+    assert "\x1b" not in shown
+    assert json.loads(run("info", "mock:4M", "--json"))["notes"] == evil
+
+
 def test_info_limits_the_ranges_that_it_shows(run: Run, tmp_path: Path) -> None:
     """Of many ranges it shows the first, says how many more there are, and all with --all."""
     path = str(lime(tmp_path / "many.lime", {at << 13: bytes(4096) for at in range(100)}))
@@ -203,6 +213,22 @@ def test_read_gives_the_bytes_to_a_pipe_and_a_hexdump_to_a_terminal(guest: str) 
     assert on_terminal("--raw") == b"needle"
 
 
+def test_json_of_much_memory_takes_little(run: Run) -> None:
+    """The object is printed as it is read: of more than there is room for, too."""
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_AS, (400 << 20, -1))"
+    code = f"{limit}; from xenmapcache.cli import main; main()"
+    command = [sys.executable, "-c", code, "read", "mock:4M", "0", "256M", "--fill", "00", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        printed = 0
+        while piece := process.stdout.read(1 << 20):
+            printed += len(piece)
+    assert process.returncode == 0
+    assert printed > 2 * (256 << 20)
+    facts = json.loads(run("read", "mock:4M", "0", "3M", "--json"))
+    assert facts == {"address": 0, "length": 3 << 20, "hex": "00" * (3 << 20)}
+
+
 def test_a_hole_is_an_error_that_offers_fill(run: Run, guest: str) -> None:
     """Nothing is printed of a range with a hole; with --fill the hole reads as that byte."""
     for address in ("0x2ff0", "0x3000", "0x6ff0"):
@@ -277,6 +303,13 @@ def test_a_match_that_goes_before_it_is_shown() -> None:
         assert search._around(cache, 0x5010, 0x4FF0, 0x5030) == (0x5010, b"")
 
 
+def test_find_takes_numbers_of_any_size(run: Run, guest: str) -> None:
+    """More matches than there can be, and more surroundings than there is memory, are all."""
+    assert run("find", guest, "late", "--max", "9" * 30) == "0x00005000  late\n"
+    shown = run("find", guest, "late", "--context", "99999999999T")
+    assert shown.count("\n") == (0x7000 - HIGH) // 16
+
+
 def test_find_escapes_what_is_not_text(run: Run) -> None:
     """Neither control characters nor broken UTF-8 reach the terminal."""
     line = run("find", "mock:4M", "--regex", r"\x00{3}", "--max", "1")
@@ -291,6 +324,8 @@ def test_find_escapes_what_is_not_text(run: Run) -> None:
         (["--hex", "xy"], "'xy' is not bytes in hex: write --hex 'de ad'"),
         (["--regex", "("], "'(' is no regular expression: missing )"),
         (["--regex", "x*"], "matches nothing at all"),
+        (["--regex", "x{99999999999}"], "is no regular expression: the repetition number"),
+        (["--regex", "(" * 9999 + "x" + ")" * 9999], "is no regular expression: maximum recurs"),
         ([""], "the pattern is empty"),
         (["--encoding", "utf-16le", "\udcff"], "search for bytes with --hex"),
         (["x", "--start", "5P"], ""),

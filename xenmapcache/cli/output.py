@@ -35,6 +35,11 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
+def printable(text: str) -> str:
+    """Return text with what is not printable escaped: terminals obey what a file may hold."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def size(count: int) -> str:
     """Return a number of bytes for people: ``640 KiB``."""
     if count < 1024:
