@@ -56,6 +56,7 @@ class ImageFile:
     Attributes:
         path: as given.
         size: in bytes, when it was opened.
+        changed: its time of change then, in ns.
 
     Raises:
         OSError: it cannot be opened.
@@ -82,7 +83,7 @@ class ImageFile:
             time.sleep((_TICK_NS - age) / 1e9)
         state = os.fstat(self._fd)
         self.size = state.st_size
-        self._as_opened = (state.st_size, state.st_mtime_ns)
+        self.changed = state.st_mtime_ns
 
     def check(self) -> None:
         """Raise CorruptImageError if the file has changed since it was opened."""
@@ -91,7 +92,7 @@ class ImageFile:
 
     def _check(self, fd: int) -> None:
         state = os.fstat(fd)
-        if (state.st_size, state.st_mtime_ns) != self._as_opened:
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.changed):
             raise CorruptImageError(
                 f"{self.path} has changed since it was opened (it had {self.size:#x} bytes and "
                 f"has {state.st_size:#x}): open it again"

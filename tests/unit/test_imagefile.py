@@ -280,7 +280,7 @@ def test_a_copy_of_what_was_changed_is_not_kept(image: ImageFile, path: Path) ->
     address = image.map(0, PAGES * PAGE_SIZE)
     assert address is not None
     mapping = Mapping(address, 0, PAGES, writable=False, errors=None, unmap=image.unmap)
-    image._as_opened = (image.size, 0)  # as if it had been written to
+    image.changed = 0  # as if it had been written to
     overwrite(path)
     assert mapping.view(0, mapping.length) == bytes(mapping.length)
 
