@@ -13,9 +13,11 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import stat
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -204,7 +206,7 @@ class ImageFile:
                 raise ClosedError(f"{self.path} is closed")
             if self._leased is None:
                 self._leased = _guard.take_lease(self._fd, self.path)
-            if not self._leased or self._is_asked_for():
+            if not self._leased or self._is_asked_for() or length > _largest_copy():
                 return None
             self._check(self._fd)
             address = libc.map_file(self._fd, offset, length, writable=False)
@@ -336,6 +338,12 @@ class ImageFile:
 def _is_owned(lock: threading.RLock) -> bool:
     owned: bool = lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001 - no other name tells
     return owned
+
+
+def _largest_copy() -> int:
+    """Return how large a file may be that this process writes: one of a copy, too (ulimit -f)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:

@@ -275,6 +275,23 @@ def test_what_cannot_be_copied_shows_zeros(
     assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
 
 
+def test_what_could_not_be_copied_is_read(path: Path) -> None:
+    """Where files are limited (ulimit -f), a copy's is too: what is larger is not mapped at all."""
+    code = (
+        "import os, resource, sys, xenmapcache as x\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0x2000, 0x2000))\n"
+        "with x.open_backend('raw', path=sys.argv[1]) as backend:\n"
+        "    views = [backend.map(0, count, writable=False).view(0, 8) for count in (2, 3)]\n"
+        "    before = [bytes(view) for view in views]\n"
+        "    os.close(os.open(sys.argv[1], os.O_WRONLY))\n"
+        "    print([bytes(view) for view in views] == before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_a_copy_of_what_was_changed_is_not_kept(image: ImageFile, path: Path) -> None:
     """Should the kernel lose its patience, copies of what was written meanwhile are not shown."""
     address = image.map(0, PAGES * PAGE_SIZE)
