@@ -23,6 +23,7 @@ from xenmapcache import (
     open_backend,
     write_coredump,
 )
+from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.mock import MockBackend
 from xenmapcache.cli import main, search, session
 from xenmapcache.mapping import Mapping
@@ -397,6 +398,27 @@ def test_diff_of_one_page_of_several(run: Run, tmp_path: Path) -> None:
     pages[0x2800] = 1
     other = str(lime(tmp_path / "other.lime", {0: bytes(pages)}))
     assert run("diff", one, other, status=1) == "0x00002000..0x00003000       4 KiB  differs\n"
+
+
+def test_diff_asks_no_guest_for_what_is_behind_its_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with one page far away is not compared with a live guest's nothing, page by page."""
+    far = str(lime(tmp_path / "far.lime", {(1 << 52) - PAGE_SIZE: bytes(PAGE_SIZE)}))
+    maps = 0
+    make = MockBackend.map
+
+    def counted(self: MockBackend, gfn: int, count: int, *, writable: bool) -> Mapping:
+        nonlocal maps
+        maps += 1
+        assert maps < 100
+        return make(self, gfn, count, writable=writable)
+
+    monkeypatch.setattr(MockBackend, "map", counted)
+    assert run("diff", far, "mock:4M", status=1) == (
+        "0x00000000..0x00400000       4 MiB  only in mock:4M\n"
+        f"0xffffffffff000..0x10000000000000       4 KiB  only in {far}\n"
+    )
 
 
 def test_diff_prints_bytes(run: Run, guest: str, other: str) -> None:
