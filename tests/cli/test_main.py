@@ -250,3 +250,19 @@ def test_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no stdout at all, as in a daemon, the status still tells."""
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info", "--json", "mock:1M"]) == 0
+
+
+def test_a_narrow_terminal_loses_nothing() -> None:
+    """Where an address does not fit, it goes on in the next line: no part of it is left out."""
+    run = subprocess.run(
+        [*MODULE, "info", "mock:4M"],
+        capture_output=True,
+        text=True,
+        env=environment(FORCE_COLOR="1", COLUMNS="24", PYTHONIOENCODING="utf-8"),
+        timeout=60,
+        check=True,
+    )
+    assert "…" not in run.stdout
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert ["0x000", "0x004"] in [line[:2] for line in lines]
+    assert ["00000", "00000"] in [line[:2] for line in lines]
