@@ -29,7 +29,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
     _refuse_irregular(target)
     folder, name = os.path.split(target)
     start = os.fsdecode(os.fsencode(name)[:200])  # names are limited in bytes
-    draft = os.path.join(folder, f".{start}.{secrets.token_hex(4)}.part")  # noqa: PTH118
+    draft = os.path.join(folder, f".{start}.{secrets.token_hex(4)}.part")  # noqa: PTH118 - all in str
     fd, named = _open(folder, draft)
     try:
         yield fd
@@ -38,7 +38,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
             named = True
             # The descriptor's own folder entry is followed only by linkat, hence src_dir_fd.
             os.link(f"/proc/self/fd/{fd}", draft, src_dir_fd=fd, follow_symlinks=True)
-        os.replace(draft, target)  # noqa: PTH105
+        os.replace(draft, target)  # noqa: PTH105 - all in str
     except OSError as error:
         if (
             error.filename is None
@@ -51,7 +51,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
         os.close(fd)
         if named:
             with contextlib.suppress(FileNotFoundError):  # it has taken its place
-                os.unlink(draft)  # noqa: PTH108
+                os.unlink(draft)  # noqa: PTH108 - all in str
 
 
 def _refuse_irregular(target: str) -> None:
@@ -76,7 +76,7 @@ def _open(folder: str, draft: str) -> tuple[int, bool]:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
     else:
-        if os.path.exists(f"/proc/self/fd/{fd}"):  # noqa: PTH110
+        if os.path.exists(f"/proc/self/fd/{fd}"):  # noqa: PTH110 - all in str
             return fd, False
         os.close(fd)
     return os.open(draft, flags | os.O_CREAT | os.O_EXCL, 0o600), True
