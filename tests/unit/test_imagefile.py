@@ -446,6 +446,7 @@ def test_a_disk_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with path.open("r+b"), open_backend("raw", path=path) as backend:
         monkeypatch.setattr(os, "preadv", fail)
         monkeypatch.setattr(os, "pread", fail)
+        gc.collect()  # what other tests left
         before = live_mappings()
         with pytest.raises(XenCallError, match=r"0x2000 bytes at 0x1000 of .*guest\.raw") as caught:
             backend.map(1, 2, writable=False)
@@ -459,6 +460,7 @@ def test_no_memory(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise XenCallError("mmap", None, errno.ENOMEM)
 
+    gc.collect()  # what other tests left
     before = live_mappings()
     monkeypatch.setattr(libc, "allocate", full)
     monkeypatch.setattr(libc, "map_file", full)
@@ -680,6 +682,7 @@ def test_the_guard_starts_when_it_is_needed(path: Path) -> None:
 def test_errors_keep_no_memory(backend: Backend, path: Path) -> None:
     """An exception that somebody keeps does not keep the memory of what was being read."""
     os.truncate(path, 10 * PAGE_SIZE)
+    gc.collect()  # what other tests left
     before = live_mappings()
     kept: list[BaseException] = []
     for gfn in (0, 50):
