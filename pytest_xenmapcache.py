@@ -33,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
+# Neither first nor last: what pytest does first here for unittest is tell of the exception, and
+# the one that makes the report is the last to be called.
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Remember whether a test ended with an exception."""
     if call.when != "teardown":

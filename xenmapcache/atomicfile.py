@@ -6,7 +6,12 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
+
+from .errors import XenMapCacheError
+
+_OF_WRITING = frozenset({errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC})
 
 
 @contextlib.contextmanager
@@ -18,26 +23,47 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[int]:
     complete, so that not even a killed process leaves anything behind.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made or written, or what is there is no regular file.
     """
     target = os.path.realpath(path)
-    if os.path.isdir(target):  # noqa: PTH112 - os.replace would tell so after all the work
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+    _refuse_irregular(target)
     folder, name = os.path.split(target)
-    draft = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")  # noqa: PTH118 - all in str
+    start = os.fsdecode(os.fsencode(name)[:200])  # names are limited in bytes
+    draft = os.path.join(folder, f".{start}.{secrets.token_hex(4)}.part")  # noqa: PTH118 - all in str
     fd, named = _open(folder, draft)
     try:
         yield fd
         if not named:
+            # Before there is one: an interrupt may come between the call and the next line.
+            named = True
             # The descriptor's own folder entry is followed only by linkat, hence src_dir_fd.
             os.link(f"/proc/self/fd/{fd}", draft, src_dir_fd=fd, follow_symlinks=True)
-            named = True
         os.replace(draft, target)  # noqa: PTH105 - all in str
-        named = False
+    except OSError as error:
+        if (
+            error.filename is None
+            and error.errno in _OF_WRITING
+            and not isinstance(error, XenMapCacheError)
+        ):
+            error.filename = target  # os.pwrite knows none
+        raise
     finally:
         os.close(fd)
         if named:
-            os.unlink(draft)  # noqa: PTH108 - all in str
+            with contextlib.suppress(FileNotFoundError):  # it has taken its place
+                os.unlink(draft)  # noqa: PTH108 - all in str
+
+
+def _refuse_irregular(target: str) -> None:
+    """Find out before all the work what cannot be replaced, and what had better not: /dev/null."""
+    try:
+        mode = os.lstat(target).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "That is no regular file, and is left alone", target)
 
 
 def _open(folder: str, draft: str) -> tuple[int, bool]:

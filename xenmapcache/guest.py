@@ -249,6 +249,12 @@ class GuestMemory:
             raise ValueError(f"min_length {min_length} is no length of a string")
         if encoding not in _CHARACTERS:
             raise ValueError(f"encoding {encoding!r} is not one of {', '.join(_CHARACTERS)}")
+        longest = _LONGEST_STRING // len("a".encode(encoding))
+        if min_length > longest:
+            raise ValueError(
+                f"min_length {min_length} is more than {longest}: so many characters may come "
+                "in pieces that are too short"
+            )
         one = _CHARACTERS[encoding]
         # Written out, so that the engine has a prefix to look for.
         expression = re.compile(one * min_length + b"(?:%b)*+" % one)

@@ -13,9 +13,11 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import stat
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -56,6 +58,7 @@ class ImageFile:
     Attributes:
         path: as given.
         size: in bytes, when it was opened.
+        changed: its time of change then, in ns.
 
     Raises:
         OSError: it cannot be opened.
@@ -82,7 +85,7 @@ class ImageFile:
             time.sleep((_TICK_NS - age) / 1e9)
         state = os.fstat(self._fd)
         self.size = state.st_size
-        self._as_opened = (state.st_size, state.st_mtime_ns)
+        self.changed = state.st_mtime_ns
 
     def check(self) -> None:
         """Raise CorruptImageError if the file has changed since it was opened."""
@@ -91,7 +94,7 @@ class ImageFile:
 
     def _check(self, fd: int) -> None:
         state = os.fstat(fd)
-        if (state.st_size, state.st_mtime_ns) != self._as_opened:
+        if (state.st_size, state.st_mtime_ns) != (self.size, self.changed):
             raise CorruptImageError(
                 f"{self.path} has changed since it was opened (it had {self.size:#x} bytes and "
                 f"has {state.st_size:#x}): open it again"
@@ -203,7 +206,7 @@ class ImageFile:
                 raise ClosedError(f"{self.path} is closed")
             if self._leased is None:
                 self._leased = _guard.take_lease(self._fd, self.path)
-            if not self._leased or self._is_asked_for():
+            if not self._leased or self._is_asked_for() or length > _largest_copy():
                 return None
             self._check(self._fd)
             address = libc.map_file(self._fd, offset, length, writable=False)
@@ -335,6 +338,12 @@ class ImageFile:
 def _is_owned(lock: threading.RLock) -> bool:
     owned: bool = lock._is_owned()  # type: ignore[attr-defined] # noqa: SLF001 - no other name tells
     return owned
+
+
+def _largest_copy() -> int:
+    """Return how large a file may be that this process writes: one of a copy, too (ulimit -f)."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def _behind(views: Sequence[memoryview], count: int) -> list[memoryview]:

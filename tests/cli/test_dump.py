@@ -114,6 +114,8 @@ def test_a_page_that_goes_meanwhile_is_a_hole(
         (["-o", "/dev/null"], "/dev/null is no regular file"),
         (["-o", "{folder}/absent/file"], "No such file or directory"),
         (["-o", "{folder}/f", "--format", "coredump", "--start", "1M"], "--format raw"),
+        (["-o", "{folder}/f", "--length", "16777216T"], "52-bit"),
+        (["-o", "{folder}/f", "--start", "16777216T"], "52-bit"),
     ],
 )
 def test_what_cannot_be_written(
@@ -181,7 +183,8 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(os, "pwrite", full)
     dump(guest, folder / "f", status=2)
-    assert capsys.readouterr().err == "xenmapcache: error: No space left on device\n"
+    complaint = f"xenmapcache: error: {folder / 'f'}: No space left on device\n"
+    assert capsys.readouterr().err == complaint
     assert os.listdir(folder) == []
 
 

@@ -106,7 +106,7 @@ def test_an_error_is_one_line(
         raise xenmapcache.FaultError(0xA0000, 8, 22)
 
     monkeypatch.setattr(demo, "run", fail)
-    monkeypatch.setattr("xenmapcache.cli._discard_output", lambda: None)
+    monkeypatch.setattr("xenmapcache.cli._discard", lambda _: None)
     assert main(["demo", "--json"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -145,24 +145,13 @@ def test_closed_pipe_ends_quietly(arguments: list[str]) -> None:
     assert (run.returncode, run.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize(
-    ("command", "status"),
-    [
-        ("read mock:1M 0 16 --raw", 0),
-        ("strings mock:1M", 1),
-        ("info mock:1M", 0),
-        ("find mock:1M x", 1),
-    ],
-)
-def test_output_that_was_closed_before(command: str, status: int) -> None:
-    """Started without a stdout, a command prints nowhere, and says nothing of it."""
-    done = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *MODULE, *command.split()],
-        stderr=subprocess.PIPE,
-        env=environment(),
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (status, b"")
+def test_an_error_obeys_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Line ends and control characters of a file's name are not passed on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xenmapcache.cli._discard", lambda _: None)
+        assert main(["info", "no\nsuch\x1b[2J"]) == 2
+    complaint = "xenmapcache: error: no such\\x1b[2J: No such file or directory\n"
+    assert capsys.readouterr().err == complaint
 
 
 def test_full_disk_is_an_error_of_one_line() -> None:
@@ -178,6 +167,32 @@ def test_full_disk_is_an_error_of_one_line() -> None:
         )
     assert (run.returncode, run.stderr.count(b"\n")) == (2, 1)
     assert b"No space left" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["read", "mock:4M", "0"], 0),
+        (["strings", "mock:4M"], 1),
+        (["dump", "mock:4M", "-o", "{folder}/f"], 0),
+        (["diff", "mock:4M", "mock:8M"], 1),
+        (["info", "{folder}/absent"], 2),
+    ],
+)
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_closed_streams(arguments: list[str], status: int, closed: str, tmp_path: Path) -> None:
+    """With standard streams closed or full, as in a daemon, a command ends as it does otherwise."""
+    run = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *MODULE]
+        + [each.format(folder=tmp_path) for each in arguments],
+        capture_output=True,
+        env=environment(),
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == status
+    assert run.stdout == b"" or ">&-" not in closed.split()
+    assert run.stderr.count(b"\n") == (status == 2 and "2>" not in closed)
 
 
 def test_import_brings_neither_rich_nor_elftools() -> None:
@@ -235,3 +250,18 @@ def test_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no stdout at all, as in a daemon, the status still tells."""
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["info", "--json", "mock:1M"]) == 0
+
+
+def test_a_narrow_terminal_loses_nothing() -> None:
+    """Where an address does not fit, it goes on in the next line: no part of it is left out."""
+    run = subprocess.run(
+        [*MODULE, "info", "mock:4M"],
+        capture_output=True,
+        text=True,
+        env=environment(FORCE_COLOR="1", COLUMNS="24", PYTHONIOENCODING="utf-8"),
+        timeout=60,
+        check=True,
+    )
+    assert "…" not in run.stdout
+    first, second = (line.split()[:2] for line in run.stdout.splitlines()[-2:])
+    assert [a + b for a, b in zip(first, second, strict=True)] == ["0x00000000", "0x00400000"]

@@ -23,6 +23,7 @@ from xenmapcache import (
     open_backend,
     write_coredump,
 )
+from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.mock import MockBackend
 from xenmapcache.cli import main, search, session
 from xenmapcache.mapping import Mapping
@@ -101,6 +102,16 @@ def test_info_shows_what_a_source_says_of_itself(run: Run, monkeypatch: pytest.M
     for line in ("xen version  4.17", "vcpus        2", "list         1, 2", "more         a 1"):
         assert line in text
     assert json.loads(run("info", "--json", "mock:4M"))["notes"] == notes
+
+
+def test_info_obeys_no_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file says of itself, such as a version, may be made to do things on a terminal."""
+    evil = {"xen_version": "4.17\x1b]0;evil\x07", "vcpus": "1\n2"}
+    monkeypatch.setattr(MockBackend, "describe", lambda _: evil)
+    shown = run("info", "mock:4M")
+    assert r"4.17\x1b]0;evil\x07" in shown
+    assert "\x1b" not in shown
+    assert json.loads(run("info", "mock:4M", "--json"))["notes"] == evil
 
 
 def test_info_limits_the_ranges_that_it_shows(run: Run, tmp_path: Path) -> None:
@@ -203,6 +214,22 @@ def test_read_gives_the_bytes_to_a_pipe_and_a_hexdump_to_a_terminal(guest: str) 
     assert on_terminal("--raw") == b"needle"
 
 
+def test_json_of_much_memory_takes_little(run: Run) -> None:
+    """The object is printed as it is read: of more than there is room for, too."""
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_AS, (400 << 20, -1))"
+    code = f"{limit}; from xenmapcache.cli import main; main()"
+    command = [sys.executable, "-c", code, "read", "mock:4M", "0", "256M", "--fill", "00", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        printed = 0
+        while piece := process.stdout.read(1 << 20):
+            printed += len(piece)
+    assert process.returncode == 0
+    assert printed > 2 * (256 << 20)
+    facts = json.loads(run("read", "mock:4M", "0", "3M", "--json"))
+    assert facts == {"address": 0, "length": 3 << 20, "hex": "00" * (3 << 20)}
+
+
 def test_a_hole_is_an_error_that_offers_fill(run: Run, guest: str) -> None:
     """Nothing is printed of a range with a hole; with --fill the hole reads as that byte."""
     for address in ("0x2ff0", "0x3000", "0x6ff0"):
@@ -277,6 +304,13 @@ def test_a_match_that_goes_before_it_is_shown() -> None:
         assert search._around(cache, 0x5010, 0x4FF0, 0x5030) == (0x5010, b"")
 
 
+def test_find_takes_numbers_of_any_size(run: Run, guest: str) -> None:
+    """More matches than there can be, and more surroundings than there is memory, are all."""
+    assert run("find", guest, "late", "--max", "9" * 30) == "0x00005000  late\n"
+    shown = run("find", guest, "late", "--context", "99999999999T")
+    assert shown.count("\n") == (0x7000 - HIGH) // 16
+
+
 def test_find_escapes_what_is_not_text(run: Run) -> None:
     """Neither control characters nor broken UTF-8 reach the terminal."""
     line = run("find", "mock:4M", "--regex", r"\x00{3}", "--max", "1")
@@ -291,6 +325,8 @@ def test_find_escapes_what_is_not_text(run: Run) -> None:
         (["--hex", "xy"], "'xy' is not bytes in hex: write --hex 'de ad'"),
         (["--regex", "("], "'(' is no regular expression: missing )"),
         (["--regex", "x*"], "matches nothing at all"),
+        (["--regex", "x{99999999999}"], "is no regular expression: the repetition number"),
+        (["--regex", "(" * 9999 + "x" + ")" * 9999], "is no regular expression: maximum recurs"),
         ([""], "the pattern is empty"),
         (["--encoding", "utf-16le", "\udcff"], "search for bytes with --hex"),
         (["x", "--start", "5P"], ""),
@@ -362,6 +398,27 @@ def test_diff_of_one_page_of_several(run: Run, tmp_path: Path) -> None:
     pages[0x2800] = 1
     other = str(lime(tmp_path / "other.lime", {0: bytes(pages)}))
     assert run("diff", one, other, status=1) == "0x00002000..0x00003000       4 KiB  differs\n"
+
+
+def test_diff_asks_no_guest_for_what_is_behind_its_end(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file with one page far away is not compared with a live guest's nothing, page by page."""
+    far = str(lime(tmp_path / "far.lime", {(1 << 52) - PAGE_SIZE: bytes(PAGE_SIZE)}))
+    maps = 0
+    make = MockBackend.map
+
+    def counted(self: MockBackend, gfn: int, count: int, *, writable: bool) -> Mapping:
+        nonlocal maps
+        maps += 1
+        assert maps < 100
+        return make(self, gfn, count, writable=writable)
+
+    monkeypatch.setattr(MockBackend, "map", counted)
+    assert run("diff", far, "mock:4M", status=1) == (
+        "0x00000000..0x00400000       4 MiB  only in mock:4M\n"
+        f"0xffffffffff000..0x10000000000000       4 KiB  only in {far}\n"
+    )
 
 
 def test_diff_prints_bytes(run: Run, guest: str, other: str) -> None:

@@ -31,6 +31,7 @@ from xenmapcache import (
 from xenmapcache.backends.coredump import CoredumpBackend
 from xenmapcache.backends.image import Run
 from xenmapcache.backends.pageindex import is_ascending
+from xenmapcache.coredump_writer import _Layout
 
 from .xl_files import (
     ARM,
@@ -353,6 +354,20 @@ def test_the_index_is_small(file: Path) -> None:
         tracemalloc.stop()
         backend.close()
         assert size < most * 20000 + 20000
+
+
+def test_an_index_that_grows_is_not_copied(file: Path) -> None:
+    """Reading the index of 4 GiB takes room for one and a piece: it grows where it is."""
+    entries = 1 << 20
+    with file.open("wb") as empty:
+        _Layout(1, (4, 17, b""), 62).write(empty.fileno(), array("Q", range(entries)))
+    CoredumpBackend(path=file).close()  # what is imported and cached
+    tracemalloc.start()
+    with CoredumpBackend(path=file) as backend:
+        assert backend.pages == entries
+        _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.5 * 8 * entries
 
 
 def test_without_pyelftools(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

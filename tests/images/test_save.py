@@ -19,6 +19,7 @@ from tests.descriptors import open_files
 from tests.effort import calls_at_most
 from xenmapcache import CorruptImageError, MapCache, open_backend
 from xenmapcache.backends.save import SaveBackend
+from xenmapcache.imagefile import ImageFile
 
 from .xl_files import (
     BROKEN,
@@ -260,6 +261,50 @@ def test_an_index_that_lies(file: Path, arrays: tuple[int, ...]) -> None:
     with SaveBackend(path=file, keep_index=True) as backend:
         assert content_of(backend) == {0: page(0), 1: page(1)}
     assert kept(file).read_bytes() == good
+
+
+def test_an_index_of_no_guest(file: Path) -> None:
+    """Notes that no stream has are not believed either, though the checksum is right."""
+    opened(file, save(pages(0, 1)), keep_index=True).close()
+    good = kept(file).read_bytes()
+    head, rest = good[:-36], good[-32:]
+    head = head[:-16] + struct.pack("<IIII", 9, 3, 4, 17)
+    kept(file).write_bytes(head + zlib.crc32(head + rest).to_bytes(4, "little") + rest)
+    with SaveBackend(path=file, keep_index=True) as backend:
+        assert backend.kind == "hvm"
+    assert kept(file).read_bytes() == good
+
+
+@pytest.mark.parametrize("seconds", [-5, 10**10])
+def test_an_index_of_any_time(file: Path, seconds: int) -> None:
+    """A file may be of before 1970, or of after 2262, where ns take more than 63 bits."""
+    file.write_bytes(save(pages(0, 1)))
+    os.utime(file, (seconds, seconds))
+    for _ in range(2):
+        with SaveBackend(path=file, keep_index=True) as backend:
+            assert content_of(backend) == {0: page(0), 1: page(1)}
+
+
+def test_an_index_is_of_the_file_that_was_opened(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If another takes the file's name meanwhile, the index is not used for that one."""
+    other = file.with_name("other")
+    for path, gfns in ((file, (0, 1)), (other, (0, 2))):
+        path.write_bytes(save(pages(*gfns)))
+        os.utime(path, gfns)
+
+    def replaced(path: Path) -> ImageFile:
+        image = ImageFile(path)
+        other.replace(file)
+        return image
+
+    with monkeypatch.context() as patch:
+        patch.setattr("xenmapcache.backends.save.ImageFile", replaced)
+        with SaveBackend(path=file, keep_index=True) as backend:
+            assert content_of(backend) == {0: page(0), 1: page(1)}
+    with SaveBackend(path=file, keep_index=True) as backend:
+        assert content_of(backend) == {0: page(0), 2: page(2)}
 
 
 def test_an_index_that_cannot_be_kept(file: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from itertools import islice
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_the_workload_is_what_is_said_of_it() -> None:
 def test_the_model_maps_as_qemu_does() -> None:
     """An entry is shared while it is locked, dies with its last lock, and is larger over edges."""
     model = QemuModel(4 * MiB)
+    gc.collect()  # what other tests left
     before = live_mappings()
     first, second = model.lease(0, 4 * KiB), model.lease(MiB - 4 * KiB, 4 * KiB)
     assert first is second
@@ -80,6 +82,7 @@ def test_the_model_maps_as_qemu_does() -> None:
 def test_map_per_access_keeps_nothing() -> None:
     """What an access has mapped is just its pages, and goes with its end."""
     policy = PerAccess(4 * MiB)
+    gc.collect()  # what other tests left
     before = live_mappings()
     mapping = policy.lease(MiB - 4 * KiB, 8 * KiB)
     assert (mapping.gfn, mapping.length) == (255, 8 * KiB)

@@ -22,6 +22,7 @@ from xenmapcache import (
     FaultError,
     LeaseError,
     MapCache,
+    Mapping,
     MockDomain,
     MockHypervisor,
     XenCallError,
@@ -876,3 +877,22 @@ def test_nothing_is_written(domain: MockDomain, cache: MapCache) -> None:
         cache.read(0x2000, 1)
     cache.write(0x2000, b"")
     assert domain.dirty == set()
+
+
+def test_a_miss_in_the_middle_of_the_same_miss(
+    domain: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that reads the bucket which its thread is mapping waits for nobody."""
+    domain.write(0x2000, b"here")
+    original, nested = cache.backend.map, []
+
+    def interrupted(gfn: int, count: int, *, writable: bool) -> Mapping:
+        monkeypatch.setattr(cache.backend, "map", original)
+        nested.append(cache.read(0x2000, 4))
+        return original(gfn, count, writable=writable)
+
+    monkeypatch.setattr(cache.backend, "map", interrupted)
+    assert [cache.read(0x2000, 4), *nested] == [b"here"] * 2
+    assert maps(domain) == 2
+    assert cache._pending == {}
+    assert cache.stats().resident_bytes == BUCKET

@@ -305,6 +305,11 @@ def test_strings_are_runs_of_printable_characters(domain: MockDomain, memory: Gu
     assert [each for each in memory.strings(encoding="utf-16le") if each[0] > 0x400000] == wide
     with pytest.raises(ValueError, match="min_length 0"):
         memory.strings(min_length=0)
+    list(memory.strings(min_length=65536))
+    with pytest.raises(ValueError, match="min_length 65537 is more than 65536"):
+        memory.strings(min_length=65537)
+    with pytest.raises(ValueError, match="min_length 32769 is more than 32768"):
+        memory.strings(min_length=32769, encoding="utf-16le")
     with pytest.raises(ValueError, match="encoding 'utf-8' is not one of ascii, utf-16le"):
         memory.strings(encoding="utf-8")  # type: ignore[arg-type] # wrong on purpose
 

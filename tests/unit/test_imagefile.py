@@ -275,12 +275,29 @@ def test_what_cannot_be_copied_shows_zeros(
     assert [record.levelno for record in caplog.records] == [logging.CRITICAL]
 
 
+def test_what_could_not_be_copied_is_read(path: Path) -> None:
+    """Where files are limited (ulimit -f), a copy's is too: what is larger is not mapped at all."""
+    code = (
+        "import os, resource, sys, xenmapcache as x\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0x2000, 0x2000))\n"
+        "with x.open_backend('raw', path=sys.argv[1]) as backend:\n"
+        "    views = [backend.map(0, count, writable=False).view(0, 8) for count in (2, 3)]\n"
+        "    before = [bytes(view) for view in views]\n"
+        "    os.close(os.open(sys.argv[1], os.O_WRONLY))\n"
+        "    print([bytes(view) for view in views] == before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 def test_a_copy_of_what_was_changed_is_not_kept(image: ImageFile, path: Path) -> None:
     """Should the kernel lose its patience, copies of what was written meanwhile are not shown."""
     address = image.map(0, PAGES * PAGE_SIZE)
     assert address is not None
     mapping = Mapping(address, 0, PAGES, writable=False, errors=None, unmap=image.unmap)
-    image._as_opened = (image.size, 0)  # as if it had been written to
+    image.changed = 0  # as if it had been written to
     overwrite(path)
     assert mapping.view(0, mapping.length) == bytes(mapping.length)
 
@@ -429,6 +446,7 @@ def test_a_disk_that_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with path.open("r+b"), open_backend("raw", path=path) as backend:
         monkeypatch.setattr(os, "preadv", fail)
         monkeypatch.setattr(os, "pread", fail)
+        gc.collect()  # what other tests left
         before = live_mappings()
         with pytest.raises(XenCallError, match=r"0x2000 bytes at 0x1000 of .*guest\.raw") as caught:
             backend.map(1, 2, writable=False)
@@ -442,6 +460,7 @@ def test_no_memory(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise XenCallError("mmap", None, errno.ENOMEM)
 
+    gc.collect()  # what other tests left
     before = live_mappings()
     monkeypatch.setattr(libc, "allocate", full)
     monkeypatch.setattr(libc, "map_file", full)
@@ -663,6 +682,7 @@ def test_the_guard_starts_when_it_is_needed(path: Path) -> None:
 def test_errors_keep_no_memory(backend: Backend, path: Path) -> None:
     """An exception that somebody keeps does not keep the memory of what was being read."""
     os.truncate(path, 10 * PAGE_SIZE)
+    gc.collect()  # what other tests left
     before = live_mappings()
     kept: list[BaseException] = []
     for gfn in (0, 50):

@@ -12,8 +12,8 @@ import xenmapcache
 PACKAGE = Path(xenmapcache.__file__).parent
 
 LAYERS = [
-    {"errors", "address", "ioreq", "atomicfile"},
-    {"binding", "elf"},
+    {"errors", "address", "ioreq"},
+    {"binding", "elf", "atomicfile"},
     {"mapping", "ledger", "imagefile"},
     {"backend"},
     {"lease", "mock", "source"},

@@ -193,11 +193,22 @@ def test_a_test_that_failed_is_reported_once(project: pytest.Pytester) -> None:
     """What it held then is no second error; nor of one that was expected to fail."""
     project.makepyfile(
         """
+        import unittest
+
         import pytest
 
         def test_fails(map_cache):
             map_cache.map_dma(0x1000, 512, owner="disk0")
             assert False
+
+        class TestCase(unittest.TestCase):
+            @pytest.fixture(autouse=True)
+            def take(self, map_cache):
+                self.cache = map_cache
+
+            def test_fails_as_unittest_has_it(self):
+                self.cache.map_dma(0x1000, 512, owner="disk0")
+                self.fail()
 
         @pytest.mark.xfail(strict=True)
         def test_is_known_to_fail(map_cache):
@@ -205,4 +216,4 @@ def test_a_test_that_failed_is_reported_once(project: pytest.Pytester) -> None:
             assert False
         """
     )
-    run(project).assert_outcomes(failed=1, xfailed=1)
+    run(project).assert_outcomes(failed=2, xfailed=1)

@@ -141,7 +141,7 @@ class CoredumpBackend(ImageBackend):
             piece = piece[::words] if words > 1 else piece
             ordered = is_ascending(piece) and not (gfns and piece[0] <= gfns[-1])
             if ordered and piece[-1] < GFN_LIMIT and offsets is None and len(gfns) == first:
-                gfns = gfns + piece if gfns else piece
+                gfns.extend(piece)  # a sum would copy all of it for each piece
                 continue
             # Padding, or an error.
             for entry, gfn in enumerate(piece, first):

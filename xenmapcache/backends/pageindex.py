@@ -21,9 +21,10 @@ logger = logging.getLogger("xenmapcache")
 
 GFN_LIMIT = ADDRESS_LIMIT >> PAGE_SHIFT
 _BLOCK = 1 << 12
-_KEPT = struct.Struct("<8sQqQ16s")
+_KEPT = struct.Struct("<8sQQQ16s")
 """magic, the image's size and time of change, pages, notes; the checksum and the arrays follow."""
 _KEPT_MAGIC = b"xmcindx1"
+_WORD = (1 << 64) - 1  # of a time, which may be before 1970 or after 2262
 
 
 class PageIndex:
@@ -158,7 +159,7 @@ def store_index(path: str, size: int, changed: int, index: PageIndex, notes: byt
         notes: 16 bytes to keep with it.
     """
     assert index.offsets is not None  # noqa: S101 - the others are read as fast as they are kept
-    head = _KEPT.pack(_KEPT_MAGIC, size, changed, len(index), notes)
+    head = _KEPT.pack(_KEPT_MAGIC, size, changed & _WORD, len(index), notes)
     checksum = zlib.crc32(index.offsets, zlib.crc32(index.gfns, zlib.crc32(head)))
     try:
         with new_file(path) as fd, open(fd, "wb", closefd=False) as file:
@@ -183,7 +184,7 @@ def load_index(path: str, size: int, changed: int) -> tuple[PageIndex, bytes] | 
             if len(head) < _KEPT.size:
                 raise ValueError("it is cut off")
             magic, old_size, old_changed, pages, notes = _KEPT.unpack(head)
-            if (magic, old_size, old_changed) != (_KEPT_MAGIC, size, changed):
+            if (magic, old_size, old_changed) != (_KEPT_MAGIC, size, changed & _WORD):
                 raise ValueError("it is of another file, or of what this one was before")
             if os.fstat(file.fileno()).st_size != _KEPT.size + 4 + 16 * pages:
                 raise ValueError("it has not the size that it should have")

@@ -109,10 +109,9 @@ class SaveBackend(ImageBackend):
         self.memory_end = self._index.memory_end
 
     def _open(self, progress: Progress | None, kept: str | None) -> None:
-        changed = os.stat(self.path).st_mtime_ns  # noqa: PTH116 - a str
-        state = self._file.size, changed
+        state = self._file.size, self._file.changed
         loaded = load_index(kept, *state) if kept else None
-        if loaded is None:
+        if loaded is None or _NOTES.unpack(loaded[1])[0] not in _KINDS:
             stream = _Stream(self._file, progress)
             self._index = stream.read()
             notes = stream.notes

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 from ..errors import XenMapCacheError
 from .parser import ERROR, CommandError, make_parser
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: after ``--help`` and ``--version``; with status 2 for wrong usage, or
             where rich is needed and missing.
     """
+    _open_closed_streams()
     parser = make_parser()
     options = parser.parse_args(arguments)
     module, _, function = options.run.partition(":")
@@ -39,38 +41,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "xenmapcache: error: tables need rich: pip install xenmapcache[cli], "
                 "or use --json\n",
             )
-    if sys.stdout is None:  # who started this has closed it
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status: int = getattr(import_module(f".{module}", __name__), function)(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        _discard_output()
+        _discard(sys.stdout)
         return 128 + signal.SIGINT
     except (XenMapCacheError, CommandError, OSError, MemoryError) as error:
-        print(f"xenmapcache: error: {_one_line(error)}", file=sys.stderr)
-        _discard_output()
+        try:
+            print(f"xenmapcache: error: {_one_line(error)}", file=sys.stderr)
+        except OSError:
+            _discard(sys.stderr)
+        _discard(sys.stdout)
         return ERROR
     return status
 
 
+def _open_closed_streams() -> None:
+    """Open standard streams that are closed, or a file would take the place of one of them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, os.fdopen(null, "w", encoding="utf-8", closefd=False))
+
+
 def _one_line(error: Exception) -> str:
+    from .output import printable  # which needs more than parsing does
+
+    text = str(error)
     if isinstance(error, OSError) and not isinstance(error, XenMapCacheError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
-        return f"{place}{error.strerror}"
-    return " ".join(str(error).split("\n")) or "out of memory"
+        text = f"{place}{error.strerror}"
+    return printable(text.replace("\n", " ")) or "out of memory"
 
 
-def _discard_output() -> None:
+def _discard(stream: TextIO) -> None:
     """Let what is still buffered go nowhere, or the interpreter complains of it at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
+        stream.flush()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..address import PAGE_SHIFT
+from ..address import PAGE_SHIFT, check_range
 from ..atomicfile import new_file
 from ..cache import MapCache
 from .output import Report, print_json, progress, size
@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
 def _write_raw(cache: MapCache, start: int, end: int, path: str, report: Report) -> int:
     """Write a sparse file in which an address is an offset; return the number of pages."""
     written = 0
+    with refusals():
+        check_range(start, end - start, empty=True)
     with new_file(path) as fd:
         os.ftruncate(fd, end - start)
         for first, last in present(cache, start, end):

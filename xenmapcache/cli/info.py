@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ..address import PAGE_SHIFT
 from ..cache import MapCache
-from .output import Output, print_json, size
+from .output import Output, print_json, printable, size
 from .session import extent, joined, opened, present
 
 _MOST_RANGES = 40
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     output.table(
         ("", ""),
         [
-            ("source", options.source),
+            ("source", printable(options.source)),
             ("backend", cache.backend.name),
             ("looked at", f"{start:#x} to {end:#x}"),
             ("memory", f"{total >> PAGE_SHIFT} pages, {size(total)}"),
@@ -81,4 +81,4 @@ def _text(value: object) -> str:
         return ", ".join(f"{name} {_text(each)}" for name, each in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value))
-    return str(value)
+    return "\n".join(map(printable, str(value).split("\n")))

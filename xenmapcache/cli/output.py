@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import JustifyMethod, RenderableType
     from rich.text import Text
 
 Report = Callable[[int, int], object]
@@ -33,6 +33,11 @@ _TABLE_WIDTH = 1000
 def print_json(value: object) -> None:
     """Print one JSON document. Needs nothing but Python."""
     print(json.dumps(value, indent=2))
+
+
+def printable(text: str) -> str:
+    """Return text with what is not printable escaped: terminals obey what a file may hold."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def size(count: int) -> str:
@@ -122,7 +127,9 @@ class Output:
             header_style="bold",
         )
         for title, cells in zip(header, zip(*rows, strict=True), strict=True):
-            table.add_column(title, justify="right" if all(map(_NUMBER.match, cells)) else "left")
+            justify: JustifyMethod = "right" if all(map(_NUMBER.match, cells)) else "left"
+            # On a narrow terminal a long word is broken: cut off, half an address would be lost.
+            table.add_column(title, justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*map(_cell, row))
         self._print(Padding(table, (1 if any(header) else 0, 0, 0, 2)), _TABLE_WIDTH)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 
 from ..address import MiB, check_range
 from ..cache import MapCache
 from .hexdump import Hexdump
-from .output import print_json
 from .parser import CommandError
 from .session import opened, present, refusals, views
 
@@ -23,8 +23,7 @@ def run(options: argparse.Namespace) -> int:
             _refuse_holes(cache, start, start + length)
         pieces = _pieces(cache, start, start + length, options.fill or b"\0")
         if options.json:
-            data = b"".join(pieces)
-            print_json({"address": start, "length": length, "hex": data.hex()})
+            _print_json(start, length, pieces)
         elif options.hexdump or (sys.stdout.isatty() and not options.raw):
             dump = Hexdump(start, squeeze=not options.no_squeeze)
             for piece in pieces:
@@ -36,6 +35,15 @@ def run(options: argparse.Namespace) -> int:
             for piece in pieces:
                 sys.stdout.buffer.write(piece)
     return 0
+
+
+def _print_json(start: int, length: int, pieces: Iterator[bytes | memoryview]) -> None:
+    """Print the object piece by piece: a guest's memory need not fit into this machine's."""
+    head, tail = json.dumps({"address": start, "length": length, "hex": ""}, indent=2).split('""')
+    print(head, end='"')
+    for piece in pieces:
+        print(piece.hex(), end="")
+    print(f'"{tail}')
 
 
 def _refuse_holes(cache: MapCache, start: int, end: int) -> None:

@@ -8,9 +8,11 @@ import re
 import sys
 from itertools import islice
 
+from ..address import ADDRESS_LIMIT
 from ..cache import MapCache
 from ..guest import GuestMemory
 from .hexdump import Hexdump
+from .output import printable
 from .parser import CommandError
 from .session import extent, opened, refusals
 
@@ -25,7 +27,7 @@ def find(options: argparse.Namespace) -> int:
         with refusals():
             found = GuestMemory(cache).find(pattern, start, end - start)
         count = 0
-        for address, match in islice(found, options.max):
+        for address, match in islice(found, options.max and min(options.max, sys.maxsize)):
             count += 1
             if options.count:
                 continue
@@ -52,7 +54,7 @@ def _pattern(options: argparse.Namespace) -> bytes | re.Pattern[bytes]:
     elif options.regex:
         try:
             return re.compile(text.encode("utf-8", "surrogateescape"))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CommandError(f"{text!r} is no regular expression: {error}") from None
     elif options.encoding == "utf-8":
         pattern = text.encode("utf-8", "surrogateescape")
@@ -69,8 +71,7 @@ def _pattern(options: argparse.Namespace) -> bytes | re.Pattern[bytes]:
 def _shown(match: bytes, options: argparse.Namespace) -> str:
     if options.hex:
         return match.hex(" ")
-    text = match.decode(options.encoding, "backslashreplace")
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return printable(match.decode(options.encoding, "backslashreplace"))
 
 
 def _facts(
@@ -93,7 +94,7 @@ def _facts(
 
 def _around(cache: MapCache, address: int, low: int, high: int) -> tuple[int, bytes]:
     """Return what is there around an address, between two others, as far as there is no hole."""
-    low = max(0, low)
+    low, high = max(0, low), min(high, ADDRESS_LIMIT)
     for start, size in cache.present(low, high - low):
         if start <= address < start + size:
             return start, cache.read(start, size)

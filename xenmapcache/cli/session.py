@@ -59,6 +59,8 @@ def present(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
     # Where only mapping tells, what is told is still mapped when it is read.
     indexed = cache.backend.present(0, 1) is not None
     step = max(1, end - start) if indexed else _WINDOW
+    if not indexed and cache.memory_end is not None:
+        end = min(end, cache.memory_end)  # what the other guest has behind it need not be tried
     with refusals():
         for window in range(start, end, step):
             for address, length in cache.present(window, min(step, end - window)):

@@ -101,6 +101,7 @@ def cell(source: str, row: str, column: str, library: Path, folder: Path, outcom
 
 def serve(library: Path, folder: Path) -> None:
     """Answer until there are no more questions."""
+    gc.freeze()  # what is imported need not be looked through in each child, nor copied by that
     for number, line in enumerate(sys.stdin):
         source, row, column = json.loads(line)
         reading, writing = os.pipe()
