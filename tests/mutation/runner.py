@@ -150,6 +150,7 @@ class Copy:
                 "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(scratch, "hypothesis")),
             }
             environment.pop("PYTEST_ADDOPTS", None)
+            environment.pop("COVERAGE_PROCESS_CONFIG", None)  # a broken copy is not the package
             environment.pop("PYTHONDONTWRITEBYTECODE", None)  # it would take twice as long
             with Path(scratch, "output").open("w+", encoding="utf-8") as output:
                 process = subprocess.Popen(
