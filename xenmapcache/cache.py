@@ -359,6 +359,9 @@ class MapCache(Buckets):
     def replace(self, old_address: int, new_address: int, length: int) -> None:
         """Let a device lease show another guest range at the same host address.
 
+        The pages of the old range, if they could be written, are reported as dirty. Should
+        only that fail (XenCallError), the lease has moved; its ``address`` tells.
+
         Args:
             old_address: where the lease is now; with ``length`` it names the lease.
             new_address: guest-physical, at the same offset in its page.
@@ -399,6 +402,9 @@ class MapCache(Buckets):
                 if isinstance(error, MappingLostError) or not isinstance(error, Exception):
                     lease.lost = True
                 raise
+            # Now, when nothing writes to them through the lease any more.
+            if self._mark_dirty is not None and mapping.writable:
+                self._mark_dirty(*page_span(old_address, length))
 
     def _find_device(self, address: int, length: int) -> Lease:
         for lease in self._lessor.ledger.held(_DEVICE):

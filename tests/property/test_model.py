@@ -247,8 +247,8 @@ class Guest(Comparison):
         del self.kept[0]
 
     @precondition(lambda self: any(held.kind is LeaseKind.DEVICE for held in self.model.held))
-    @rule(which=choices, page=page_numbers, fails=failures)
-    def replace(self, which: int, page: int, fails: int) -> None:
+    @rule(which=choices, page=page_numbers, fails=failures, marking=failures)
+    def replace(self, which: int, page: int, fails: int, marking: int) -> None:
         devices = [held for held in self.model.held if held.kind is LeaseKind.DEVICE]
         old = devices[which % len(devices)]
         # The range names the lease: of two with the same it is the older one.
@@ -258,20 +258,29 @@ class Guest(Comparison):
         new = page * PAGE + held.address % PAGE
         pages = pages_of(new, held.length)
         gone = [gfn for gfn in pages if gfn >= PAGES or self.model.frames[gfn] is None]
-        with self.failing("remap", fails):
+        moved = False
+        with self.failing("remap", fails), self.failing("mark_dirty", marking):
             try:
                 self.cache.replace(held.address, new, held.length)
+                assert not (marking and held.writable)
+                moved = True
             except FaultError as fault:
                 assert fault.address == gone[0] * PAGE
             except MappingLostError as error:
                 assert error.errno == fails
                 held.frames = [bytearray(PAGE) for _ in pages]
                 held.stale = True
-            else:
-                assert not gone
-                assert not fails
-                held.address, held.frames = new, self.model.take(new, held.length).frames
-                held.stale = False
+            except XenCallError as error:
+                assert held.writable
+                assert error.errno == marking
+                moved = True
+        if moved:
+            assert not gone
+            assert not fails
+            if held.writable and not marking:
+                self.model.mark(held.address, held.length)
+            held.address, held.frames = new, self.model.take(new, held.length).frames
+            held.stale = False
         assert self.leases[held.id].host_address == host
 
     # --- the guest ---

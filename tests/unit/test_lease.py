@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import gc
@@ -452,16 +453,17 @@ def test_copy_is_for_what_is_stale(domain: MockDomain, backend: Backend) -> None
 
 
 def test_copy_to_a_page_that_is_gone_is_a_fault(domain: MockDomain, backend: Backend) -> None:
-    """What can be delivered is; the rest is named; the lease is given back."""
+    """What can be delivered is; the first that cannot is named; the lease is given back."""
     cache = connected(domain, backend, "copy")
-    lease = cache.map_dma(AT + 8, 0x3000 - 8, owner="t")
-    lease.view[:] = b"\x42" * (0x3000 - 8)
+    lease = cache.map_dma(AT + 8, 0x4000 - 8, owner="t")
+    lease.view[:] = b"\x42" * (0x4000 - 8)
     reballoon(domain, AT)
     domain.balloon_out(AT + 0x1000, 0x1000)
     reballoon(domain, AT + 0x2000)
+    domain.balloon_out(AT + 0x3000, 0x1000)
     with pytest.raises(FaultError, match="no page at 0x201000 ") as caught:
         lease.release()
-    assert caught.value.length == 0x2000
+    assert caught.value.length == 0x3000
     assert lease.released
     assert domain.read(AT, 0x1000) == bytes(8) + b"\x42" * (0x1000 - 8)
     assert domain.read(AT + 0x2000, 0x1000) == b"\x42" * 0x1000
@@ -528,6 +530,19 @@ def test_replace_moves_a_device_lease(domain: MockDomain, cache: MapCache) -> No
     domain.dirty.clear()
     lease.release()
     assert domain.dirty == {0x900, 0x901}  # and not those of before (QEMU, 2018)
+
+
+def test_replace_reports_what_it_leaves(domain: MockDomain, cache: MapCache) -> None:
+    """What was written to the old range would be missed by a migration. ROMs are not written."""
+    lease = cache.map_device(AT + 0x10, 0x1800, owner="vram")
+    cache.map_device(AT + 0x4000, 0x1000, owner="rom", writable=False)
+    cache.replace(AT + 0x10, 0x900010, 0x1800)
+    cache.replace(AT + 0x4000, 0x904000, 0x1000)
+    assert domain.dirty == {0x200, 0x201}
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError, match="mock_mark_dirty failed for domain 1 with EIO"):
+        cache.replace(0x900010, AT + 0x10, 0x1800)
+    assert (lease.address, lease.stale) == (AT + 0x10, False)
 
 
 def test_replace_by_a_hole_changes_nothing(domain: MockDomain, cache: MapCache) -> None:
@@ -632,6 +647,24 @@ def test_a_view_is_the_callers_own(domain: MockDomain, cache: MapCache) -> None:
     assert bytes(lease.view[:4]) == b"mine"
     lease.release()
     assert domain.dirty == {0x200}
+
+
+def test_two_invalidations_at_once_warn_once(
+    cache: MapCache, warnings: Callable[[], list[str]]
+) -> None:
+    """The one that comes second finds the lease warned of when its turn has come."""
+    lease = cache.map_dma(AT, 8, owner="t")
+    turn = cache._lessor._warning
+
+    @contextlib.contextmanager
+    def second() -> Iterator[None]:
+        cache._lessor._warning = turn
+        cache.invalidate()
+        yield
+
+    cache._lessor._warning = second()  # type: ignore[assignment] # for this test alone
+    assert [info.id for info in cache.invalidate().dma] == [lease.id]
+    assert len(warnings()) == 1
 
 
 def test_a_lease_taken_during_an_invalidation_belongs_to_the_next(
