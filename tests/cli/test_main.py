@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import json
 import os
 import pty
 import subprocess
@@ -112,6 +115,13 @@ def test_an_error_is_one_line(
     assert printed.out == ""
     assert printed.err.startswith("xenmapcache: error: no page at 0xa0000")
     assert printed.err.count("\n") == 1
+
+
+def test_output_that_is_no_file() -> None:
+    """In a program of somebody's, stdout may be anything that can be written to."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main(["info", "mock:4M", "--json"]) == 0
+    assert json.loads(output.getvalue())["pages"] == 1024
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import logging
 import pickle
 import threading
 import tracemalloc
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 
@@ -20,6 +22,7 @@ from xenmapcache import (
     ClosedError,
     DmaDirection,
     FaultError,
+    Lease,
     LeaseError,
     MapCache,
     Mapping,
@@ -28,6 +31,7 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
+from xenmapcache.buckets import _Claim
 
 BUCKET = 1 << 16
 
@@ -493,6 +497,34 @@ def test_a_full_cache_says_so(domain: MockDomain, backend: Backend) -> None:
     view.release()
     assert cache.read(0x300000, 1) == b"\0"
     lease.release()
+
+
+def test_garbage_in_a_full_cache(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GIL what is dropped may live on until it is collected, and is before giving up."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=BUCKET)
+    gc.disable()  # until the end: nothing else is to collect it
+    try:
+        for free_threaded in (False, True):
+            monkeypatch.setattr("xenmapcache.buckets._FREE_THREADED", free_threaded)
+            garbage: list[object] = [cache.map_dma(0x100000, 64, owner="t")]
+            lease = garbage[0]
+            assert isinstance(lease, Lease)
+            garbage += [lease.view, garbage]
+            lease.release()
+            del garbage, lease
+            with nullcontext() if free_threaded else pytest.raises(CacheFullError):
+                cache.read(0x300000, 1)
+    finally:
+        gc.enable()
+
+
+def test_a_claim_whose_making_was_interrupted() -> None:
+    """It is of nothing, and gives nothing back."""
+    freed: deque[int] = deque()
+    claim = _Claim.__new__(_Claim)
+    claim.freed = freed
+    del claim
+    assert not freed
 
 
 def test_a_read_of_any_length_needs_one_bucket(domain: MockDomain, backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import os
@@ -11,7 +12,7 @@ import pytest
 from xenmapcache import FaultError
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import libc
-from xenmapcache.mapping import Mapping, live_mappings
+from xenmapcache.mapping import Mapping, _finalize, _Finalizer, live_mappings
 
 
 def mapping_at(address: int, count: int = 1, **options: object) -> Mapping:
@@ -68,7 +69,20 @@ def test_no_memory_for_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
         mapping_at(address, unmap=lambda *span: unmapped.append(span))
     assert unmapped == [(address, PAGE_SIZE)]
+    with pytest.raises(MemoryError):  # who keeps the address to unmap it is not overtaken
+        mapping_at(address, unmap=lambda *span: unmapped.append(span), left=[address])
+    assert len(unmapped) == 1
     libc.unmap(address, PAGE_SIZE)
+
+
+def test_a_finalizer_whose_making_was_interrupted() -> None:
+    """It has no address yet, and touches nothing: who mapped unmaps."""
+    before = live_mappings()
+    memory = (ctypes.c_char * 8)()
+    finalizer = _Finalizer(memory, _finalize)  # type: ignore[arg-type] # as good as any
+    del memory
+    assert finalizer() is None
+    assert live_mappings() == before
 
 
 def test_another_process_does_not_unmap(monkeypatch: pytest.MonkeyPatch) -> None:

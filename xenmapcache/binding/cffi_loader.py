@@ -39,12 +39,8 @@ class CffiLoader:
 
 
 def _pointer(argument: Argument) -> Argument:
-    """Return what cffi takes for ``void *``: an address, NULL, bytes or a writable buffer."""
-    if argument is None:
-        return ffi.NULL
-    if isinstance(argument, int):
-        return _cast("void *", argument)
-    return _from_buffer(argument)
+    """Return what cffi takes for ``void *``: NULL, or where bytes or a writable buffer are."""
+    return ffi.NULL if argument is None else _from_buffer(argument)
 
 
 def _bind(function: Argument, prototype: Prototype) -> Function:
@@ -61,7 +57,7 @@ def _bind(function: Argument, prototype: Prototype) -> Function:
         held = []  # a cast does not keep the buffer behind it alive
         for position, kind in pointers:
             pointer = values[position]
-            if type(pointer) is not int:
+            if not isinstance(pointer, int):
                 pointer = _pointer(pointer)
                 held.append(pointer)
             values[position] = _cast(kind, pointer)
