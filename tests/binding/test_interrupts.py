@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import threading
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from tests.fake_xen import DOMID, Behaviour, FakeXen
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import PAGE_SIZE
+from xenmapcache.backends.xen import XenBackend
 
 from .test_domain_backends import stray_maps
 
@@ -83,3 +85,34 @@ def test_a_move_that_is_interrupted(fake: FakeXen, binding: str, vanishes: bool)
             fake.set_error(0, 9)
             assert fake.read(0x9000, 4) == b"new\0"
             lease.release()
+
+
+def test_a_move_that_is_interrupted_before_xen_is_asked(
+    fake: FakeXen, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mapping shows what it showed, and can be moved after."""
+    fake.write(0x8000, b"old")
+    fake.write(0x9000, b"new")
+    with XenBackend(domid=DOMID, binding=binding, library=fake.library) as backend:
+        mapping = backend.map(8, 1, writable=True)
+        really = backend._memory.map
+
+        def press(
+            domid: int,
+            prot: int,
+            gfns: array[int],
+            *,
+            address: int = 0,
+            flags: int = 0,
+            left: list[int] | None = None,
+        ) -> tuple[int, bytes | None]:
+            if flags:
+                raise KeyboardInterrupt
+            return really(domid, prot, gfns, left=left)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(backend._memory, "map", press)
+            backend.remap(mapping, 9)
+        assert bytes(mapping.view(0, 3)) == b"old"
+        backend.remap(mapping, 9)
+        assert bytes(mapping.view(0, 3)) == b"new"
