@@ -47,6 +47,7 @@ class _Finalizer(weakref.ref["Memory"]):
 # in an interpreter that falls apart, and the kernel unmaps.
 _live: dict[int, _Finalizer] = {}
 atexit.register(_live.clear)
+_pids: dict[int, int] = {}  # so that all finalizers of a process have one number, not one each
 
 
 def _finalize(finalizer: _Finalizer) -> None:
@@ -141,7 +142,8 @@ class Mapping:
                 unmap(address, length)
             raise
         finalizer.address, finalizer.length = address, length
-        finalizer.unmap, finalizer.pid = unmap, os.getpid()
+        pid = os.getpid()
+        finalizer.unmap, finalizer.pid = unmap, _pids.setdefault(pid, pid)
         finalizer.keeps = None
         # No call, and so no signal handler, comes between these two.
         _live[address] = finalizer
