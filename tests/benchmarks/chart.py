@@ -38,7 +38,10 @@ def save(figure: Figure, name: str) -> Path:
     """Write a chart as ``docs/charts/NAME.svg`` and return its path."""
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.svg"
-    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    # A margin, as who shows it may have a wider font.
+    figure.savefig(
+        path, metadata={"Date": None}, facecolor="white", bbox_inches="tight", pad_inches=0.3
+    )
     # matplotlib leaves blanks at the ends of lines.
     lines = path.read_text(encoding="utf-8").splitlines()
     path.write_text("".join(f"{line.rstrip()}\n" for line in lines), encoding="utf-8")
