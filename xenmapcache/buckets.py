@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import sys
 import threading
 import time
 import weakref
@@ -20,7 +19,7 @@ from .address import PAGE_SHIFT, as_int, check_range, page_span, parse_size
 from .backend import Backend, Capability
 from .errors import CacheFullError, ClosedError, FaultError, XenCallError
 from .lease import Lessor
-from .mapping import Mapping
+from .mapping import FREE_THREADED, Mapping
 
 if TYPE_CHECKING:
     from .mapping import Memory
@@ -29,7 +28,6 @@ Piece = TypeVar("Piece")
 
 _PATIENCE = 100  # milliseconds for memory in other threads' hands to come free
 _EMERGENCY = 64  # buckets to give back when the kernel has no room
-_FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 _BUCKET_SHIFTS = range(PAGE_SHIFT, 31)
 
 
@@ -239,7 +237,7 @@ class Buckets:
         """
         if mapping.errors is None:
             self._readable[index] = mapping.memory
-            if self._writes:
+            if self._writes and not FREE_THREADED:  # where no view is for all threads
                 self._writable[index] = mapping.bytes
         else:
             self._touched.add(index)
@@ -306,7 +304,7 @@ class Buckets:
                 )
             patience -= 1
             time.sleep(0.001)
-            if _FREE_THREADED and patience % 10 == 5:
+            if FREE_THREADED and patience % 10 == 5:
                 gc.collect()  # what was made by threads that sleep dies no sooner
 
     def _leased(self) -> int:

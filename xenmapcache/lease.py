@@ -12,7 +12,7 @@ from .address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, page_span
 from .backend import Backend, Capability
 from .errors import ClosedError, FaultError, LeaseError, UnsupportedOperationError, XenMapCacheError
 from .ledger import DmaDirection, LeaseInfo, LeaseKind, LeaseRecord, Ledger, call_stack
-from .mapping import Mapping
+from .mapping import FREE_THREADED, Mapping
 
 logger = logging.getLogger("xenmapcache")
 _DEVICE, _DMA = LeaseKind  # CPython 3.11 takes long to find them in the class
@@ -85,7 +85,12 @@ class Lease(LeaseRecord):
         self._lessor.check_process()
         if self.lost and self._mapping is not None and self._mapping.abandoned:
             raise LeaseError(f"the memory of {self.info(self._lessor.sequence)} was lost")
-        return view[:]  # one of the caller's own, which may be released
+        mapping = self._mapping
+        if not FREE_THREADED or mapping is None:
+            return view[:]  # one of the caller's own, which may be released
+        start = self._host_address - mapping.address
+        own = mapping.bytes[start : start + self.length]
+        return own.toreadonly() if view.readonly else own
 
     @property
     def host_address(self) -> int:

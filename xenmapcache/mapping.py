@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
             ...
 
 
+FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 Unmap = Callable[[int, int], None]
 """Unmaps ``(host address, length)``. Runs in whatever thread drops the last reference."""
 
@@ -92,8 +94,6 @@ class Mapping:
 
     Attributes:
         memory: the exporter, a ctypes array of ``length`` bytes.
-        bytes: a memoryview of it, read-only if it was mapped so. Touching either where
-            a page is not valid crashes; :meth:`view` does not let you.
         address, gfn, count, writable, errors: as given.
         length: bytes.
         abandoned: its memory is lost, and something else may be at its address.
@@ -106,9 +106,9 @@ class Mapping:
 
     __slots__ = (
         "__weakref__",
+        "_bytes",
         "abandoned",
         "address",
-        "bytes",
         "count",
         "errors",
         "gfn",
@@ -149,7 +149,7 @@ class Mapping:
         _live[address] = finalizer
         del left[:]
         view = memoryview(memory).cast("B")
-        self.bytes = view if writable else view.toreadonly()
+        self._bytes = view if writable else view.toreadonly()
         self.address = address
         self.gfn = gfn
         self.count = count
@@ -164,6 +164,19 @@ class Mapping:
         start = self.gfn << PAGE_SHIFT
         holes = f", {self.holes} holes" if self.errors else ""
         return f"<Mapping of {start:#x}..{start + self.length:#x} at {self.address:#x}{holes}>"
+
+    @property
+    def bytes(self) -> memoryview:
+        """A memoryview of it, read-only if it was mapped so.
+
+        Touching it, or ``memory``, where a page is not valid crashes; :meth:`view` does not
+        let you.
+        """
+        if FREE_THREADED:
+            # One that others slice as well loses count of its slices (python/cpython#155606).
+            view = memoryview(self.memory).cast("B")
+            return view if self.writable else view.toreadonly()
+        return self._bytes
 
     @property
     def holes(self) -> int:

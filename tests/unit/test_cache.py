@@ -505,7 +505,7 @@ def test_garbage_in_a_full_cache(backend: Backend, monkeypatch: pytest.MonkeyPat
     gc.disable()  # until the end: nothing else is to collect it
     try:
         for free_threaded in (False, True):
-            monkeypatch.setattr("xenmapcache.buckets._FREE_THREADED", free_threaded)
+            monkeypatch.setattr("xenmapcache.buckets.FREE_THREADED", free_threaded)
             garbage: list[object] = [cache.map_dma(0x100000, 64, owner="t")]
             lease = garbage[0]
             assert isinstance(lease, Lease)

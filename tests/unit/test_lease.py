@@ -639,6 +639,29 @@ def test_leases_of_a_closed_cache(domain: MockDomain, backend: Backend) -> None:
         cache.map_dma(AT, 8, owner="t")
 
 
+def test_views_without_a_gil_are_apart(
+    domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There each has its own count of slices: CPython loses count of those that threads share."""
+    for module in ("mapping", "lease", "buckets"):
+        monkeypatch.setattr(f"xenmapcache.{module}.FREE_THREADED", True)
+    cache = MapCache(backend, bucket_shift=16)
+    for number in range(4):  # hot or not
+        cache.write(AT, bytes([number]) * 8)
+        assert cache.read(AT, 8) == domain.read(AT, 8) == bytes([number]) * 8
+    assert cache.stats().maps == 1
+    mapping = cache._buckets[AT >> 16]
+    mapping.bytes.release()
+    for direction in DmaDirection:
+        with cache.map_dma(AT + 2, 4, owner="t", direction=direction) as lease:
+            reads = direction is DmaDirection.TO_DEVICE
+            lease._view = memoryview(b"view" if reads else bytearray(4))  # others may slice it
+            assert bytes(lease.view) == b"\x03" * 4
+            assert lease.view.readonly == reads
+    with pytest.raises(TypeError):
+        backend.map(AT >> 12, 1, writable=False).bytes[0] = 1
+
+
 def test_a_view_is_the_callers_own(domain: MockDomain, cache: MapCache) -> None:
     """A caller may release the view that it was given; the lease can still be released."""
     lease = cache.map_dma(AT, 8, owner="t")
