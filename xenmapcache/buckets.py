@@ -22,6 +22,8 @@ from .lease import Lessor
 from .mapping import FREE_THREADED, Mapping
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from .mapping import Memory
 
 Piece = TypeVar("Piece")
@@ -40,6 +42,18 @@ class _Pending:
         self.thread = threading.get_ident()
         self.done = threading.Lock()
         self.done.acquire()
+
+
+class _Apart:
+    """A mapping that is written to like a memoryview, each time through one of its own."""
+
+    __slots__ = ("mapping",)
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.mapping = mapping
+
+    def __setitem__(self, part: slice, data: Buffer) -> None:
+        self.mapping.bytes[part] = data
 
 
 class _Claim:
@@ -96,7 +110,7 @@ class Buckets:
         # What can be read (written) without a look at anything else: the buckets
         # without holes that were accessed since the last sweep came by.
         self._readable: dict[int, Memory] = {}
-        self._writable: dict[int, memoryview] = {}
+        self._writable: dict[int, memoryview | _Apart] = {}
         self._buckets: dict[int, Mapping] = {}
         self._pending: dict[int, _Pending] = {}
         self._touched: set[int] = set()  # accessed since the last sweep, but not by the above
@@ -112,7 +126,9 @@ class Buckets:
         if self._closed:
             raise ClosedError("this map cache is closed")
 
-    def _drop_all(self) -> tuple[dict[int, Mapping], dict[int, Memory], dict[int, memoryview]]:
+    def _drop_all(
+        self,
+    ) -> tuple[dict[int, Mapping], dict[int, Memory], dict[int, memoryview | _Apart]]:
         """Return what was resident, to be cleared without the lock; called under it.
 
         New dictionaries take its place at once: mappings are not to die under the lock. The old
@@ -237,8 +253,8 @@ class Buckets:
         """
         if mapping.errors is None:
             self._readable[index] = mapping.memory
-            if self._writes and not FREE_THREADED:  # where no view is for all threads
-                self._writable[index] = mapping.bytes
+            if self._writes:
+                self._writable[index] = _Apart(mapping) if FREE_THREADED else mapping.bytes
         else:
             self._touched.add(index)
 
