@@ -197,13 +197,13 @@ def put_buffered(ring: memoryview, request: Request) -> bool:
         return False
     read, write = RING_POINTERS.unpack_from(ring)
     slots = 2 if request.size == 8 else 1
-    if write - read + slots > RING_SLOTS:
+    if (write - read & 0xFFFFFFFF) + slots > RING_SLOTS:
         return False
     head = request.kind | 0x200 * request.is_read | request.address << 12
     head |= (request.size.bit_length() - 1) << 10
     for slot in range(slots):
         data = request.data >> 32 * slot & 0xFFFFFFFF
-        position = RING_START + (write + slot) % RING_SLOTS * RING_SLOT_SIZE
+        position = RING_START + (write + slot & 0xFFFFFFFF) % RING_SLOTS * RING_SLOT_SIZE
         RING_SLOT.pack_into(ring, position, head, data)
     struct.pack_into("<I", ring, 4, (write + slots) & 0xFFFFFFFF)
     return True

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import threading
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from unittest.mock import ANY
 
 import pytest
 
+from tests.descriptors import open_files
 from tests.fake_xen import DOMID, Behaviour, FakeXen
 from tests.fake_xen.child import in_child
 from tests.fake_xen.fixtures import MakeFake
@@ -21,8 +24,13 @@ from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import libc
 from xenmapcache.binding.control import Control
 from xenmapcache.binding.foreignmemory import ForeignMemory
-from xenmapcache.binding.handle import Handle
-from xenmapcache.errors import ClosedError, XenCallError
+from xenmapcache.binding.handle import Handle, positive_errors
+from xenmapcache.errors import (
+    BackendUnavailableError,
+    ClosedError,
+    UnsupportedOperationError,
+    XenCallError,
+)
 
 PROT = mmap.PROT_READ | mmap.PROT_WRITE
 PRESENT, MIXED = array("Q", [2, 3]), array("Q", [4, 5, 6, 99])
@@ -353,3 +361,62 @@ def forks_during_a_call(fake: FakeXen, binding: str) -> bool:
 def test_a_fork_during_a_call(fake: FakeXen, binding: str) -> None:
     """A child that was forked off inside a call does not close what the parent has closed."""
     assert in_child(lambda: forks_during_a_call(fake, binding)) == 0
+
+
+def test_an_errno_that_fits_no_byte() -> None:
+    """It is no zero, which would be a page that can be touched, in whichever sign."""
+    assert positive_errors(array("i", [256, -256, 0, -512])) == bytes([255, 255, 0, 255])
+
+
+def test_a_handle_leaves_no_file_open(fake: FakeXen, binding: str) -> None:
+    """Neither one that was closed, nor one that could not be opened."""
+    ForeignMemory(binding=binding, library=fake.library).close()
+    before = open_files()
+    ForeignMemory(binding=binding, library=fake.library).close()
+    assert open_files() == before
+    fake.plan("xenforeignmemory_open", Behaviour.FAIL, errno.ENODEV)
+    with pytest.raises(BackendUnavailableError):
+        ForeignMemory(binding=binding, library=fake.library)
+    assert open_files() == before
+
+
+def test_a_failure_tells_what_xen_said(
+    memory: ForeignMemory, fake: FakeXen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint is what the errno means, and Xen's own words behind it."""
+    monkeypatch.setattr(memory._log, "drain", lambda: "said Xen")
+    fake.plan("xenforeignmemory_restrict", Behaviour.FAIL, errno.EINVAL)
+    with pytest.raises(XenCallError) as caught:
+        memory.restrict(DOMID)
+    assert caught.value.hint == "the hypervisor or kernel refused the arguments; said Xen"
+
+
+def test_a_handle_that_a_child_forgets(fake: FakeXen, binding: str) -> None:
+    """It is the parent's to close, so the child is not warned of it."""
+    handles = [ForeignMemory(binding=binding, library=fake.library)]
+
+    def forget() -> bool:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            handles.clear()
+            gc.collect()
+        return not told
+
+    assert in_child(forget) == 0
+    handles[0].close()
+
+
+def test_the_first_number_that_does_not_fit_an_int(memory: ForeignMemory, fake: FakeXen) -> None:
+    """It is refused over both loaders, not handed on as the least one that does."""
+    before = fake.calls
+    for wrong in (1 << 31, -(1 << 31) - 1):
+        with pytest.raises(OverflowError):
+            memory.map(DOMID, wrong, array("Q", [2]))
+    assert fake.calls == before
+
+
+def test_flags_need_a_library_that_takes_them(make_fake: MakeFake, binding: str) -> None:
+    """They are not left out in silence where only the old call is there."""
+    with ForeignMemory(binding=binding, library=make_fake("OLD").library) as memory:
+        with pytest.raises(UnsupportedOperationError, match="xenforeignmemory_map2"):
+            memory.map(DOMID, mmap.PROT_READ, array("Q", [2]), flags=mmap.MAP_POPULATE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import mmap
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -382,3 +383,66 @@ def test_an_end_without_libxenctrl(
     with Control(binding=binding, library=fake.library) as control:
         with pytest.raises(UnsupportedOperationError, match="no function xc_domain_maximum_gpfn"):
             control.maximum_gfn(DOMID)
+
+
+@pytest.mark.parametrize("name", ["xen", "xenctrl"])
+def test_a_page_with_the_errno_of_no_domain(name: str, fake: FakeXen, binding: str) -> None:
+    """One such page is a hole: only where all have it, the domain is not there."""
+    with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
+        fake.set_error(errno.ESRCH, 9)
+        assert backend.map(8, 2, writable=False).errors == bytes([0, errno.ESRCH])
+
+
+def test_read_only_memory_stays_so_when_it_moves(backend: XenBackend, fake: FakeXen) -> None:
+    """No call of a move, neither the look at the new pages nor the move itself, asks for more."""
+    mapping = backend.map(8, 1, writable=False)
+    backend.remap(mapping, 20)
+    moves = [call.arguments[3] for call in fake.calls if call.gfns == (20,)]
+    assert moves == [mmap.PROT_READ] * 2
+
+
+def test_a_move_that_is_interrupted_when_it_failed(
+    backend: XenBackend, fake: FakeXen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the call mapped nothing, the old memory is still there and is left alone."""
+    fake.write(8 * PAGE_SIZE, b"old")
+    mapping = backend.map(8, 1, writable=True)
+    really = backend._memory.map
+
+    def press(
+        domid: int,
+        prot: int,
+        gfns: array[int],
+        *,
+        address: int = 0,
+        flags: int = 0,
+        left: list[int] | None = None,
+    ) -> tuple[int, bytes | None]:
+        if flags:
+            assert left == []
+            left.append(0)
+            raise KeyboardInterrupt
+        return really(domid, prot, gfns, left=left)
+
+    monkeypatch.setattr(backend._memory, "map", press)
+    with pytest.raises(KeyboardInterrupt):
+        backend.remap(mapping, 9)
+    assert mapping.memory[:3] == b"old"
+
+
+def test_a_move_names_the_errno_of_the_page_that_went(
+    backend: XenBackend, fake: FakeXen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the pages before it are there."""
+    mapping = backend.map(8, 3, writable=True)
+    really = backend._memory.map
+
+    def vanish(*arguments: object, **options: object) -> tuple[int, bytes | None]:
+        if options.get("flags"):
+            fake.set_error(errno.ENOENT, 21)
+        return really(*arguments, **options)  # type: ignore[arg-type] # as they came
+
+    monkeypatch.setattr(backend._memory, "map", vanish)
+    with pytest.raises(MappingLostError) as caught:
+        backend.remap(mapping, 20)
+    assert caught.value.errno == errno.ENOENT

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_xen import compiler, missing
+from xenmapcache import ioreq
 from xenmapcache.ioreq import (
     SLOT_SIZE,
     Request,
@@ -155,3 +156,33 @@ def test_the_ring_has_an_end() -> None:
 def test_pci_functions(text: str, parts: tuple[int, ...]) -> None:
     """With and without a segment."""
     assert parse_bdf(text) == parts
+
+
+def test_data_come_before_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vCPU that sees its answer's state finds its data there."""
+    page, seen = memoryview(bytearray(4096)), []
+    real = ioreq.set_state
+
+    def noted(page: memoryview, vcpu: int, state: State) -> None:
+        seen.append(ioreq.decode(page, vcpu).data)
+        real(page, vcpu, state)
+
+    monkeypatch.setattr(ioreq, "set_state", noted)
+    ioreq.answer(page, 3, 0x1234)
+    assert (seen, state_of(page, 3)) == ([0x1234], State.RESPONSE_READY)
+
+
+def test_a_long_write_over_the_end_of_the_pointers() -> None:
+    """The second half of 8 bytes is in slot 0 where the pointer's 32 bits end, as Xen has it."""
+    ring = memoryview(bytearray(4096))
+    last = 0xFFFFFFFF
+    ioreq.RING_POINTERS.pack_into(ring, 0, last, 1)
+    head = RequestKind.MMIO | 3 << 10 | 0xA0000 << 12 & 0xFFFFFFFF
+    place = ioreq.RING_START + last % ioreq.RING_SLOTS * ioreq.RING_SLOT_SIZE
+    ioreq.RING_SLOT.pack_into(ring, place, head, 0x55667788)
+    ioreq.RING_SLOT.pack_into(ring, ioreq.RING_START, head, 0x11223344)
+    request = ioreq.next_buffered(ring)
+    assert request is not None
+    assert (request.size, request.data) == (8, 0x1122334455667788)
+    ioreq.take_buffered(ring, request)
+    assert ioreq.next_buffered(ring) is None

@@ -75,3 +75,12 @@ def test_a_flood_of_complaints(caplog: pytest.LogCaptureFixture) -> None:
     log.close()
     log.close()
     assert open_files() == before
+
+
+def test_what_xen_says_last(caplog: pytest.LogCaptureFixture) -> None:
+    """Complaints that no failed call has brought are logged when the handle is closed."""
+    caplog.set_level(logging.DEBUG, "xenmapcache.xen")
+    log = toollog.ToolLog(StandIn())
+    os.write(log._fd, b"goodbye\n")
+    log.close()
+    assert [record.message for record in caplog.records] == ["goodbye"]

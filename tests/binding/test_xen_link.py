@@ -367,3 +367,13 @@ def test_the_page_is_the_last(fake: FakeXen, server: IoreqServer) -> None:
             page[100] = 77
         assert link.ring[100] == 77
         assert link.page[100] == 0
+
+
+def test_a_dead_one_behind_a_gap(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """A number that no server has does not end the search for those of dead processes."""
+    first = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+    dead = abandon(fake, binding, {0: read(PORT, 4)})
+    first.close()
+    with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+        assert set(fake.servers) == {server.id}
+    assert answer_of(fake, dead, 0) == (State.RESPONSE_READY, 0xFFFFFFFF)

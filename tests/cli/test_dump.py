@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_main import MODULE, environment
+from tests.images.writers import memory
 from tests.unit.test_source import lime
 from xenmapcache import FaultError, MapCache
 from xenmapcache.address import PAGE_SIZE, MiB
@@ -211,3 +212,13 @@ def test_progress_on_a_terminal_only(folder: Path) -> None:
     assert b"MiB" in shown
     quiet = subprocess.run(command, capture_output=True, env=environment(), check=True, timeout=60)
     assert (quiet.stdout, quiet.stderr) == (b"", b"")
+
+
+def test_a_raw_dump_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that is cut short goes on where it was."""
+    source, out = tmp_path / "guest", tmp_path / "out"
+    source.write_bytes(memory(0, 3))
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
+    assert main(["dump", f"raw:{source}", "-o", str(out)]) == 0
+    assert out.read_bytes() == memory(0, 3)

@@ -275,3 +275,17 @@ def test_a_narrow_terminal_loses_nothing() -> None:
     assert "…" not in run.stdout
     first, second = (line.split()[:2] for line in run.stdout.splitlines()[-2:])
     assert [a + b for a, b in zip(first, second, strict=True)] == ["0x00000000", "0x00400000"]
+
+
+def test_no_memory_is_an_error_of_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that has no memory left ends with status 2, and no traceback."""
+
+    def fail(_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("xenmapcache.cli.info.run", fail)
+    monkeypatch.setattr("xenmapcache.cli._discard", lambda _: None)
+    assert main(["info", "mock:16M", "--json"]) == 2
+    assert capsys.readouterr().err == "xenmapcache: error: out of memory\n"

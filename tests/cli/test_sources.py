@@ -515,3 +515,12 @@ def test_data_needs_no_rich(
     run("diff", guest, guest)
     run("info", guest, "--json")
     run("dump", guest, "-o", str(tmp_path / "out"))
+
+
+def test_pages_are_the_guests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever a comparison begins, what differs is told by the guest's pages."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(bytes(4 * PAGE_SIZE))
+    second.write_bytes(bytes(PAGE_SIZE + 0x10) + b"x" + bytes(3 * PAGE_SIZE - 0x11))
+    assert main(["diff", f"raw:{first}", f"raw:{second}", "--start", "0x800"]) == 1
+    assert capsys.readouterr().out.startswith("0x00001000..0x00002000 ")

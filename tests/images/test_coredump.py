@@ -20,6 +20,7 @@ import pytest
 
 from tests.descriptors import open_files
 from tests.effort import calls_at_most
+from tests.images import xl_files
 from xenmapcache import (
     BackendUnavailableError,
     CorruptImageError,
@@ -28,6 +29,7 @@ from xenmapcache import (
     MapCache,
     open_backend,
 )
+from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.coredump import CoredumpBackend
 from xenmapcache.backends.image import Run
 from xenmapcache.backends.pageindex import is_ascending
@@ -376,3 +378,24 @@ def test_without_pyelftools(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "elftools.elf.elffile", None)
     with pytest.raises(BackendUnavailableError, match=r"pip install xenmapcache\[elf\]"):
         open_backend("coredump", path=file)
+
+
+def test_a_pv_guests_table_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a table of pairs, too, each piece is read where the one before it has ended."""
+    monkeypatch.setattr("xenmapcache.backends.coredump._PIECE", 3)
+    path = tmp_path / "guest.core"
+    pfns = [0, 1, 2, 5, 6, 7, 9, 20]
+    path.write_bytes(xl_files.dump_core_pv(pfns))
+    with CoredumpBackend(path=path) as backend:
+        assert list(backend.present(0, 100)) == [(0, 3), (5, 3), (9, 1), (20, 1)]
+        for pfn in pfns:
+            view = backend.map(pfn, 1, writable=False).view(0, PAGE_SIZE)
+            assert view == xl_files.page(pfn)
+
+
+def test_a_header_note_that_is_too_short(tmp_path: Path) -> None:
+    """A header note with less than its four numbers is none."""
+    path = tmp_path / "guest.core"
+    path.write_bytes(xl_files.dump_core([0], notes=xl_files.note(0x2000001, bytes(24))))
+    with pytest.raises(CorruptImageError, match="has no header note"):
+        CoredumpBackend(path=path)

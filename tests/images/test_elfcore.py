@@ -337,3 +337,33 @@ def test_a_disk_that_fails_among_the_headers(path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(elf._Stream, "readinto", fail)
     with pytest.raises(XenCallError, match="EIO"):
         opened(path, GOOD)
+
+
+def test_more_than_a_page_without_a_physical_address(tmp_path: Path) -> None:
+    """All ones is no address in a core of 32 bits either, however long the segment is."""
+    path = tmp_path / "vmcore"
+    for bits in (64, 32):
+        loads = [Load((1 << bits) - 1, b"v" * 3 * PAGE_SIZE), Load(PAGE_SIZE, memory(1, 1))]
+        path.write_bytes(elf_core(loads, bits=bits))
+        with ElfCoreBackend(path=path) as backend:
+            assert list(backend.present(0, 1 << 40)) == [(1, 1)]
+
+
+@pytest.mark.parametrize(("bits", "place"), [(64, 64 + 0x28), (32, 52 + 0x14)])
+def test_notes_that_take_no_memory(tmp_path: Path, bits: int, place: int) -> None:
+    """Notes are as long as they are in the file, though their segment's p_memsz is 0."""
+    content = bytearray(elf_core([Load(0, memory(0, 1))], notes=note(b"CORE", 1, b"r"), bits=bits))
+    content[place : place + 4] = bytes(4)
+    path = tmp_path / "vmcore"
+    path.write_bytes(content)
+    with ElfCoreBackend(path=path) as backend:
+        assert [tuple(each) for each in backend.notes] == [("CORE", 1, b"r")]
+
+
+def test_a_note_that_ends_beyond_its_segment(tmp_path: Path) -> None:
+    """A note that is cut off is no shorter note."""
+    path = tmp_path / "vmcore"
+    notes = note(b"CORE", 1, b"r" * 16)[:-4]
+    path.write_bytes(elf_core([Load(0, memory(0, 1))], notes=notes))
+    with pytest.raises(CorruptImageError, match="ends beyond segment 0"):
+        ElfCoreBackend(path=path)

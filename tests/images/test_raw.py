@@ -213,3 +213,22 @@ def test_a_large_image_costs_nothing_to_open(path: Path) -> None:
         "        assert cache.read(address, 8) == bytes(8)\n"
     )
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+
+
+def test_lime_ranges_that_touch(tmp_path: Path) -> None:
+    """Ranges may begin at 0, and where the one before them ends."""
+    path = tmp_path / "guest.lime"
+    path.write_bytes(lime([(0, 2), (2, 3), (9, 1)]))
+    with open_backend("raw", path=path) as backend:
+        assert list(backend.present(0, 100) or ()) == [(0, 5), (9, 1)]
+        assert backend.map(2, 3, writable=False).view(0, 3 * PAGE_SIZE) == memory(2, 3)
+
+
+def test_flat_up_to_the_last_address(tmp_path: Path) -> None:
+    """An image may end where the address space does, and no page behind it."""
+    path = tmp_path / "guest.img"
+    path.write_bytes(memory(0, 2))
+    with open_backend("raw", path=path, address=(1 << 52) - 2 * PAGE_SIZE) as backend:
+        assert backend.memory_end == 1 << 52
+    with pytest.raises(ValueError, match="ends beyond"):
+        open_backend("raw", path=path, address=(1 << 52) - PAGE_SIZE)

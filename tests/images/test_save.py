@@ -17,7 +17,9 @@ import pytest
 
 from tests.descriptors import open_files
 from tests.effort import calls_at_most
+from tests.images import xl_files
 from xenmapcache import CorruptImageError, MapCache, open_backend
+from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.save import SaveBackend
 from xenmapcache.imagefile import ImageFile
 
@@ -406,3 +408,50 @@ def test_the_index_is_small(file: Path) -> None:
         tracemalloc.stop()
         backend.close()
         assert size < 16 * 20000 + 16000
+
+
+def test_records_of_pages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large guest there are many more records than a stream has otherwise."""
+    monkeypatch.setattr("xenmapcache.backends.save._MAX_RECORDS", 60)
+    path = tmp_path / "guest.save"
+    path.write_bytes(xl_files.save(*(xl_files.pages(gfn) for gfn in range(100))))
+    with open_backend("save", path=path) as backend:
+        assert list(backend.present(0, 200) or ()) == [(0, 100)]
+
+
+def test_the_largest_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record may be as long as libxc allows, and not longer."""
+    length = 8 + 3 * (8 + PAGE_SIZE)
+    path = tmp_path / "guest.save"
+    path.write_bytes(xl_files.save(xl_files.pages(0, 1, 2)))
+    monkeypatch.setattr("xenmapcache.backends.save._MAX_RECORD", length)
+    with open_backend("save", path=path) as backend:
+        assert list(backend.present(0, 9) or ()) == [(0, 3)]
+    monkeypatch.setattr("xenmapcache.backends.save._MAX_RECORD", length - 1)
+    with pytest.raises(CorruptImageError, match="absurd"):
+        open_backend("save", path=path)
+
+
+def test_an_index_that_leads_over_the_end(tmp_path: Path) -> None:
+    """A page that the file has only a part of is not believed of an index either."""
+    path, index = tmp_path / "guest.save", tmp_path / "guest.save.index"
+    path.write_bytes(xl_files.save(xl_files.pages(0, 1)))
+    os.utime(path, (1, 1))
+    open_backend("save", path=path, keep_index=True).close()
+    good = index.read_bytes()
+    lie = struct.pack("<QQQQ", 0, 1, 64, path.stat().st_size - PAGE_SIZE + 1)
+    checksum = zlib.crc32(good[:-36] + lie).to_bytes(4, "little")
+    index.write_bytes(good[:-36] + checksum + lie)
+    with open_backend("save", path=path, keep_index=True) as backend:
+        assert backend.map(1, 1, writable=False).view(0, PAGE_SIZE) == xl_files.page(1)
+    assert index.read_bytes() == good
+
+
+def test_a_record_that_begins_with_the_last_page(tmp_path: Path) -> None:
+    """A page that ends one record and begins the next has its later copy, and is there once."""
+    path = tmp_path / "guest.save"
+    path.write_bytes(xl_files.save(xl_files.pages(0, 1, 2), xl_files.pages(2, 3, copy=1)))
+    with open_backend("save", path=path) as backend:
+        assert list(backend.present(0, 9) or ()) == [(0, 4)]
+        view = backend.map(2, 2, writable=False).view(0, 2 * PAGE_SIZE)
+        assert view == xl_files.page(2, 1) + xl_files.page(3, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import random
 import signal
 import struct
@@ -357,3 +358,46 @@ def test_it_streams(file: Path) -> None:
         write_coredump(source, file)
         assert tracemalloc.get_traced_memory()[1] < 4 * MiB
         tracemalloc.stop()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.core"
+    path.write_bytes(xl_files.dump_core([1, 2, 700]))
+    return path
+
+
+def test_the_largest_arguments(small: Path, tmp_path: Path) -> None:
+    """All of the address space, and as many processors as can be, are no mistakes."""
+    with CoredumpBackend(path=small) as backend:
+        assert write_coredump(backend, tmp_path / "all", length=1 << 52) == 3
+        assert write_coredump(backend, tmp_path / "many", vcpus=1 << 16) == 3
+        with pytest.raises(ValueError, match="vcpus 65537"):
+            write_coredump(backend, tmp_path / "more", vcpus=(1 << 16) + 1)
+
+
+def test_a_disk_that_takes_a_part(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that is cut short goes on where it was, and the file is as any other."""
+    pwrite = os.pwrite
+    with CoredumpBackend(path=small) as backend:
+        write_coredump(backend, tmp_path / "whole")
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
+        write_coredump(backend, tmp_path / "pieces")
+    assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["aarch64", "armv7l"])
+def test_an_arm_guest_has_no_contexts(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On an Arm host a dump says so, and has none of the contexts of an x86 guest."""
+    monkeypatch.setattr(platform, "machine", lambda: name)
+    with CoredumpBackend(path=small) as backend:
+        backend.machine = ""
+        write_coredump(backend, tmp_path / "arm", vcpus=100)
+        write_coredump(backend, tmp_path / "one", vcpus=1)
+    assert (tmp_path / "arm").stat().st_size == (tmp_path / "one").stat().st_size
+    with CoredumpBackend(path=tmp_path / "arm") as backend:
+        assert (backend.machine, backend.vcpus) == ("arm", 100)

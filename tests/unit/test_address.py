@@ -77,3 +77,9 @@ def test_what_is_no_size_is_refused(text: int | str) -> None:
     """Anything else raises ValueError."""
     with pytest.raises(ValueError):
         parse_size(text)
+
+
+def test_more_sizes_as_people_write_them() -> None:
+    """Tebibytes, and hexadecimal digits in any case."""
+    sizes = {"1T": 1 << 40, "2tib": 2 << 40, "0X1F000": 0x1F000, "0x1K": 1024}
+    assert {text: parse_size(text) for text in sizes} == sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,3 +75,23 @@ def test_an_interrupt_right_behind_a_call(
     with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "file"):
         pass
     assert os.listdir(tmp_path) == left
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL])
+def test_a_file_system_without_nameless_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """However it refuses a file without a name, one with a name is made, its owner's alone."""
+    real = os.open
+
+    def refusing(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(number, os.strerror(number), path)
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with new_file(tmp_path / "file") as fd:
+        assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
+        os.write(fd, b"memory")
+    assert (tmp_path / "file").read_bytes() == b"memory"
+    assert os.listdir(tmp_path) == ["file"]

@@ -31,7 +31,7 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
-from xenmapcache.buckets import _Claim
+from xenmapcache.buckets import _Claim, _Pending
 
 BUCKET = 1 << 16
 
@@ -928,3 +928,175 @@ def test_a_miss_in_the_middle_of_the_same_miss(
     assert maps(domain) == 2
     assert cache._pending == {}
     assert cache.stats().resident_bytes == BUCKET
+
+
+@pytest.mark.parametrize("hot", [False, True])
+def test_pages_are_told_when_they_are_written(
+    domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch, hot: bool
+) -> None:
+    """A migration that takes the pages between report and write would miss what is written."""
+    seen: list[bytes] = []
+    monkeypatch.setattr(backend, "mark_dirty", lambda *_: seen.append(domain.read(0x2000, 3)))
+    cache = MapCache(backend, bucket_shift=16)
+    for _ in range(2 * hot):
+        cache.read(0x2000, 1)
+    assert (0 in cache._writable) == hot
+    cache.write(0x2000, b"new")
+    assert seen == [b"new"]
+
+
+CALLS: dict[str, Callable[[MapCache], object]] = {
+    "read": lambda cache: cache.read(0x200000, 1),
+    "map_dma": lambda cache: cache.map_dma(0x200000, 1, owner="t"),
+    "map_dma-crossing": lambda cache: cache.map_dma(0x200000 - 4, 8, owner="t"),
+    "map_device": lambda cache: cache.map_device(0x200000, 1, owner="t"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_cache_that_is_closed_while_it_maps(
+    backend: Backend, cache: MapCache, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """What another thread's close() overtakes is refused, and nothing stays mapped or leased."""
+    original = backend.map
+
+    def map_and_close(gfn: int, count: int, *, writable: bool) -> Mapping:
+        mapping = original(gfn, count, writable=writable)
+        cache.close()
+        return mapping
+
+    monkeypatch.setattr(backend, "map", map_and_close)
+    with pytest.raises(ClosedError, match="this map cache is closed"):
+        CALLS[call](cache)
+    gc.collect()
+    assert (cache.stats().resident_bytes, cache.leases()) == (0, ())
+
+
+def test_what_is_counted_of_leases(cache: MapCache) -> None:
+    """A lease of what had to be mapped is a miss, one of what was there a hit, and only one."""
+    for expected in [(0, 1), (1, 1), (2, 1)]:
+        cache.map_dma(0x2000, 8, owner="t")
+        stats = cache.stats()
+        assert (stats.hits, stats.misses) == expected
+
+
+def test_an_access_to_all_that_fits_is_resident(domain: MockDomain, backend: Backend) -> None:
+    """A range of just max_resident goes into buckets, which the next access finds."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=2 * BUCKET)
+    for _ in range(3):
+        cache.write(0x200000, bytes(2 * BUCKET))
+    assert maps(domain) == 2
+
+
+def test_a_fault_of_too_much_for_buckets_keeps_no_memory(backend: Backend) -> None:
+    """Nor does the traceback of an access that is mapped for this once hold its mapping."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=BUCKET)
+    gc.disable()
+    try:
+        with pytest.raises(FaultError) as caught:
+            cache.write(HOLE[0] - 4, b"12345678")
+        assert cache.stats().resident_bytes == 0
+        assert caught.value.address == HOLE[0]
+    finally:
+        gc.enable()
+
+
+def test_a_note_that_an_interrupt_left_behind(cache: MapCache) -> None:
+    """Who was interrupted between its two last steps has nobody wait for it, for ever."""
+    note = cache._pending[0] = _Pending()
+    note.thread = 0
+    note.done.release()
+    done: list[bytes] = []
+    thread = threading.Thread(target=lambda: done.append(cache.read(0x2000, 1)), daemon=True)
+    thread.start()
+    thread.join(10)
+    cache._pending.pop(0, None)
+    assert done == [b"\0"]
+
+
+def test_a_lease_may_count_twice_and_its_bucket_once(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two leases of one bucket are no reason not to wait for what is on its way."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=2 * BUCKET)
+    for _ in range(2):
+        cache.map_dma(0x300000, 8, owner="t")
+    with cache.map_dma(0x100000, 1, owner="t") as lease:
+        view = lease.view
+    monkeypatch.setattr("xenmapcache.buckets.time.sleep", lambda _: view.release())
+    assert cache.read(0x400000, 1) == b"\0"
+
+
+def test_room_among_hot_buckets_is_made_at_once(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When all buckets were used just now the oldest goes, without a wait and in a handler too."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=2 * BUCKET)
+    for address in (0x100000, 0x100000, 0x200000, 0x200000):
+        cache.read(address, 1)
+
+    def sleep(_: float) -> None:
+        raise AssertionError("there was nothing to wait for")
+
+    monkeypatch.setattr("xenmapcache.buckets.time.sleep", sleep)
+    with cache._lock:  # as a signal handler that comes amid an access
+        assert cache.read(0x300000, 1) == b"\0"
+    assert list(cache._buckets) == [0x20, 0x30]
+
+
+def test_no_more_is_evicted_than_has_to_be(backend: Backend) -> None:
+    """A bucket makes room for a bucket: the cache stays as full as it may be."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=4 * BUCKET)
+    for address in range(0x800000, 0x1000000, BUCKET):
+        cache.read(address, 1)
+        assert cache.stats().resident_buckets == min(4, (address - 0x800000) // BUCKET + 1)
+
+
+def test_a_handler_that_finds_the_cache_full_does_not_wait(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the lock nothing can come free, as who would free it may wait for that lock."""
+    cache = MapCache(backend, bucket_shift=16, max_resident=2 * BUCKET)
+    with cache.map_dma(0x200000, 1, owner="t") as lease:
+        view = lease.view
+    slept: list[float] = []
+    monkeypatch.setattr("xenmapcache.buckets.time.sleep", slept.append)
+    cache.map_dma(0x300000, 1, owner="t")
+    with cache._lock, pytest.raises(CacheFullError):
+        cache.read(0x400000, 1)
+    assert slept == []
+    view.release()
+
+
+def test_a_block_that_ends_well_does_not_hide_its_leases(backend: Backend) -> None:
+    """Leaving the with block with a lease held is the error that close() would raise."""
+    with pytest.raises(LeaseError, match=r"leases are held \(1\): DMA lease of 'disk0'"):
+        with MapCache(backend) as cache:
+            lease = cache.map_dma(0x2000, 8, owner="disk0")
+    assert not lease.released
+    lease.release()
+    cache.close()
+
+
+def test_present_of_a_source_that_knows(
+    backend: Backend, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a source lists in pages is cut to the bytes of the range, at both of its ends."""
+    monkeypatch.setattr(backend, "present", lambda *_: iter([(0x200, 2), (0x203, 2)]))
+    assert list(cache.present(0x200010, 0x3FF0)) == [(0x200010, 0x1FF0), (0x203000, 0x1000)]
+
+
+def test_present_ends_in_a_hole(domain: MockDomain, cache: MapCache) -> None:
+    """A range that ends amid a page which is not there does not have that page's first bytes."""
+    domain.balloon_out(0x200000 + 0x1000, 0x1000)
+    assert list(cache.present(0x200000, 0x1010)) == [(0x200000, 0x1000)]
+
+
+def test_a_closed_cache_lists_nothing(
+    backend: Backend, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when its source could tell without being read."""
+    monkeypatch.setattr(backend, "present", lambda *_: iter([(0x200, 2)]))
+    cache.close()
+    with pytest.raises(ClosedError, match="this map cache is closed"):
+        list(cache.present(0x200000, 0x1000))

@@ -124,3 +124,26 @@ def test_an_invalidation_by_a_signal_handler_amid_a_sweep(backend: Backend) -> N
     read_others(cache)
     assert cache.stats().invalidations == 1
     assert cache.stats().resident_bytes <= 4 * BUCKET
+
+
+def test_a_bucket_is_swept_once(domain: MockDomain, backend: Backend) -> None:
+    """Mapped anew because its hole was filled, it is no second time on the clock."""
+    start, hole = 0x80000, HOLE[0]
+    cache = MapCache(backend, bucket_shift=18, max_resident=3 << 18)
+    cache.read(start, 1)
+    domain.balloon_in(hole, PAGE_SIZE)
+    cache.read(hole, 1)
+    assert list(cache._clock) == [start >> 18]
+
+
+def test_a_lease_of_what_a_bucket_was_before(domain: MockDomain, backend: Backend) -> None:
+    """Its end does not put the bucket that took its bucket's place on the clock once more."""
+    start, hole = 0x80000, HOLE[0]
+    cache = MapCache(backend, bucket_shift=18, max_resident=3 << 18)
+    lease = cache.map_dma(start, 64, owner="t")
+    read_others(cache)
+    domain.balloon_in(hole, PAGE_SIZE)
+    cache.read(hole, 1)
+    lease.release()
+    cache.stats()
+    assert list(cache._clock).count(start >> 18) == 1

@@ -337,3 +337,58 @@ def test_a_page_that_goes_during_a_search(
 
     monkeypatch.setattr(cache, "present", going)
     assert [address for address, _ in memory.find(b"needle")] == [HOLE[0] - 0x100]
+
+
+def test_a_long_pattern_over_the_edge_of_a_piece(domain: MockDomain, cache: MapCache) -> None:
+    """Plain bytes longer than max_match are found wherever they lie."""
+    pattern = bytes(range(1, 256)) * 40
+    domain.write(0x300000 - 20, pattern)
+    assert list(GuestMemory(cache).find(pattern)) == [(0x300000 - 20, pattern)]
+
+
+def test_a_search_goes_on_behind_what_went_meanwhile(
+    domain: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that goes takes its run with it, and not the other runs of its MiB."""
+    domain.write(sum(HOLE), b"needle")
+    present = cache.present
+
+    def going(address: int, length: int) -> Iterator[tuple[int, int]]:
+        for found in present(address, length):
+            if found[0] == 0:
+                domain.balloon_out(0x1000, 0x1000)
+                cache.invalidate()
+            yield found
+
+    monkeypatch.setattr(cache, "present", going)
+    assert [address for address, _ in GuestMemory(cache).find(b"needle")] == [sum(HOLE)]
+
+
+def test_a_search_ends_with_its_last_byte(domain: MockDomain, cache: MapCache) -> None:
+    """Also when that is the first of a piece, and the search began with the last of another."""
+    domain.write(0x200000 - 1, b"ab")
+    memory = GuestMemory(cache)
+    assert list(memory.find(b"b", 0x200000 - 1, 2)) == [(0x200000, b"b")]
+    assert list(memory.find(b"b", 0x200000 - 1, 1)) == []
+
+
+def test_a_search_behind_the_end_of_memory(cache: MapCache) -> None:
+    """There is nothing to be found there, which is no error."""
+    assert list(GuestMemory(cache).find(b"x", 17 << 20)) == []
+    assert list(GuestMemory(cache).strings(17 << 20)) == []
+
+
+def test_directions_reach_the_leases(cache: MapCache) -> None:
+    """Of structures and of lists: a migration is told of writes, and a report says which way."""
+    memory, way = GuestMemory(cache), DmaDirection.TO_DEVICE
+
+    class Header(ctypes.LittleEndianStructure):
+        _fields_ = (("magic", ctypes.c_uint32),)
+
+    with memory.structure(AT, Header, owner="s", direction=way):
+        with memory.segments([(AT, 8)], owner="l", direction=way) as (view,):
+            assert view.readonly
+            assert [(info.owner, info.direction) for info in cache.leases()] == [
+                ("s", way),
+                ("l", way),
+            ]

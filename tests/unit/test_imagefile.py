@@ -782,3 +782,27 @@ def test_a_system_without_the_signal(path: Path, monkeypatch: pytest.MonkeyPatch
     with contextlib.closing(ImageFile(path)) as file:
         assert file.map(0, PAGE_SIZE) is None
         assert file.read(0, 8) == memory(0, 1)[:8]
+
+
+def test_a_child_unmaps_nothing_that_its_parent_has_dropped(tmp_path: Path) -> None:
+    """What waits to be unmapped when a process forks is not unmapped in the child."""
+    path = tmp_path / "guest.raw"
+    path.write_bytes(memory(0, 4))
+    file = ImageFile(path)
+    address = file.map(0, PAGE_SIZE)
+    if address is None:
+        file.close()
+        pytest.skip("there are no leases here")
+
+    def work() -> bool:
+        assert libc.cover(
+            address, PAGE_SIZE
+        )  # the child's own memory, at an address that is free there
+        with pytest.raises(ClosedError):
+            file.check()
+        return libc.file_at(address) is not None
+
+    with file._lock:  # as if another thread were in the middle of a call
+        file.unmap(address, PAGE_SIZE)
+        assert in_child(work) == 0
+    file.close()

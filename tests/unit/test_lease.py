@@ -24,6 +24,7 @@ from xenmapcache import (
     LeaseError,
     LeaseKind,
     MapCache,
+    Mapping,
     MappingLostError,
     MockDomain,
     UnsupportedOperationError,
@@ -893,3 +894,104 @@ def test_a_forced_close_that_a_release_overtakes(
     cache.close(force=True)
     assert warnings() == []
     assert cache.leases() == ()
+
+
+def test_one_replace_at_a_time(
+    backend: Backend, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a lease moves no other thread moves it: its address and its memory would differ."""
+    cache.map_device(AT, 0x1000, owner="vram")
+    original, free = backend.remap, list[bool]()
+
+    def remap(mapping: Mapping, gfn: int) -> None:
+        attempt = threading.Thread(
+            target=lambda: free.append(cache._replacing.acquire(blocking=False))
+        )
+        attempt.start()
+        attempt.join()
+        original(mapping, gfn)
+
+    monkeypatch.setattr(backend, "remap", remap)
+    cache.replace(AT, 0x900000, 0x1000)
+    assert free == [False]
+
+
+def test_a_closed_cache_refuses_to_replace_at_once(cache: MapCache) -> None:
+    """It does not wait for a thread that replaces, which a forked child would do for ever."""
+    cache.close()
+    refused = []
+
+    def replace() -> None:
+        try:
+            cache.replace(0x1000, 0x2000, 8)
+        except ClosedError as error:
+            refused.append(error)
+
+    with cache._replacing:
+        thread = threading.Thread(target=replace)
+        thread.start()
+        thread.join(10)
+        assert len(refused) == 1
+    thread.join()
+
+
+def test_a_copy_is_delivered_anew_after_another_invalidation(
+    domain: MockDomain, backend: Backend
+) -> None:
+    """What was delivered to pages that the guest then gave up is delivered to the next ones."""
+    cache = MapCache(backend, bucket_shift=16, on_stale="copy")
+    domain.on_invalidate(cache.invalidate)
+    lease = cache.map_dma(AT, 4, owner="t")
+    lease.view[:] = b"DMA!"
+    for _ in range(2):
+        domain.balloon_out(AT, 0x1000)
+        domain.balloon_in(AT, 0x1000)
+        domain.arm("mark_dirty", errno=errno.EIO)
+        with pytest.raises(XenCallError):
+            lease.release()
+        assert domain.read(AT, 4) == b"DMA!"
+    lease.release()
+
+
+def test_stale_dma_that_read_is_refused(domain: MockDomain, backend: Backend) -> None:
+    """on_stale="raise" raises for a transfer to the device, too, and gives the lease back."""
+    cache = MapCache(backend, bucket_shift=16, on_stale="raise")
+    lease = cache.map_dma(AT, 8, owner="t", direction=DmaDirection.TO_DEVICE)
+    cache.invalidate()
+    with pytest.raises(LeaseError, match="the device may have read pages that the guest has"):
+        lease.release()
+    assert lease.released
+
+
+def test_a_copy_is_logged_with_its_pages(
+    domain: MockDomain, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """How many pages a lease has, and how many of them had to be copied."""
+    caplog.set_level(logging.INFO, "xenmapcache")
+    cache = MapCache(backend, bucket_shift=16, on_stale="copy")
+    domain.on_invalidate(cache.invalidate)
+    lease = cache.map_dma(AT, 0x3000, owner="t")
+    domain.balloon_out(AT, 0x2000)
+    domain.balloon_in(AT, 0x2000)
+    lease.view[:] = b"x" * 0x3000
+    lease.release()
+    assert "copied 2 of 3 pages to the guest" in caplog.text
+
+
+def test_of_two_equal_device_leases_the_older_is_moved(domain: MockDomain, cache: MapCache) -> None:
+    """Also when it was put back behind the younger one, because its release failed."""
+    older, younger = (cache.map_device(AT, 0x1000, owner="vram") for _ in range(2))
+    domain.arm("mark_dirty", errno=errno.EIO)
+    with pytest.raises(XenCallError):
+        older.release()
+    cache.replace(AT, 0x900000, 0x1000)
+    assert (older.address, younger.address) == (0x900000, AT)
+
+
+def test_a_closed_backend_moves_nothing(backend: Backend, cache: MapCache) -> None:
+    """The lease goes on showing what it showed."""
+    lease = cache.map_device(AT, 0x1000, owner="vram")
+    backend.close()
+    with pytest.raises(ClosedError, match="mock backend is closed"):
+        cache.replace(AT, 0x900000, 0x1000)
+    assert (lease.address, lease.stale) == (AT, False)

@@ -108,3 +108,11 @@ def test_it_is_unmapped_with_its_last_view() -> None:
     del view
     assert unmapped == [(address, PAGE_SIZE)]
     libc.unmap(address, PAGE_SIZE)
+
+
+def test_who_maps_is_told_that_the_mapping_unmaps() -> None:
+    """From then on nobody else may unmap, as a signal handler's exception would make it twice."""
+    address = libc.allocate(PAGE_SIZE)
+    left = [address]
+    mapping = Mapping(address, 0, 1, writable=True, errors=None, unmap=libc.unmap, left=left)
+    assert (left, mapping.address) == ([], address)

@@ -7,10 +7,12 @@ import gc
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import HOLE
 from xenmapcache import (
     Backend,
     ClosedError,
@@ -21,6 +23,7 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
+from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import libc
 
 
@@ -217,3 +220,124 @@ def test_a_map_call_that_the_kernel_fails_leaves_nothing(
         line for line in before if "xenmapcache-mock" in line
     ]
     backend.map(0, 16, writable=True)
+
+
+def test_a_failed_call_is_an_os_error() -> None:
+    """What handles an OSError finds in it what the system says of its errno."""
+    error = XenCallError("mock_map", 1, errno.ENOMEM)
+    assert (error.errno, error.strerror) == (errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def test_read_only_memory_is_mapped_so(backend: Backend) -> None:
+    """By the kernel too, so that native code that writes to it fails as on Xen."""
+    mapping = backend.map(0, 4, writable=False)
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{mapping.address:x}-"))
+    assert line.split()[1] == "r--s"
+
+
+def test_the_vcpu_that_balloons_is_the_one_that_waits(
+    domain: MockDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each 84 pages, and for what remains."""
+    asked: list[int] = []
+    monkeypatch.setattr(domain, "send_invalidate", lambda *, vcpu=0: asked.append(vcpu))
+    domain.balloon_out(0x200000, 85 * PAGE_SIZE, vcpu=3)
+    assert asked == [3, 3]
+
+
+def test_pages_that_are_there_keep_their_frames(domain: MockDomain) -> None:
+    """Ballooning in is for what is not there; the rest of the range keeps its content."""
+    domain.write(0x200000, b"kept")
+    domain.balloon_out(0x200000 + PAGE_SIZE, PAGE_SIZE)
+    domain.balloon_in(0x200000, 2 * PAGE_SIZE)
+    assert domain.read(0x200000, 4) == b"kept"
+
+
+def test_servers_are_asked_before_listeners(
+    domain: MockDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callbacks of a device model may have DMA to finish in a cache that listens."""
+    order: list[str] = []
+    monkeypatch.setattr(domain, "_broadcast_invalidate", lambda _: order.append("servers"))
+    domain.on_invalidate(lambda: order.append("listener"))
+    domain.send_invalidate()
+    assert order == ["servers", "listener"]
+
+
+def test_a_listener_that_comes_during_an_invalidate(domain: MockDomain) -> None:
+    """It is called from the next one on."""
+    calls: list[int] = []
+    domain.on_invalidate(lambda: domain.on_invalidate(lambda: calls.append(1)))
+    domain.send_invalidate()
+    assert calls == []
+    domain.send_invalidate()
+    assert calls == [1]
+
+
+def test_an_address_is_forgotten_before_it_is_free(
+    domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what another thread maps there at once would not count as mapped."""
+    known: list[bool] = []
+    unmap = libc.unmap
+
+    def watched(address: int, length: int) -> None:
+        known.append(address in domain._mapped)
+        unmap(address, length)
+
+    monkeypatch.setattr(libc, "unmap", watched)
+    mapping = backend.map(0, 1, writable=True)
+    assert mapping.address in domain._mapped
+    del mapping
+    assert known == [False]
+
+
+def test_two_faults_at_once(
+    domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that is to be slow and to fail is both, and delays add up."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    domain.arm("map", errno=errno.EIO, delay=1)
+    domain.arm("map", delay=2)
+    with pytest.raises(XenCallError, match="EIO"):
+        backend.map(0, 1, writable=True)
+    assert slept == [3]
+
+
+def test_a_fault_of_the_guest_itself(domain: MockDomain) -> None:
+    """It names what cannot be reached and how much, and of a write nothing arrives."""
+    for access in (
+        lambda: domain.read(HOLE[0] - 4, 8),
+        lambda: domain.write(HOLE[0] - 4, b"12345678"),
+    ):
+        with pytest.raises(FaultError) as caught:
+            access()
+        assert (caught.value.address, caught.value.length) == (HOLE[0], 4)
+    assert domain.read(HOLE[0] - 4, 4) == bytes(4)
+
+
+def test_a_fault_of_a_move(cache: MapCache) -> None:
+    """It says how much of the new range lies at the first hole and behind it."""
+    cache.map_device(0x200000, 0x3000, owner="vram")
+    with pytest.raises(FaultError) as caught:
+        cache.replace(0x200000, HOLE[0] - PAGE_SIZE, 0x3000)
+    assert (caught.value.address, caught.value.length) == (HOLE[0], 0x2000)
+
+
+def test_reports_of_a_domain_that_is_gone(domain: MockDomain, backend: Backend) -> None:
+    """As over Xen they are no error: there is nothing left to be migrated."""
+    domain.arm("map", errno=errno.EIO)
+    domain.destroy()
+    backend.mark_dirty(3, 1)
+    assert domain.dirty == {3}
+
+
+def test_read_only_memory_stays_so_when_it_moves(backend: Backend) -> None:
+    """In the kernel's eyes too."""
+    mapping = backend.map(0, 4, writable=False)
+    backend.remap(mapping, 8)
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{mapping.address:x}-"))
+    assert line.split()[1] == "r--s"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from xenmapcache import MapCache, MockDomain, MockHypervisor, XenCallError, open_backend
+from tests.unit.test_ioreq_server import in_thread
+from xenmapcache import MapCache, MockDomain, MockHypervisor, XenCallError, ioreq, open_backend
 from xenmapcache.devicemodel import IoreqServer
-from xenmapcache.ioreq import RING_SLOTS, Request, RequestKind
+from xenmapcache.ioreq import RING_SLOTS, Request, RequestKind, State, set_state, state_of
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 PORT, MMIO, VGA, RING_PORT = 0x510, 0xF000_0000, 0xA0000, 9
@@ -126,3 +129,167 @@ def test_destroyed_before_it_is_seen(link: MockIoreqServer) -> None:
     link.close()
     assert link.wait(0, 20) is None
     link.close()
+
+
+def test_a_string_that_goes_down_out_of_a_claim(guest: MockDomain, link: MockIoreqServer) -> None:
+    """An access that leaves a server's range below is sent to nobody, as on Xen."""
+    link.claim(RequestKind.MMIO, VGA + 0x100, VGA + 0x1FF)
+    down = Request(0, RequestKind.MMIO, True, VGA + 0x108, 0x2000, 4, 3, True, True)
+    assert link.takes(down)
+    assert not link.takes(down._replace(items=4))
+
+
+def test_an_event_between_two_looks(link: MockIoreqServer) -> None:
+    """What comes while a port is masked comes again when it is unmasked."""
+    port = link.bind(10)
+    assert link.pending() == port
+    link.send(0, READ)
+    assert link.pending() is None
+    link.unmask(port)
+    assert link.pending() == port
+    link.unmask(port)
+    assert link.pending() is None
+
+
+def test_a_model_that_overwrites_its_channel(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Xen ends a guest whose vp_eport is not the one that it has written there."""
+    ioreq.IOREQ.pack_into(link.page, 0, 0, 0, 0, 0, 11, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="Xen would crash the domain.*vp_eport 11"):
+        link.send(0, READ)
+    assert "vp_eport 11" in guest.crashed
+
+
+def test_a_number_that_is_used_again(guest: MockDomain) -> None:
+    """Closing a server twice does not take away the one that has its number by now."""
+    first = guest.open_ioreq_server(buffered=False)
+    first.close()
+    second = guest.open_ioreq_server(buffered=False)
+    first.close()
+    assert guest.ioreq_servers == {first.id: second}
+
+
+def test_a_string_that_goes_down_from_nowhere(guest: MockDomain) -> None:
+    """Where nobody answers, all ones come where the items would have come."""
+    guest.port_in_string(PORT, 0x2008, 3, 4, backward=True)
+    assert guest.read(0x1FF8, 0x20) == bytes(8) + b"\xff" * 12 + bytes(12)
+
+
+def test_an_answer_that_is_too_long(guest: MockDomain, link: MockIoreqServer) -> None:
+    """A vCPU takes as many bytes of an answer as it has asked for."""
+    link.claim(RequestKind.PORT, PORT, PORT + 3)
+    port = link.bind(10)
+    thread, seen = in_thread(lambda: guest.port_in(PORT, 1))
+    while state_of(link.page, 0) != State.READY:
+        os.sched_yield()
+    ioreq.answer(link.page, 0, 0x1234)
+    link.notify(port)
+    thread.join()
+    assert seen == [0x34]
+
+
+def test_invalidate_goes_to_all_at_once(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Xen asks every server before it waits for the first one's answer."""
+    other = guest.open_ioreq_server(buffered=False)
+    other.enable()
+    ports = [each.bind(10) for each in (link, other)]
+    guest.patience = 1.0
+    thread, _ = in_thread(lambda: guest.balloon_out(0x5000, 0x1000))
+    end = time.monotonic() + 0.8
+    while [state_of(each.page, 0) for each in (link, other)] != [State.READY] * 2:
+        assert time.monotonic() < end
+        os.sched_yield()
+    for each, port in zip((link, other), ports, strict=True):
+        ioreq.answer(each.page, 0, 0)
+        each.notify(port)
+    thread.join()
+    other.close()
+
+
+def test_a_request_lies_in_a_claim_as_a_whole(link: MockIoreqServer) -> None:
+    """With its last byte, with all items of a string up or down, over neighbours of one kind."""
+    link.claim(RequestKind.PORT, PORT, PORT + 3)
+    link.claim(RequestKind.PORT, PORT + 4, PORT + 7)
+    link.claim(RequestKind.MMIO, PORT + 8, PORT + 15)
+
+    def port(address: int) -> bool:
+        return link.takes(READ._replace(address=address))
+
+    assert [port(PORT + offset) for offset in (-1, 0, 2, 4, 5, 8)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+    def string(offset: int, items: int, backward: bool) -> bool:
+        return link.takes(
+            Request(
+                0, RequestKind.MMIO, True, PORT + 8 + offset, 0x200000, 2, items, True, backward
+            )
+        )
+
+    assert [string(0, 4, False), string(0, 5, False), string(2, 4, False)] == [True, False, False]
+    assert [string(6, 4, True), string(6, 5, True), string(0, 4, True)] == [True, False, False]
+    link.disable()
+    assert not port(PORT)
+
+
+def test_what_a_vcpu_goes_on_with(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Its server gone, with what stood in the request: zeros, as on Xen, not all ones."""
+    link.claim(RequestKind.PORT, PORT, PORT + 3)
+    port = link.bind(10)
+    original = link.send
+
+    def send_and_die(vcpu: int, request: Request) -> None:
+        original(vcpu, request)
+        link.notify(port)
+        link.destroy()
+
+    link.send = send_and_die  # type: ignore[method-assign] # for this test alone
+    assert guest.port_in(PORT) == 0
+
+
+def test_the_youngest_server_is_asked_first(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Where two have claimed the same range, as Xen goes through them."""
+    second = guest.open_ioreq_server(buffered=False)
+    second.enable()
+    for server in (link, second):
+        server.claim(RequestKind.PORT, PORT, PORT + 3)
+    assert guest._server_of(READ) is second
+    second.close()
+    assert guest._server_of(READ) is link
+
+
+def test_a_vcpu_that_was_given_up_on_can_do_more(guest: MockDomain, link: MockIoreqServer) -> None:
+    """A TimeoutError ends the instruction, and with it the vCPU's turn."""
+    link.claim(RequestKind.PORT, PORT, PORT + 3)
+    guest.patience = 0.01
+    with pytest.raises(TimeoutError, match="is stuck"):
+        guest.port_in(PORT)
+    assert guest.port_in(PORT + 8, 1) == 0xFF
+
+
+def test_a_slot_that_was_emptied(guest: MockDomain, link: MockIoreqServer) -> None:
+    """A device model that throws a request away ends the guest, as on Xen."""
+    port = link.bind(10)
+    link.send(0, READ)
+    set_state(link.page, 0, State.NONE)
+    link.notify(port)
+    with pytest.raises(RuntimeError, match="the state went astray"):
+        link.wait(0, 0.01)
+    assert guest.crashed
+
+
+def test_an_invalidate_is_sent_to_all_before_it_is_waited_for(guest: MockDomain) -> None:
+    """Enabled servers get it at once, one after the other; others do not."""
+    order: list[tuple[str, int]] = []
+    for _ in range(3):
+        server = guest.open_ioreq_server(buffered=False)
+        server.send = lambda *_, number=server.id: order.append(("send", number))  # type: ignore[method-assign] # for this test alone
+        server.wait = lambda *_, number=server.id: order.append(("wait", number))  # type: ignore[method-assign] # as well
+        if server.id != 1:
+            server.enable()
+    guest.send_invalidate()
+    assert order == [("send", 0), ("send", 2), ("wait", 0), ("wait", 2)]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.descriptors import open_files
+from tests.images import xl_files
 from xenmapcache import BackendUnavailableError, MockHypervisor, open_source, source
 from xenmapcache.source import find_domain, parse_source, recognise
 
@@ -169,3 +171,31 @@ def test_an_xl_that_does_not_start(xl: Path) -> None:
     xl.write_bytes(b"\x7fELF")
     with pytest.raises(BackendUnavailableError, match="xl domid web failed: .*Exec format error"):
         find_domain("web")
+
+
+def test_recognising_leaves_nothing_open(tmp_path: Path) -> None:
+    """A file is closed when it has been looked at, whatever it is."""
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    known.write_bytes(xl_files.dump_core([0]))
+    unknown.write_bytes(b"what?")
+    files = open_files()
+    assert source.recognise(str(known)) == "coredump"
+    with pytest.raises(ValueError, match="no dump that is known"):
+        source.recognise(str(unknown))
+    assert open_files() == files
+
+
+def test_an_xl_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A toolstack that does not answer is an error after a while, not a wait without end."""
+    script = tmp_path / "xl"
+    script.write_text("#!/bin/sh\nexec sleep 5\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(source, "XL_PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(source, "_XL_TIMEOUT", 0.1)
+    with pytest.raises(BackendUnavailableError, match="xl domid web failed: .*timed out"):
+        source.find_domain("web")
+
+
+def test_xl_is_found_where_root_has_it() -> None:
+    """Under cron and sudo the search path lacks the folders that xl is installed in."""
+    assert source.XL_PATH.split(":")[-3:] == ["/usr/local/sbin", "/usr/sbin", "/sbin"]

@@ -431,6 +431,7 @@ class IoreqServer:
             link = self._open_link()
             try:
                 if self._interrupted:  # its event is gone
+                    self._drain(link)
                     errors: list[Exception] = []
                     self._settle(link, errors, self._serving)
                     if errors:
@@ -555,14 +556,17 @@ class IoreqServer:
         page = link.page
         if state_of(page, vcpu) != State.READY:
             return
+        # What the vCPU wrote before comes before. Should that be interrupted, the request waits
+        # on; a handler may have served it, or closed the server.
+        self._drain(link)
+        if self._link is not link or state_of(page, vcpu) != State.READY:
+            return
         request = decode(page, vcpu)
         set_state(page, vcpu, State.INPROCESS)
         data = _nothing(request)
         self._serving.add(vcpu)
         try:
-            self._drain(link)  # what the vCPU wrote before comes before
-            if self._link is link:
-                data = self._perform(request)
+            data = self._perform(request)
         except Exception:
             self._fail(request, "failed")
         finally:

@@ -117,9 +117,11 @@ class Instructions(abc.ABC):
 
     def mmio_read(self, address: int, size: int = 4, *, vcpu: int = 0) -> int:
         """Load 1, 2, 4 or 8 bytes; from memory where there is some. Errors as :meth:`port_in`."""
+        request = Request(vcpu, RequestKind.MMIO, True, address, 0, size)
+        self._check(request)
         with contextlib.suppress(FaultError):
             return int.from_bytes(self.read(address, size), "little")
-        return self._do(vcpu, Request(vcpu, RequestKind.MMIO, True, address, 0, size))
+        return self._do(vcpu, request)
 
     def mmio_write(
         self, address: int, value: int, size: int = 4, *, buffered: bool = False, vcpu: int = 0
@@ -135,10 +137,11 @@ class Instructions(abc.ABC):
             vcpu: which.
         """
         data = _fits(value, size)
+        request = Request(vcpu, RequestKind.MMIO, False, address, data, size)
+        self._check(request)
         with contextlib.suppress(FaultError):
             self.write(address, data.to_bytes(size, "little"))
             return
-        request = Request(vcpu, RequestKind.MMIO, False, address, data, size)
         server = self._server_of(request)
         if not (buffered and server and server.send_buffered(request._replace(vcpu=None))):
             self._do(vcpu, request)
@@ -245,8 +248,10 @@ class Instructions(abc.ABC):
                 return server
         return None
 
-    def _do(self, vcpu: int, request: Request) -> int:
-        """Carry out an instruction and return what was read."""
+    def _check(self, request: Request) -> None:
+        """Refuse what no vCPU of the guest can do."""
+        if request.vcpu is not None:
+            self._check_vcpu(request.vcpu)
         sizes = (1, 2, 4) if request.kind != RequestKind.MMIO else (1, 2, 4, 8)
         if request.size not in sizes:
             raise ValueError(f"size {request.size} is none of {sizes}")
@@ -254,6 +259,14 @@ class Instructions(abc.ABC):
             raise ValueError(f"port {request.address:#x} is not in 0..0xffff")
         if request.address < 0 or request.items < 1:
             raise ValueError(f"no instruction does that: {request}")
+
+    def _check_vcpu(self, vcpu: int) -> None:
+        if not 0 <= vcpu < self.vcpus:
+            raise ValueError(f"vCPU {vcpu} is not in 0..{self.vcpus - 1}")
+
+    def _do(self, vcpu: int, request: Request) -> int:
+        """Carry out an instruction and return what was read."""
+        self._check(request)
         with self._on(vcpu):
             server = self._server_of(request)
             if server is None:
@@ -272,8 +285,7 @@ class Instructions(abc.ABC):
 
     @contextlib.contextmanager
     def _on(self, vcpu: int) -> Iterator[None]:
-        if not 0 <= vcpu < self.vcpus:
-            raise ValueError(f"vCPU {vcpu} is not in 0..{self.vcpus - 1}")
+        self._check_vcpu(vcpu)
         if not self._busy[vcpu].acquire(timeout=self.patience):
             raise TimeoutError(
                 f"vCPU {vcpu} of mock domain {self.domid} is busy with another instruction"
