@@ -139,11 +139,13 @@ def test_a_string_that_goes_down_out_of_a_claim(guest: MockDomain, link: MockIor
     assert not link.takes(down._replace(items=4))
 
 
-def test_an_event_between_two_looks(link: MockIoreqServer) -> None:
-    """What comes while a port is masked comes again when it is unmasked."""
+def test_events_of_a_channel(link: MockIoreqServer) -> None:
+    """None before it is bound; one that comes while it is masked comes once, when it is not."""
+    link.send(0, READ)
+    assert link.pending() is None
     port = link.bind(10)
     assert link.pending() == port
-    link.send(0, READ)
+    link._raise(port)
     assert link.pending() is None
     link.unmask(port)
     assert link.pending() == port
@@ -168,10 +170,14 @@ def test_a_number_that_is_used_again(guest: MockDomain) -> None:
     assert guest.ioreq_servers == {first.id: second}
 
 
-def test_a_string_that_goes_down_from_nowhere(guest: MockDomain) -> None:
-    """Where nobody answers, all ones come where the items would have come."""
-    guest.port_in_string(PORT, 0x2008, 3, 4, backward=True)
-    assert guest.read(0x1FF8, 0x20) == bytes(8) + b"\xff" * 12 + bytes(12)
+def test_strings_that_nobody_answers(guest: MockDomain) -> None:
+    """All items become ones, up or down from the first one, and no byte beside them."""
+    guest.write(0x1000, bytes(64))
+    guest.port_in_string(PORT, 0x1010, 3, 2)
+    assert guest.read(0x1000, 64) == bytes(16) + b"\xff" * 6 + bytes(42)
+    guest.write(0x1000, bytes(64))
+    guest.port_in_string(PORT, 0x1010, 3, 2, backward=True)
+    assert guest.read(0x1000, 64) == bytes(12) + b"\xff" * 6 + bytes(46)
 
 
 def test_an_answer_that_is_too_long(guest: MockDomain, link: MockIoreqServer) -> None:
