@@ -186,3 +186,14 @@ def test_a_long_write_over_the_end_of_the_pointers() -> None:
     assert (request.size, request.data) == (8, 0x1122334455667788)
     ioreq.take_buffered(ring, request)
     assert ioreq.next_buffered(ring) is None
+
+
+def test_the_mocks_pointers_end_where_xens_do() -> None:
+    """What is put over the end of the pointers' 32 bits is what is taken, and the ring gets full."""
+    ring = memoryview(bytearray(4096))
+    ioreq.RING_POINTERS.pack_into(ring, 0, 0xFFFFFFFF, 0xFFFFFFFF)
+    request = Request(None, RequestKind.MMIO, False, 0xA0000, 0x1122334455667788, 8)
+    for _ in range(ioreq.RING_SLOTS // 2):
+        assert put_buffered(ring, request)
+    assert not put_buffered(ring, request)
+    assert next_buffered(ring) == request

@@ -41,6 +41,8 @@ INSTRUCTIONS: dict[str, tuple[Callable[[MockDomain], object], str]] = {
     "count": (lambda guest: guest.port_in_string(PORT, 0, 0), "no instruction does that"),
     "vCPU": (lambda guest: guest.port_in(PORT, vcpu=2), "vCPU 2 is not in 0..1"),
     "value": (lambda guest: guest.port_out(PORT, 256, 1), "value 0x100 does not fit 1 bytes"),
+    "size of memory": (lambda guest: guest.mmio_read(0x1000, 3), "size 3 is none of"),
+    "vCPU at memory": (lambda guest: guest.mmio_write(0x1000, 1, vcpu=9), "vCPU 9 is not in 0..1"),
     "sign": (lambda guest: guest.mmio_write(MMIO, -1), "value -0x1 does not fit 4 bytes"),
 }
 

@@ -118,7 +118,7 @@ class Instructions(abc.ABC):
     def mmio_read(self, address: int, size: int = 4, *, vcpu: int = 0) -> int:
         """Load 1, 2, 4 or 8 bytes; from memory where there is some. Errors as :meth:`port_in`."""
         request = Request(vcpu, RequestKind.MMIO, True, address, 0, size)
-        self._check(request)
+        self._check(vcpu, request)
         with contextlib.suppress(FaultError):
             return int.from_bytes(self.read(address, size), "little")
         return self._do(vcpu, request)
@@ -138,7 +138,7 @@ class Instructions(abc.ABC):
         """
         data = _fits(value, size)
         request = Request(vcpu, RequestKind.MMIO, False, address, data, size)
-        self._check(request)
+        self._check(vcpu, request)
         with contextlib.suppress(FaultError):
             self.write(address, data.to_bytes(size, "little"))
             return
@@ -248,10 +248,9 @@ class Instructions(abc.ABC):
                 return server
         return None
 
-    def _check(self, request: Request) -> None:
+    def _check(self, vcpu: int, request: Request) -> None:
         """Refuse what no vCPU of the guest can do."""
-        if request.vcpu is not None:
-            self._check_vcpu(request.vcpu)
+        self._check_vcpu(vcpu)
         sizes = (1, 2, 4) if request.kind != RequestKind.MMIO else (1, 2, 4, 8)
         if request.size not in sizes:
             raise ValueError(f"size {request.size} is none of {sizes}")
@@ -266,7 +265,7 @@ class Instructions(abc.ABC):
 
     def _do(self, vcpu: int, request: Request) -> int:
         """Carry out an instruction and return what was read."""
-        self._check(request)
+        self._check(vcpu, request)
         with self._on(vcpu):
             server = self._server_of(request)
             if server is None:
