@@ -189,7 +189,7 @@ def test_a_long_write_over_the_end_of_the_pointers() -> None:
 
 
 def test_the_mocks_pointers_end_where_xens_do() -> None:
-    """What is put over the end of the pointers' 32 bits is what is taken, and the ring gets full."""
+    """What is put over the end of their 32 bits is what is taken, and the ring gets full."""
     ring = memoryview(bytearray(4096))
     ioreq.RING_POINTERS.pack_into(ring, 0, 0xFFFFFFFF, 0xFFFFFFFF)
     request = Request(None, RequestKind.MMIO, False, 0xA0000, 0x1122334455667788, 8)
