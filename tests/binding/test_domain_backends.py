@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import mmap
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -399,35 +398,6 @@ def test_read_only_memory_stays_so_when_it_moves(backend: XenBackend, fake: Fake
     backend.remap(mapping, 20)
     moves = [call.arguments[3] for call in fake.calls if call.gfns == (20,)]
     assert moves == [mmap.PROT_READ] * 2
-
-
-def test_a_move_that_is_interrupted_when_it_failed(
-    backend: XenBackend, fake: FakeXen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the call mapped nothing, the old memory is still there and is left alone."""
-    fake.write(8 * PAGE_SIZE, b"old")
-    mapping = backend.map(8, 1, writable=True)
-    really = backend._memory.map
-
-    def press(
-        domid: int,
-        prot: int,
-        gfns: array[int],
-        *,
-        address: int = 0,
-        flags: int = 0,
-        left: list[int] | None = None,
-    ) -> tuple[int, bytes | None]:
-        if flags:
-            assert left == []
-            left.append(0)
-            raise KeyboardInterrupt
-        return really(domid, prot, gfns, left=left)
-
-    monkeypatch.setattr(backend._memory, "map", press)
-    with pytest.raises(KeyboardInterrupt):
-        backend.remap(mapping, 9)
-    assert mapping.memory[:3] == b"old"
 
 
 def test_a_move_names_the_errno_of_the_page_that_went(

@@ -87,10 +87,11 @@ def test_a_move_that_is_interrupted(fake: FakeXen, binding: str, vanishes: bool)
             lease.release()
 
 
-def test_a_move_that_is_interrupted_before_xen_is_asked(
-    fake: FakeXen, binding: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_move_that_is_interrupted_when_nothing_is_mapped(
+    fake: FakeXen, binding: str, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
-    """The mapping shows what it showed, and can be moved after."""
+    """Before Xen is asked, or when it refused: the mapping shows what it did, and can be moved."""
     fake.write(0x8000, b"old")
     fake.write(0x9000, b"new")
     with XenBackend(domid=DOMID, binding=binding, library=fake.library) as backend:
@@ -107,6 +108,8 @@ def test_a_move_that_is_interrupted_before_xen_is_asked(
             left: list[int] | None = None,
         ) -> tuple[int, bytes | None]:
             if flags:
+                assert left == []
+                left += [0] * asked
                 raise KeyboardInterrupt
             return really(domid, prot, gfns, left=left)
 
