@@ -1,4 +1,4 @@
-# Each target stands alone: it makes the virtual environment that it needs.
+# Each target works on its own: it makes the virtual environment that it needs.
 PYTHON ?= python3
 XEN ?= 4.17 4.20
 VENV := .venv
@@ -6,78 +6,108 @@ BIN := $(VENV)/bin
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
-.PHONY: demo test coverage mutants test-free-threaded test-xen lint bench bench-dma bench-scaling bench-xen docs man completion clean
+help:  ## list the targets
+	@awk -F ':.*  ## ' '/^[a-z][a-z-]*:.*  ## / {printf "make %-20s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/cli.stamp  ## set up, and show the main job on the mock
+.PHONY: help demo test test-quick test-bare coverage mutants test-free-threaded test-images test-xen lint types bench bench-sources bench-drgn bench-dma bench-scaling bench-window bench-xen docs man completion release-check clean
+
+demo: $(VENV)/cli.stamp  ## set up, and show the main job on a mock guest
 	@$(BIN)/xenmapcache demo
 
-test: $(VENV)/test.stamp  ## the tests that need no Xen
-	$(BIN)/python -m pytest
+test: $(VENV)/test.stamp  ## run the tests that need no Xen, on two processors, and print the ten slowest
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10
 
-coverage: $(VENV)/test.stamp  ## the same, and that they come to every line and branch
+test-quick: $(VENV)/test.stamp  ## run the tests that are not marked slow, within a minute
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not xen and not images and not slow"
+
+test-bare:  ## run demo and test on a bare Debian without a compiler and Xen's files
+	$(PYTHON) -m tests.bare_machine
+
+coverage: $(VENV)/test.stamp  ## run the tests, and check that they reach every line and branch
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage run -m pytest -q -n 2 --dist worksteal
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
-test-free-threaded:  ## what threads matter to, on CPython without a GIL, which is built if need be
+test-free-threaded:  ## run the tests of threads on CPython without a GIL, which is built if it is missing
 	$(PYTHON) -m tests.free_threaded
+
+test-images: $(VENV)/test.stamp  ## boot a Linux guest under emulation, and read its memory in every form
+	$(BIN)/python -m pytest -v -m images $(ARGS)
 
 test-xen: $(VENV)/test.stamp  ## boot a real Xen under emulation and run the tests in its Dom0
 	set -e; for xen in $(XEN); do $(BIN)/python -m pytest -v -m xen --xen=$$xen; done
 
-lint: $(VENV)/test.stamp  ## lint, format, types, and whether the generated binding is up to date
+lint: $(VENV)/test.stamp  ## check style, format, types, and that the generated binding is up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python build_ffi.py --check
 
-mutants: $(VENV)/test.stamp  ## break the package in many places, and see each break noticed by a test
+types: $(VENV)/types.stamp  ## check that mypy and pyright find the types of the installed package
+	set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+		cp .ci/uses_types.py "$$folder"; bin=$$PWD/$(BIN); cd "$$folder"; \
+		"$$bin/mypy" --strict --cache-dir=/dev/null uses_types.py; \
+		PATH="$$PATH:$$bin" "$$bin/pyright" --pythonpath "$$bin/python" uses_types.py
+
+mutants: $(VENV)/test.stamp  ## break the package in many places, and check that a test notices each break
 	$(BIN)/python -m tests.mutation $(ARGS)
 
-bench: $(PEERS_VENV)/stamp  ## the promised speed, and ours beside peers; ARGS=--write for the docs
+bench: $(PEERS_VENV)/stamp  ## measure the promised speed, and compare with other packages; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks $(ARGS)
 
-bench-dma: $(PEERS_VENV)/stamp  ## map calls of DMA, ours beside other policies; ARGS=--write for the docs
+bench-sources: $(PEERS_VENV)/stamp  ## measure the commands on a real guest's memory, and compare with grep, strings, dd and others
+	$(PEERS_VENV)/bin/python -m tests.benchmarks.sources $(ARGS)
+
+bench-drgn: $(PEERS_VENV)/stamp  ## measure drgn's reads through a cache, and compare with drgn's own reader of the same core
+	$(PEERS_VENV)/bin/python -m tests.benchmarks.drgn $(ARGS)
+
+bench-dma: $(PEERS_VENV)/stamp  ## count the map calls of DMA, and compare with other policies; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks.dma $(ARGS)
 
-bench-scaling: $(PEERS_VENV)/stamp  ## cost against size; ARGS=--write for the docs
+bench-scaling: $(PEERS_VENV)/stamp  ## measure cost against size; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks.scaling $(ARGS)
 
-bench-xen: $(VENV)/test.stamp  ## the speed of device models on a real Xen, under emulation
+bench-window: $(PEERS_VENV)/stamp  ## hash and walk memory through windows; ARGS=--write for the docs
+	$(PEERS_VENV)/bin/python -m tests.benchmarks.window $(ARGS)
+
+bench-xen: $(VENV)/test.stamp  ## measure device models on a real Xen, under emulation
 	set -e; for xen in $(XEN); do \
 		$(BIN)/python -m pytest -v -m xen --xen=$$xen tests/xen/test_devicemodel_speed.py; done
 
-docs: $(VENV)/docs.stamp  ## the documentation as HTML in docs/_build
+docs: $(VENV)/docs.stamp  ## build the documentation as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build
 	@echo "docs/_build/index.html"
 
-man: $(VENV)/docs.stamp  ## the man page, from the command's own --help
+man: $(VENV)/docs.stamp  ## build the man page from the command's own --help
 	mkdir -p build/man
 	$(BIN)/argparse-manpage --module xenmapcache.cli.parser --function make_parser \
 		--project-name xenmapcache --manual-title "User Commands" \
 		--output build/man/xenmapcache.1
 	@echo "build/man/xenmapcache.1"
 
-completion: $(VENV)/docs.stamp  ## completion for shells
+completion: $(VENV)/docs.stamp  ## build the completion for shells
 	mkdir -p build/completion
 	for shell in bash zsh tcsh; do \
 		$(BIN)/python -m shtab xenmapcache.cli.parser.make_parser --shell $$shell \
 			> build/completion/xenmapcache.$$shell || exit 1; done
 	@echo "build/completion/xenmapcache.{bash,zsh,tcsh}"
 
-clean:
+release-check:  ## build sdist and wheel, install each into an empty environment, and run the demo
+	.ci/release-check $(PYTHON)
+
+clean:  ## remove all that the targets have made
 	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build *.egg-info
 
-# A stamp per set of extras: installed again when pyproject.toml changes.
+# One stamp for each set of extras. When pyproject.toml changes, the extras are installed again.
 $(VENV)/%.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-# A peer that cannot be installed leaves a log behind, from which the benchmark tells why. The newest
-# pykdumpfile needs a newer libkdumpfile than Debian 12's, which has the headers in libkdumpfile-dev.
-# An older one lacks a single name there, of a format of page tables, which is not used.
+# If a peer cannot be installed, the benchmark reports the reason from the log. The newest pykdumpfile
+# needs a newer libkdumpfile than that of Debian 12 (headers: libkdumpfile-dev). An older pykdumpfile
+# lacks one name there, a format of page tables that we do not use, so a macro defines the name.
 $(PEERS_VENV)/stamp: pyproject.toml
 	$(PYTHON) -m venv $(PEERS_VENV)
 	$(PEERS_VENV)/bin/python -m pip install --quiet --editable '.[bench]'

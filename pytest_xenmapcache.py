@@ -1,8 +1,8 @@
 """The pytest plugin: fixtures for tests of device models, on the mock.
 
 pytest finds it through the entry point ``xenmapcache``; ``-p no:xenmapcache`` leaves it out.
-It lies beside the package, not in it: pytest imports it in every project of an environment,
-and importing anything in the package would import all of it.
+The plugin is a module of its own, outside the package. pytest imports the plugin in every project
+of an environment, and an import from the package would import all of the package.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the markers known, to --strict-markers and --markers."""
+    """Declare the markers, for --strict-markers and --markers."""
     config.addinivalue_line(
         "markers",
         "mock_domain(**options): how the fixture mock_domain makes its guest, for example "
-        "memory='16M', holes=[(0xA0000, 0x20000)], vcpus=2 (xenmapcache)",
+        "memory='16M', holes=[(0xA0000, 0x20000)], vcpus=2, type='pvh' (xenmapcache)",
     )
     config.addinivalue_line(
         "markers",
@@ -33,8 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-# Neither first nor last: what pytest does first here for unittest is tell of the exception, and
-# the one that makes the report is the last to be called.
+# Neither tryfirst nor trylast: pytest's own hook for unittest sets the exception first, and the
+# hook that makes the report is called last.
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Remember whether a test ended with an exception."""
     if call.when != "teardown":
@@ -53,30 +53,32 @@ def mock_hypervisor() -> MockHypervisor:
 def mock_domain(request: pytest.FixtureRequest, mock_hypervisor: MockHypervisor) -> MockDomain:
     """A mock guest of 64 MiB with one vCPU.
 
-    ``@pytest.mark.mock_domain(memory="16M", holes=[(0xA0000, 0x20000)], vcpus=2)`` makes it
-    otherwise. Markers of a module, a class and a test add up; the nearest wins.
+    ``@pytest.mark.mock_domain(memory="16M", holes=[(0xA0000, 0x20000)], vcpus=2)`` changes that.
+    Markers of a module, a class and a test add up; the nearest wins.
     """
     return mock_hypervisor.create_domain(**_options(request, "mock_domain"))
 
 
 @pytest.fixture
 def map_cache(request: pytest.FixtureRequest, mock_domain: MockDomain) -> Iterator[MapCache]:
-    """A map cache of ``mock_domain``, which invalidates it when it balloons.
+    """A map cache of ``mock_domain``. The cache is invalidated when the domain balloons.
 
-    While the domain has an ioreq server, that one invalidates it, after its callbacks. In the
-    end the cache is closed, and a lease that is still held then is an error of the test,
-    unless the test had failed anyway. ``@pytest.mark.map_cache(on_stale="copy")`` has options
-    of :class:`xenmapcache.MapCache`.
+    While the domain has an ioreq server, the server invalidates the cache, after its callbacks.
+    After the test the cache is closed. If a lease is still held then, the test fails and names the
+    thread and the line that took it, unless it has failed anyway.
+    ``@pytest.mark.map_cache(on_stale="copy", strict_views=True)`` has options of
+    :class:`xenmapcache.MapCache`.
     """
     from xenmapcache import ClosedError, MapCache, open_backend
 
     with open_backend("mock", domain=mock_domain) as backend:
-        cache = MapCache(backend, **_options(request, "map_cache"))
+        options = {"record_origin": True} | _options(request, "map_cache")
+        cache = MapCache(backend, **options)
 
         def invalidate() -> None:
             if any(server.enabled for server in list(mock_domain.ioreq_servers.values())):
                 return
-            with suppress(ClosedError):  # a domain that is shared outlives the cache
+            with suppress(ClosedError):  # a shared domain outlives the cache
                 cache.invalidate()
 
         mock_domain.on_invalidate(invalidate)

@@ -85,7 +85,7 @@ def main() -> None:
     print(f"requests       {REQUESTS:>10,}  with a checksum that is wrong: {wrong}")
     print(f"pieces         {pieces:>10,}  each leased and released")
     print(f"bytes moved    {moved:>10,}")
-    print(f"invalidations  {stats.invalidations:>10,}  that met DMA: {stats.stale_dma}")
+    print(f"invalidations  {stats.invalidations:>10,}  that met DMA: {stats.stale_dma_released}")
     print(f"map calls      {stats.maps:>10,}  {stats.maps / REQUESTS:.3f} a request")
 
 

@@ -105,7 +105,7 @@ def demonstrate(file: Path) -> None:
             display.save(file)
             describe(display)
 
-            print("It balloons 8 MiB out, beside the framebuffer, and draws again:")
+            print("It balloons 8 MiB out, next to the framebuffer, and draws again:")
             guest.balloon_out(0x200_0000, 0x80_0000)
             draw(guest, here, 80)
             display.save(file)

@@ -21,7 +21,7 @@ VIRTUAL, PHYSICAL = 0xFFFFFFFF81000000, 0x1000000  # where x86-64's kernels are 
 def write_kernel(path: Path) -> None:
     """Write an ELF file of one segment, with the banner in it and a symbol for that."""
     banner = 0x1A0
-    segment = b"\xf4".ljust(banner, b"\x90") + TEXT  # hlt, and nops behind it
+    segment = b"\xf4".ljust(banner, b"\x90") + TEXT  # hlt, and nops after it
     names = b"\0.symtab\0.strtab\0.shstrtab\0"
     strings = b"\0linux_banner\0"
     symbols = bytes(24) + struct.pack(

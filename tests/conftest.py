@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
 
@@ -9,12 +10,32 @@ import pytest
 
 from xenmapcache import Backend, MapCache, MockDomain, MockHypervisor, open_backend
 
-pytest_plugins = ["tests.xen.plugin"]
+pytest_plugins = ["tests.xen.plugin", "tests.images.lab.plugin"]
 
-# A shell starts what it puts into the background with Ctrl-C ignored, and so would be all that
-# the tests start: then nothing could be interrupted.
+# A shell starts what it puts into the background with Ctrl-C and Ctrl-\ ignored, and so would be
+# all that the tests start: then nothing could be interrupted.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def _freeze() -> None:
+    """Let a collection, of which tests do many, not look at what lives to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After each file, because its tests import what no other needs."""
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
+
 
 HOLE = (0xA0000, 0x20000)
 """Address and length of the hole that the guest has, as every PC has."""

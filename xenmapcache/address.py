@@ -15,6 +15,9 @@ GiB = 1 << 30
 
 ADDRESS_LIMIT = 1 << 52
 """One past the highest guest-physical address: 52 bits, the most that x86 and Arm have."""
+_VIRTUAL = 0xFF << 56
+"""Where virtual addresses of kernels begin, with 5 levels of page tables on x86."""
+_HINT = "; it looks like a virtual address: read --virtual translates it, in Python AddressSpace"
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _SIZE = re.compile(r"(?P<number>0x[0-9a-f]+|\d+)\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE)
@@ -23,7 +26,7 @@ _SIZE = re.compile(r"(?P<number>0x[0-9a-f]+|\d+)\s*(?P<unit>[kmgt]?)(?:i?b)?", r
 def as_int(name: str, value: object) -> int:
     """Return ``value`` as an int, or raise a TypeError that calls it ``name``."""
     try:
-        return index(value)  # type: ignore[arg-type] # a TypeError is dealt with
+        return index(value)  # type: ignore[arg-type] # a TypeError is handled
     except TypeError:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
 
@@ -37,7 +40,7 @@ def check_range(address: object, length: object, *, empty: bool = False) -> tupl
         empty: whether a length of zero is a range.
 
     Raises:
-        TypeError: one of them is no integer.
+        TypeError: an argument is not an integer.
         ValueError: negative, empty, or not below 2**52.
     """
     first = as_int("address", address)
@@ -49,9 +52,10 @@ def check_range(address: object, length: object, *, empty: bool = False) -> tupl
     if count == 0 and not empty:
         raise ValueError(f"length at address {first:#x} is 0: nothing to map")
     if first + count > ADDRESS_LIMIT:
+        hint = "" if first < _VIRTUAL else _HINT
         raise ValueError(
             f"range {first:#x}..{first + count:#x} ends beyond {ADDRESS_LIMIT:#x}, "
-            "the end of a 52-bit physical address space"
+            f"the end of a 52-bit physical address space{hint}"
         )
     return first, count
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Iterator
+import errno as _errno
+import os
+from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import ClassVar, Self
+from itertools import groupby
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Self
 
+from . import flat
+from .address import PAGE_SHIFT, PAGE_SIZE
+from .binding import libc
 from .errors import UnsupportedOperationError
-from .mapping import Mapping
+from .mapping import Mapping, PageErrors
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+_CHUNK_PAGES = 256
 
 
 class Capability(enum.Flag):
@@ -30,8 +42,11 @@ class Backend(abc.ABC):
     Attributes:
         name: as given to :func:`open_backend`.
         capabilities: what it can do beyond mapping for reading.
-        memory_end: one past the last guest address that may be there, or None if
-            that is not known.
+        memory_end: one past the last guest address that may exist, or None if
+            that is unknown.
+        log_dirty: whether :meth:`mark_dirty` reports written pages. Set it to False while the
+            guest is not being migrated, to save a hypercall per write. Without
+            :attr:`Capability.DIRTY` it has no effect.
 
     Synchronization: all methods may be called in any threads at once.
     """
@@ -39,6 +54,25 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     capabilities: Capability = Capability.NONE
     memory_end: int | None = None
+    log_dirty: bool = True
+
+    def __repr__(self) -> str:
+        """Name the class, what it belongs to, and its size if that is known without a call."""
+        known = vars(self)
+        if "path" in known:
+            what = repr(os.fspath(known["path"]))
+        else:
+            what = f"domain {known['domid']}" if "domid" in known else self.name
+        # A property is cheap; of a live domain the end is asked for once, and then kept.
+        cheap = "memory_end" in known or isinstance(vars(type(self)).get("memory_end"), property)
+        end = self.memory_end if cheap else None
+        size = "" if end is None else f", memory end {end:#x}"
+        return f"<{type(self).__name__} of {what}{size}>"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled; open the source again"
+        )
 
     @abc.abstractmethod
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
@@ -50,7 +84,8 @@ class Backend(abc.ABC):
             writable: map for writing too; only with :attr:`Capability.WRITE`.
 
         Returns:
-            A mapping, in which pages that are not there carry their errno.
+            A mapping, in which pages that are not there, or were refused, carry their errno;
+            see :meth:`.Mapping.refusal`.
 
         Raises:
             XenCallError: the call failed as a whole.
@@ -58,12 +93,74 @@ class Backend(abc.ABC):
         """
 
     def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:  # noqa: ARG002 - a contract
-        """Return ``(gfn, pages)`` of what is there of a range of pages, in order, apart.
+        """Return the runs of pages that exist in a range.
 
         Returns:
-            None if only mapping tells.
+            An iterator of ``(gfn, pages)``, one for each run, in ascending order; runs do not
+            touch. None if only mapping shows which pages exist.
         """
         return None
+
+    def copies(self, gfn: int, count: int) -> bool:  # noqa: ARG002 - a contract
+        """Tell whether :meth:`map` would copy a range of pages into memory of this process.
+
+        A cache bounds such copies by ``max_copies``, because the kernel cannot take their memory
+        back, as it can where a file is mapped. By default False: pages are mapped.
+        """
+        return False
+
+    def map_into(self, mapping: Mapping, gfn: int, count: int) -> PageErrors | None:
+        """Map guest pages for reading, or copy them, over a part of a window.
+
+        By default the pages are copied from what :meth:`map` returns. A source that can map at a
+        given host address does so, and says in :meth:`copied_pages` what it copies.
+
+        Args:
+            mapping: zeros of :mod:`.flat`, at the guest page ``mapping.gfn``; no one else sees it.
+            gfn: the first guest frame number.
+            count: pages, at least one. Pages that are not there, or were refused, stay zeros.
+
+        Returns:
+            The errnos of the pages; None if all are there.
+
+        Raises:
+            XenCallError: the call failed as a whole; EAGAIN: :meth:`copied_pages` has changed.
+                Nobody uses the mapping then.
+            ClosedError: the backend is closed.
+        """
+        errors = bytearray()
+        last: PageErrors | None = None
+        for first in range(gfn, gfn + count, _CHUNK_PAGES):
+            pages = min(_CHUNK_PAGES, gfn + count - first)
+            source = self.map(first, pages, writable=False)
+            _copy_valid(source, mapping)
+            last = source.errors or last
+            errors += source.errors or bytes(pages)
+            del source
+        return None if last is None else PageErrors(bytes(errors), last.call, last.domid)
+
+    def copied_pages(self, gfn: int, count: int) -> int:
+        """Return how many pages of a range :meth:`map_into` copies, or more if that is unknown."""
+        known = self.present(gfn, count)
+        return count if known is None else sum([pages for _, pages in known])
+
+    def read_pages(self, gfn: int, buffer: memoryview) -> bool:  # noqa: ARG002 - a contract
+        """Fill a buffer from consecutive pages, if that is quicker than mapping them.
+
+        Those who look at much memory once (a search, a copy) ask for it before they map.
+
+        Args:
+            gfn: the first guest frame number.
+            buffer: of bytes, writable and contiguous; its size is a multiple of a page's.
+
+        Returns:
+            False if the pages have to be mapped: always, unless a backend says otherwise, and
+            if a page is missing. The buffer may have changed.
+
+        Raises:
+            XenMapCacheError: as :meth:`map` raises.
+        """
+        return False
 
     def describe(self) -> dict[str, object]:
         """Return what else is known of the source, by name: its notes, versions and the like.
@@ -100,9 +197,46 @@ class Backend(abc.ABC):
         """
         raise UnsupportedOperationError(f"the backend {self.name!r} keeps no dirty pages")
 
+    def pause(self) -> None:
+        """Stop the guest's vCPUs, so that its memory stays as it is, until :meth:`unpause`.
+
+        Call :meth:`unpause` before :meth:`close`, whatever happens, also if this is interrupted: a
+        guest that is still paused when the process ends stays paused.
+        Devices may write to memory all the same. Idempotent.
+
+        Raises:
+            UnsupportedOperationError: the source has no guest that runs, or cannot pause it.
+            BackendUnavailableError, XenCallError: it could not be paused.
+        """
+        raise UnsupportedOperationError(
+            f"the backend {self.name!r} has no running guest that could be paused"
+        )
+
+    def unpause(self) -> None:  # noqa: B027 - without a pause, nothing is to be undone
+        """Undo :meth:`pause`; without one before, nothing is done.
+
+        A guest that was paused before this source paused it stays paused. One that no longer
+        exists raises nothing.
+
+        Raises:
+            XenCallError: the guest could not be unpaused; call this again, or use ``xl unpause``.
+        """
+
+    def has_ended(self) -> bool:
+        """Tell whether the guest has ended, so that its memory is not that of a guest any more.
+
+        A domain that was destroyed lives on for as long as a process maps its memory; it has
+        ended, too. One that has shut down or crashed has not, if the toolstack keeps it. By
+        default False: what is saved in a file does not end.
+
+        Raises:
+            BackendUnavailableError, UnsupportedOperationError, XenCallError: that cannot be told.
+        """
+        return False
+
     @abc.abstractmethod
     def close(self) -> None:
-        """Map no more. Mappings that were made live on. Idempotent."""
+        """Refuse further map calls. Existing mappings live on. Idempotent."""
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +248,7 @@ class Backend(abc.ABC):
 _BACKENDS = {
     "coredump": ".backends.coredump:CoredumpBackend",
     "elfcore": ".backends.elfcore:ElfCoreBackend",
+    "kdump": ".backends.kdump:KdumpBackend",
     "mock": ".backends.mock:MockBackend",
     "raw": ".backends.raw:RawBackend",
     "save": ".backends.save:SaveBackend",
@@ -127,7 +262,8 @@ def open_backend(name: str, **options: object) -> Backend:
 
     Args:
         name: ``"xen"`` (libxenforeignmemory), ``"xenctrl"`` (libxenctrl's legacy call) or
-            ``"mock"``; of files ``"coredump"``, ``"elfcore"``, ``"raw"`` or ``"save"``.
+            ``"mock"``; of files ``"coredump"``, ``"elfcore"``, ``"kdump"``, ``"raw"`` or
+            ``"save"``.
         **options: ``domid=`` for the first two; ``domain=`` or ``memory=`` for the mock;
             ``path=`` for files. See the backend's own class for all of them.
 
@@ -143,7 +279,74 @@ def open_backend(name: str, **options: object) -> Backend:
     """
     if not isinstance(name, str) or name not in _BACKENDS:
         known = ", ".join(map(repr, sorted(_BACKENDS)))
-        raise ValueError(f"backend {name!r} is unknown: there are {known}")
+        raise ValueError(f"backend {name!r} is unknown; known are {known}")
     module, _, class_name = _BACKENDS[name].partition(":")
-    backend: Backend = getattr(import_module(module, __package__), class_name)(**options)
-    return backend
+    kind: type[Backend] = getattr(import_module(module, __package__), class_name)
+    _check_options(name, kind, options)
+    return kind(**options)
+
+
+def _check_options(name: str, kind: type[Backend], options: dict[str, object]) -> None:
+    """Raise TypeError for an option that a backend does not have, or that is missing."""
+    function = vars(kind)["__init__"]  # not through `inspect`, whose import takes longer
+    code = function.__code__
+    known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    taken = ", ".join(f"{option}=" for option in known)
+    for option in options:
+        if option not in known:
+            raise TypeError(f"backend {name!r} has no option {option!r}; it takes {taken}")
+    for option in known:
+        if option not in (function.__kwdefaults__ or {}) and option not in options:
+            raise TypeError(f"backend {name!r} needs the option {option}=; it takes {taken}")
+
+
+def _copy_valid(source: Mapping, target: Mapping) -> None:
+    """Copy the valid pages of a mapping into a window; a frame of its own, which ends with it."""
+    start = source.gfn - target.gfn << PAGE_SHIFT
+    memory = flat.writable(target, start, source.length)
+    first = 0
+    for bad, group in groupby(source.errors or bytes(source.count), bool):
+        end = first + (len(list(group)) << PAGE_SHIFT)
+        if not bad:
+            memory[first:end] = source.view(first, end - first)
+        first = end
+
+
+def copy_pages(gfn: int, pages: Sequence[Buffer | None]) -> Mapping:
+    """Return a mapping that holds copies of guest pages; for backends that cannot map.
+
+    Args:
+        gfn: the first guest frame number.
+        pages: for each page its 4096 bytes, or None if the page is missing.
+
+    Returns:
+        A read-only mapping in memory of this process. Missing pages have the errno EINVAL.
+
+    Raises:
+        ValueError: there are no pages, or one of them is not 4096 bytes long.
+        XenCallError: there is no memory.
+    """
+    length = len(pages) << PAGE_SHIFT
+    for number, page in enumerate(pages, gfn):
+        if page is not None and memoryview(page).nbytes != PAGE_SIZE:
+            size = memoryview(page).nbytes
+            raise ValueError(f"page {number:#x} must be {PAGE_SIZE} bytes long, not {size}")
+    if not length:
+        raise ValueError("pages must be at least one page, not none")
+    missing = bytes([_errno.EINVAL * (page is None) for page in pages])
+    errors = missing if any(missing) else None
+    allocated: list[int] = []
+    try:
+        address = libc.allocate(length, at_once=errors is None, result_out=allocated)
+        mapping = Mapping(
+            address, gfn, len(pages), writable=False, errors=errors, result_out=allocated
+        )
+    finally:
+        for left in allocated:  # interrupted, and no mapping has taken the memory over
+            libc.munmap(left, length)
+    libc.dont_fork(address, length)
+    memory = memoryview(mapping.memory).cast("B")  # writable, as the mapping's own is not
+    for number, page in enumerate(pages):
+        if page is not None:
+            memory[number << PAGE_SHIFT : (number + 1) << PAGE_SHIFT] = memoryview(page).cast("B")
+    return mapping

@@ -1,8 +1,9 @@
-"""Every exception that this package raises on its own account.
+"""Every exception that this package raises itself.
 
-Bad arguments stay :class:`ValueError` and :class:`TypeError`. An ``errno`` is
+Wrong arguments raise :class:`ValueError` and :class:`TypeError`. An ``errno`` is
 positive, and was taken at the call that failed and nowhere else. Each exception
-keeps its facts as attributes and can be pickled.
+keeps its facts as attributes and can be pickled. Its message is escaped, because
+names of files and domains are in it: a traceback goes to a terminal or a log.
 """
 
 from __future__ import annotations
@@ -10,15 +11,20 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+from .escape import printable as _printable
+
 __all__ = [
     "BackendUnavailableError",
     "CacheFullError",
     "ClosedError",
     "CorruptImageError",
+    "EmptyRangeError",
     "FaultError",
     "LeaseError",
     "MappingLostError",
+    "TranslationError",
     "UnsupportedOperationError",
+    "WrongFormatError",
     "XenCallError",
     "XenMapCacheError",
 ]
@@ -32,56 +38,80 @@ def errno_name(number: int) -> str:
 class XenMapCacheError(Exception):
     """The root of this package's exceptions; never raised itself."""
 
+    def __str__(self) -> str:
+        return _printable(super().__str__())
+
 
 class BackendUnavailableError(XenMapCacheError):
-    """A library, device node or permission is missing; the message says which and what to do."""
+    """A library, a device node or a permission is missing. The message says what to do."""
 
 
 class UnsupportedOperationError(XenMapCacheError, NotImplementedError):
-    """This source of guest memory, or this build of Xen's libraries, cannot do that."""
+    """This source of guest memory, or this build of Xen's libraries, does not support the call."""
 
 
 class XenCallError(XenMapCacheError, OSError):
-    """A call into Xen's libraries failed as a whole.
+    """A call into Xen's libraries failed as a whole, or was refused for a page.
+
+    A page is refused if Xen or the kernel gives EACCES, EPERM, ENOMEM or ENOSYS for it: it may
+    exist, but cannot be mapped. A page that does not exist is a :class:`FaultError`.
 
     Attributes:
         call: the C function's name.
-        domid: the domain that it was about, or None.
-        errno: positive, as the call left it.
-        hint: what it means and what to do, or an empty string.
+        domid: the domain that the call was for, or None.
+        errno: positive, as the call set it.
+        hint: what the errno means and what to do, or an empty string.
+        address: the first guest-physical address that was refused; None if the call failed.
     """
 
     errno: int
 
-    def __init__(self, call: str, domid: int | None, errno: int, hint: str = "") -> None:
+    def __init__(
+        self,
+        call: str,
+        domid: int | None,
+        errno: int,
+        hint: str = "",
+        *,
+        address: int | None = None,
+    ) -> None:
         super().__init__(call, domid, errno, hint)
         self.call = call
         self.domid = domid
         self.errno = errno
         self.hint = hint
+        self.address = address
         self.strerror = os.strerror(errno)
 
     def __str__(self) -> str:
         domain = "" if self.domid is None else f" for domain {self.domid}"
+        page = "" if self.address is None else f" at {self.address:#x}"
         hint = f": {self.hint}" if self.hint else ""
-        return f"{self.call} failed{domain} with {errno_name(self.errno)}{hint}"
+        return _printable(f"{self.call} failed{domain}{page} with {errno_name(self.errno)}{hint}")
 
 
 class MappingLostError(XenCallError):
-    """Moving a mapping failed after its old memory was gone: its views show private zeros."""
+    """Moving a mapping failed after its old memory was unmapped. Its views show private zeros."""
 
 
 class CorruptImageError(XenMapCacheError, ValueError):
     """A saved image contradicts its format; the message names the place."""
 
 
+class WrongFormatError(CorruptImageError, UnsupportedOperationError):
+    """A file is of another format than was asked for; the message says which, and what to do."""
+
+
 class FaultError(XenMapCacheError):
-    """There is no page at an address that was accessed.
+    """No page exists at an address that was accessed.
 
     Attributes:
-        address: the first guest-physical address that cannot be reached.
-        length: how many bytes of the access lie at that address and behind it.
-        errno: why, as Xen said for that page (EINVAL: no such page).
+        address: the first guest-physical address that cannot be reached. For a lease of more than
+            1 MiB or ``max_lease``, and a read of more than 64 MiB, of a live guest with several
+            holes, it may be a later one: if the range's first page is there and its last one is
+            not, it is where memory ends, or else that last page.
+        length: how many bytes of the access lie at that address and beyond.
+        errno: the reason that Xen gave for that page (EINVAL: no such page).
     """
 
     def __init__(self, address: int, length: int, errno: int) -> None:
@@ -92,18 +122,61 @@ class FaultError(XenMapCacheError):
 
     def __str__(self) -> str:
         return (
-            f"no page at {self.address:#x} ({self.length:#x} bytes of the access lie there or "
-            f"behind): {errno_name(self.errno)}"
+            f"no page at {self.address:#x}: {errno_name(self.errno)}; the last {self.length:#x} "
+            "bytes of the access start there"
         )
 
 
+class EmptyRangeError(FaultError, ValueError):
+    """A lease of no bytes was asked for: a bug of the caller, or a length that a guest chose."""
+
+    def __str__(self) -> str:
+        return f"length at address {self.address:#x} is 0; a lease needs at least 1 byte"
+
+
+class TranslationError(XenMapCacheError):
+    """A virtual address leads to no guest memory.
+
+    Attributes:
+        address: the virtual address that cannot be reached.
+        reason: what is wrong, as in the message.
+        level: of the page tables, where it went wrong: such as ``"PML4"``, or ``"L0"`` on arm64;
+            ``"page"`` if the tables lead to a page that the source lacks; empty if the address
+            cannot be looked up at all.
+        entry: the value of that level's entry, or None if there is none to read.
+        entry_address: guest-physical, of the entry, or of the missing page; None if unknown.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        reason: str,
+        level: str = "",
+        entry: int | None = None,
+        entry_address: int | None = None,
+    ) -> None:
+        super().__init__(address, reason, level, entry, entry_address)
+        self.address = address
+        self.reason = reason
+        self.level = level
+        self.entry = entry
+        self.entry_address = entry_address
+
+    def __str__(self) -> str:
+        place = f"virtual address {self.address:#x}"
+        if self.level and self.entry_address is not None:
+            entry = "" if self.entry is None else f" entry {self.entry:#x}"
+            place += f": level {self.level},{entry} at guest-physical {self.entry_address:#x}"
+        return _printable(f"{place}: {self.reason}")
+
+
 class LeaseError(XenMapCacheError):
-    """A lease is unknown, was released before, or is stale where that is refused."""
+    """A lease is unknown, was released before, or is stale while ``on_stale="raise"``."""
 
 
 class CacheFullError(XenMapCacheError):
-    """Room under ``max_resident`` cannot be made: what is resident is leased or still viewed."""
+    """No room under ``max_resident`` or ``max_copies``: all of it is leased or in use by a view."""
 
 
 class ClosedError(XenMapCacheError, ValueError):
-    """The cache or backend was closed, or belongs to the process that forked this one."""
+    """The cache or backend is closed, or belongs to the process that forked this one."""

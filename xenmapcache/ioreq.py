@@ -19,6 +19,7 @@ STATE_MASK = 0x0F
 RING_SLOTS = 511
 RING_SLOT_SIZE = 8
 RING_START = 8
+POINTER_MASK = 0xFFFF_FFFF
 _RING_ADDRESS_BITS = 20
 BUS_OFFSET = 32
 """A PCI_CONFIG request's address is ``bdf << BUS_OFFSET | offset``."""
@@ -38,7 +39,7 @@ _DATA_IS_POINTER, _READ, _BACKWARD = 0x10, 0x20, 0x40
 
 
 class State(enum.IntEnum):
-    """Of a slot. It only ever goes from one to the next, or Xen ends the guest."""
+    """Where a vCPU's request is. The only legal changes are in :data:`TRANSITIONS`."""
 
     NONE = 0
     READY = 1
@@ -52,28 +53,28 @@ class RequestKind(enum.IntEnum):
     PORT = 0
     """A port was read or written (``in``, ``out``, and their string forms)."""
     MMIO = 1
-    """Memory was accessed that is none."""
+    """The guest accessed an address without RAM."""
     PCI_CONFIG = 2
-    """A PCI function's configuration space was."""
+    """A PCI function's configuration space was read or written."""
     TIMEOFFSET = 7
-    """The guest has set its clock; nothing need be done."""
+    """The guest has set its clock. A device model has nothing to do."""
     INVALIDATE = 8
-    """The guest's memory has changed: all mappings have to go."""
+    """The guest's memory has changed: all mappings have to be dropped."""
 
 
 class Request(NamedTuple):
-    """What a vCPU did, and waits to see done. Immutable.
+    """What a vCPU asks for, and waits for. Immutable.
 
     Attributes:
-        vcpu: which; None for a buffered request, for which nobody waits.
+        vcpu: its number; None for a buffered request, for which no vCPU waits.
         kind: a :class:`RequestKind`, or a number that this package does not know.
         is_read: whether data goes to the guest.
         address: port number, guest-physical address, or ``bdf << 32 | offset``.
-        data: what is written; or, if ``is_pointer``, the guest-physical address of it.
+        data: what is written; or, if ``data_is_ptr``, the guest-physical address of it.
         size: bytes of one item: 1, 2, 4 or 8.
-        items: how many, more than one for string instructions.
-        is_pointer: whether the data lies in guest memory.
-        is_backward: whether addresses go down (the direction flag).
+        count: how many items, more than one for string instructions.
+        data_is_ptr: whether the data lies in guest memory.
+        df: whether addresses go down (the direction flag).
     """
 
     vcpu: int | None
@@ -82,9 +83,9 @@ class Request(NamedTuple):
     address: int
     data: int
     size: int
-    items: int = 1
-    is_pointer: bool = False
-    is_backward: bool = False
+    count: int = 1  # type: ignore[assignment] # the header's name; it hides tuple.count
+    data_is_ptr: bool = False
+    df: bool = False
 
     def __str__(self) -> str:
         who = "buffered" if self.vcpu is None else f"vCPU {self.vcpu}"
@@ -93,136 +94,251 @@ class Request(NamedTuple):
         except ValueError:
             kind = f"type {self.kind}"
         what = "read" if self.is_read else "write"
-        amount = f"{self.items} x {self.size}" if self.items != 1 else f"{self.size}"
-        data = f", data at {self.data:#x}" if self.is_pointer else ""
-        if not self.is_pointer and not self.is_read:
+        amount = f"{self.count} x {self.size}" if self.count != 1 else f"{self.size}"
+        data = f", data at {self.data:#x}" if self.data_is_ptr else ""
+        if not self.data_is_ptr and not self.is_read:
             data = f", data {self.data:#x}"
-        down = ", backward" if self.is_backward else ""
+        down = ", backward" if self.df else ""
         return f"{who}: {kind} {what} of {amount} bytes at {self.address:#x}{data}{down}"
 
     @property
     def all_ones(self) -> int:
-        """What a read of nothing gives, as on a real bus."""
+        """What a read gives if no device answers, as on a real bus."""
         return (1 << 8 * min(self.size, 8)) - 1
 
 
-def decode(page: memoryview, vcpu: int) -> Request:
-    """Read a vCPU's request out of the page of synchronous requests."""
-    address, data, items, size, _, _, flags, kind = IOREQ.unpack_from(page, vcpu * SLOT_SIZE)
-    return Request(
-        vcpu,
-        kind,
-        bool(flags & _READ),
-        address,
-        data,
-        size,
-        items,
-        bool(flags & _DATA_IS_POINTER),
-        bool(flags & _BACKWARD),
-    )
+class ProtocolError(RuntimeError):
+    """The shared page contradicts the protocol, or a state would change against its rules."""
 
 
-def encode(page: memoryview, vcpu: int, request: Request) -> None:
-    """Write a request into a vCPU's slot as Xen does, all but its state, which stays."""
-    base = vcpu * SLOT_SIZE
-    _, _, _, _, port, padding, state, _ = IOREQ.unpack_from(page, base)
-    flags = (
-        (state & STATE_MASK)
-        | _READ * request.is_read
-        | _DATA_IS_POINTER * request.is_pointer
-        | _BACKWARD * request.is_backward
-    )
-    IOREQ.pack_into(
-        page,
-        base,
-        request.address,
-        request.data,
-        request.items,
-        request.size,
-        port,
-        padding,
-        flags,
-        request.kind,
-    )
+# --- one request at a time: the slot of a vCPU -----------------------------------------
+#
+# All transitions of a slot are in this table and nowhere else. Xen makes the first and the
+# last, the device model the two between them. Xen ends a guest whose slot goes astray.
+
+TRANSITIONS: dict[str, tuple[State, State]] = {
+    "send": (State.NONE, State.READY),
+    "begin": (State.READY, State.INPROCESS),
+    "answer": (State.INPROCESS, State.RESPONSE_READY),
+    "take": (State.RESPONSE_READY, State.NONE),
+}
 
 
-def port_of(page: memoryview, vcpu: int) -> int:
-    """Return the event channel of a vCPU (``vp_eport``): 0 where there is no such vCPU."""
-    port: int = IOREQ.unpack_from(page, vcpu * SLOT_SIZE)[4]
-    return port
+class RequestSlot:
+    """A vCPU's slot in the page of synchronous requests, seen from either side.
 
+    Attributes:
+        vcpu: whose it is.
 
-def state_of(page: memoryview, vcpu: int) -> int:
-    """Return the state of a vCPU's slot."""
-    return page[vcpu * SLOT_SIZE + STATE_OFFSET] & STATE_MASK
-
-
-def set_state(page: memoryview, vcpu: int, state: State) -> None:
-    """Change the state of a vCPU's slot, and nothing else in it."""
-    position = vcpu * SLOT_SIZE + STATE_OFFSET
-    page[position] = page[position] & ~STATE_MASK | state
-
-
-def answer(page: memoryview, vcpu: int, data: int) -> None:
-    """Put the answer to a request into its slot; the vCPU has then to be notified.
-
-    Program order is enough on x86: data first, state last.
+    Synchronization: a slot belongs to one side at a time, as its state says.
     """
-    DATA.pack_into(page, vcpu * SLOT_SIZE + DATA_OFFSET, data & 0xFFFF_FFFF_FFFF_FFFF)
-    set_state(page, vcpu, State.RESPONSE_READY)
+
+    __slots__ = ("_base", "_page", "_position", "vcpu")
+
+    def __init__(self, page: memoryview, vcpu: int) -> None:
+        self.vcpu = vcpu
+        self._page = page
+        self._base = vcpu * SLOT_SIZE
+        self._position = self._base + STATE_OFFSET
+
+    def __repr__(self) -> str:
+        return f"<slot of vCPU {self.vcpu}, state {self.state}>"
+
+    @property
+    def state(self) -> int:
+        """Where the request is: a :class:`State`, or a number that no protocol has."""
+        return self._page[self._position] & STATE_MASK
+
+    @property
+    def port(self) -> int:
+        """The vCPU's event channel (``vp_eport``): 0 if there is no such vCPU."""
+        port: int = IOREQ.unpack_from(self._page, self._base)[4]
+        return port
+
+    def request(self) -> Request:
+        """Return the request that the slot holds."""
+        address, data, count, size, _, _, flags, kind = IOREQ.unpack_from(self._page, self._base)
+        return Request(
+            self.vcpu,
+            kind,
+            bool(flags & _READ),
+            address,
+            data,
+            size,
+            count,
+            bool(flags & _DATA_IS_POINTER),
+            bool(flags & _BACKWARD),
+        )
+
+    def send(self, request: Request) -> None:
+        """Put a request in, as Xen does: all but ``vp_eport``, which stays.
+
+        Raises:
+            ProtocolError: the slot holds a request already.
+        """
+        self._check("send")
+        flags = _READ * request.is_read | _DATA_IS_POINTER * request.data_is_ptr
+        IOREQ.pack_into(
+            self._page,
+            self._base,
+            request.address,
+            request.data,
+            request.count,
+            request.size,
+            self.port,
+            0,
+            flags | _BACKWARD * request.df,
+            request.kind,
+        )
+        self._move("send")
+
+    def begin(self) -> None:
+        """Take the request on, as a device model does before it carries it out.
+
+        Raises:
+            ProtocolError: no request is ready.
+        """
+        self._move("begin")
+
+    def answer(self, data: int) -> None:
+        """Put the answer in; the vCPU has then to be notified.
+
+        Raises:
+            ProtocolError: the request was not begun, or was answered before.
+        """
+        self._check("answer")
+        # Program order is enough on x86: data first, state last.
+        DATA.pack_into(self._page, self._base + DATA_OFFSET, data & 0xFFFF_FFFF_FFFF_FFFF)
+        self._move("answer")
+
+    def take(self) -> int:
+        """Take the answer out and return it, as Xen does.
+
+        Raises:
+            ProtocolError: there is no answer.
+        """
+        self._check("take")
+        data: int = DATA.unpack_from(self._page, self._base + DATA_OFFSET)[0]
+        self._move("take")
+        return data
+
+    def _check(self, step: str) -> None:
+        if self.state != TRANSITIONS[step][0]:
+            raise ProtocolError(
+                f"vCPU {self.vcpu}: {step} needs state {TRANSITIONS[step][0].name}, "
+                f"not {self.state}"
+            )
+
+    def _move(self, step: str) -> None:
+        before, after = TRANSITIONS[step]
+        byte = self._page[self._position]
+        if byte & STATE_MASK != before:
+            raise ProtocolError(
+                f"vCPU {self.vcpu}: {step} needs state {before.name}, not {byte & STATE_MASK}"
+            )
+        self._page[self._position] = byte & ~STATE_MASK | after
 
 
-def next_buffered(ring: memoryview) -> Request | None:
-    """Read the next request of the buffered page, without taking it out; None if there is none."""
-    read, write = RING_POINTERS.unpack_from(ring)
-    if read == write:
-        return None
-    head, data = _ring_slot(ring, read)
-    size = 1 << (head >> 10 & 3)
-    if size == 8:
-        data |= _ring_slot(ring, read + 1 & 0xFFFFFFFF)[1] << 32
-    return Request(None, head & 0xFF, bool(head & 0x200), head >> 12, data, size)
+# --- requests for which no vCPU waits: the ring ----------------------------------------
 
 
-def take_buffered(ring: memoryview, request: Request) -> None:
-    """Give the room of the next request of the buffered page back to Xen."""
-    read, _ = RING_POINTERS.unpack_from(ring)
-    slots = 2 if request.size == 8 else 1
-    struct.pack_into("<I", ring, 0, (read + slots) & 0xFFFFFFFF)
+class BufferedRing:
+    """The page of buffered requests, seen from either side.
+
+    A request takes one entry of the ring, and a quad-word takes two. Both pointers only ever
+    grow, modulo 2**32; an entry's place is its pointer modulo :data:`RING_SLOTS`.
+
+    Synchronization: Xen appends, one thread of the device model consumes.
+    """
+
+    __slots__ = ("_page",)
+
+    def __init__(self, page: memoryview) -> None:
+        self._page = page
+
+    @property
+    def read_pointer(self) -> int:
+        """The number of the entry that is consumed next."""
+        pointer: int = RING_POINTERS.unpack_from(self._page)[0]
+        return pointer
+
+    @property
+    def write_pointer(self) -> int:
+        """The number of the entry that is appended next."""
+        pointer: int = RING_POINTERS.unpack_from(self._page)[1]
+        return pointer
+
+    def peek(self) -> Request | None:
+        """Return the next request and leave it in the ring; None if the ring is empty.
+
+        Raises:
+            ProtocolError: half a quad-word, or pointers further apart than the ring is long.
+        """
+        read, write = RING_POINTERS.unpack_from(self._page)
+        entries = write - read & POINTER_MASK
+        if not entries:
+            return None
+        if entries > RING_SLOTS:
+            raise ProtocolError(
+                f"buffered ring: the pointers {read:#x} and {write:#x} are {entries} entries "
+                f"apart; the ring has {RING_SLOTS}"
+            )
+        head, data = self._entry(read)
+        size = 1 << (head >> 10 & 3)
+        if size == 8:
+            if entries == 1:
+                raise ProtocolError("buffered ring: it ends after half of a quad-word")
+            data |= self._entry(read + 1 & POINTER_MASK)[1] << 32
+        return Request(None, head & 0xFF, bool(head & 0x200), head >> 12, data, size)
+
+    def consume(self, request: Request) -> None:
+        """Give the room of the next request back to Xen."""
+        read = self.read_pointer + _entries_of(request) & POINTER_MASK
+        struct.pack_into("<I", self._page, 0, read)
+
+    def discard(self) -> None:
+        """Empty a ring that :meth:`peek` cannot read."""
+        struct.pack_into("<I", self._page, 0, self.write_pointer)
+
+    def append(self, request: Request) -> bool:
+        """Append a request, as Xen does; False if it does not fit the ring or its form."""
+        if request.address >> _RING_ADDRESS_BITS or request.data_is_ptr or request.count != 1:
+            return False
+        read, write = RING_POINTERS.unpack_from(self._page)
+        entries = _entries_of(request)
+        if (write - read & POINTER_MASK) + entries > RING_SLOTS:
+            return False
+        head = request.kind | 0x200 * request.is_read | request.address << 12
+        head |= (request.size.bit_length() - 1) << 10
+        for entry in range(entries):
+            data = request.data >> 32 * entry & 0xFFFFFFFF
+            place = RING_START + (write + entry & POINTER_MASK) % RING_SLOTS * RING_SLOT_SIZE
+            RING_SLOT.pack_into(self._page, place, head, data)
+        struct.pack_into("<I", self._page, 4, write + entries & POINTER_MASK)
+        return True
+
+    def _entry(self, number: int) -> tuple[int, int]:
+        place = RING_START + number % RING_SLOTS * RING_SLOT_SIZE
+        head, data = RING_SLOT.unpack_from(self._page, place)
+        return head, data
 
 
-def put_buffered(ring: memoryview, request: Request) -> bool:
-    """Append a request to the buffered page, as Xen does; False if it is full or too far up."""
-    if request.address >> _RING_ADDRESS_BITS or request.is_pointer or request.items != 1:
-        return False
-    read, write = RING_POINTERS.unpack_from(ring)
-    slots = 2 if request.size == 8 else 1
-    if (write - read & 0xFFFFFFFF) + slots > RING_SLOTS:
-        return False
-    head = request.kind | 0x200 * request.is_read | request.address << 12
-    head |= (request.size.bit_length() - 1) << 10
-    for slot in range(slots):
-        data = request.data >> 32 * slot & 0xFFFFFFFF
-        position = RING_START + (write + slot & 0xFFFFFFFF) % RING_SLOTS * RING_SLOT_SIZE
-        RING_SLOT.pack_into(ring, position, head, data)
-    struct.pack_into("<I", ring, 4, (write + slots) & 0xFFFFFFFF)
-    return True
+def _entries_of(request: Request) -> int:
+    return 2 if request.size == 8 else 1
 
 
-def _ring_slot(ring: memoryview, number: int) -> tuple[int, int]:
-    head, data = RING_SLOT.unpack_from(ring, RING_START + number % RING_SLOTS * RING_SLOT_SIZE)
-    return head, data
+# --- PCI functions ------------------------------------------------------------------------
 
 
 def parse_bdf(bdf: str) -> tuple[int, int, int, int]:
     """Return segment, bus, device and function of a PCI function: ``0000:00:05.0``, ``00:05.0``.
 
     Raises:
-        ValueError: that is none.
+        ValueError: ``bdf`` has another form.
     """
     match = _BDF.fullmatch(bdf) if isinstance(bdf, str) else None
     if match is None:
-        raise ValueError(f"{bdf!r} is no PCI function: write 0000:00:05.0 or 00:05.0")
+        raise ValueError(f"{bdf!r} must name a PCI function, as 0000:00:05.0 or 00:05.0")
     segment, bus, device, function = (int(part or "0", 16) for part in match.groups())
     return segment, bus, device, function
 
@@ -231,3 +347,8 @@ def bdf_number(bdf: str) -> int:
     """Return a PCI function as the number that stands in PCI_CONFIG requests."""
     segment, bus, device, function = parse_bdf(bdf)
     return segment << 16 | bus << 8 | device << 3 | function
+
+
+def bdf_text(number: int) -> str:
+    """Return the number of a PCI function as people write it: ``0000:00:05.0``."""
+    return f"{number >> 16:04x}:{number >> 8 & 0xFF:02x}:{number >> 3 & 0x1F:02x}.{number & 7}"

@@ -1,9 +1,41 @@
-"""Mapping: guest memory in this process, which lives as long as somebody can see it.
+"""Mapping: guest memory in this process, which lives as long as it can be seen.
 
-The memory is a ctypes array placed over the foreign mapping. Every memoryview,
-slice, numpy array or ctypes structure over it keeps that array alive, and when
-the array dies the mapping is unmapped: whole, once, by the process that made it.
+The memory is a ctypes array placed over the foreign mapping. Every memoryview, slice, numpy
+array or ctypes structure over it keeps that array alive. When the array is freed, the mapping
+is unmapped: completely, once, by the process that made it.
 """
+
+# Theory of operation
+#
+# Reference counts alone decide when memory is unmapped. CPython's collector handles the weak
+# references of a garbage cycle before it runs `__del__`, a generator's `finally` or a coroutine's
+# cleanup. If the collector knew the array, it would report the array's end while code of the same
+# cycle can still use the memory. Therefore each array is taken out of the collector's hands
+# (PyObject_GC_UnTrack). The array refers to no object, so it is never the cause of a leak. The
+# collector clears the views of a cycle after all finalizers; only then does the array's count drop.
+#
+# A record (LiveMapping) is in one of these states:
+#
+#   live      in _live; its memory has users
+#   dead      in _live; its memory has no users, and its token is in place
+#   claimed   in _live; exactly one party has taken the token, and unmaps
+#   unmapped  not in _live
+#
+#   live --last reference dropped--> dead --token taken--> claimed --munmap--> unmapped
+#                                      ^--- munmap failed ---'
+#
+# Rules
+#   1. The address range belongs to those who hold a reference to the memory (the files' thread
+#      takes one to put a copy in place), and afterwards to the party that has taken the token.
+#      list.pop decides, in one step of C. To give the token back needs no memory.
+#   2. _unmap takes the token, unmaps and forgets the record in one call into C. No signal handler,
+#      RecursionError or other thread's exception can come between these steps.
+#   3. The table _live is the truth. A weak reference's callback is a hint that may get lost (near
+#      the recursion limit, without memory, or if a signal handler raises in it). sweep() finds what
+#      a lost hint has left. It runs when accounts are added up, and after each full collection.
+#   4. Records are looked up by identity, never by address: as soon as memory is unmapped, another
+#      thread may be given the same address.
+#   5. Nothing is unmapped at exit or in a forked child: the table is emptied there.
 
 from __future__ import annotations
 
@@ -12,12 +44,18 @@ import ctypes
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from operator import call
+from typing import TYPE_CHECKING, NoReturn, Self, cast
 
 from .address import PAGE_MASK, PAGE_SHIFT
 from .binding import libc
-from .errors import FaultError
+from .binding.collector import sweep_after_collections, untrack
+from .binding.ctypes_loader import cause_of
+from .binding.hints import PAGE_HINTS
+from .errors import FaultError, XenCallError
 
 if TYPE_CHECKING:
 
@@ -29,52 +67,133 @@ if TYPE_CHECKING:
 
 
 FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
-Unmap = Callable[[int, int], None]
-"""Unmaps ``(host address, length)``. Runs in whatever thread drops the last reference."""
+Unmap = Callable[[int, int], object]
+"""Unmaps ``(host address, length)`` and returns a false value, or else has not unmapped it.
+
+It must be a C function: Python code could be interrupted between its steps.
+"""
+
+_call: Callable[[Callable[[], object]], object] = call
 
 
-class _Finalizer(weakref.ref["Memory"]):
-    """Unmaps when the memory dies. ``weakref.finalize`` would need three times the memory."""
+class LiveMapping(weakref.ref["Memory"]):
+    """The record of a mapping: a weak reference to its memory, in the table of live mappings.
 
-    __slots__ = ("address", "keeps", "length", "pid", "unmap")
+    Attributes:
+        address: host address of the memory.
+        length: in bytes.
+        keeps: an object that the memory needs, such as a file's descriptor; it is released after
+            the memory is unmapped.
+        hints: where the record is appended when the memory has been unmapped.
+        token: a list with one element, which the party that unmaps takes out.
+    """
+
+    __slots__ = ("address", "hints", "keeps", "length", "token", "unmap")
 
     address: int
     length: int
-    pid: int
     unmap: Unmap
     keeps: object
+    hints: tuple[deque[LiveMapping], ...]
+    token: list[None]
+
+    # Two records are never the same, whatever their memory is: a weak reference to an array that
+    # has died could not be looked up.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the memory still has to be unmapped."""
+        return self in _live
 
 
-# Keeps the finalizers, by host address. At exit it is emptied: nothing is called
-# in an interpreter that falls apart, and the kernel unmaps.
-_live: dict[int, _Finalizer] = {}
+# A dictionary and not a set: a store is one step, but after a call an interrupt may come.
+_live: dict[LiveMapping, None] = {}
+_pid = os.getpid()
+
+
+def _unmap(record: LiveMapping) -> None:
+    """Unmap memory that has no users, unless another party has taken the token."""
+    if record not in _live or os.getpid() != _pid:
+        return  # its making was interrupted; or C code has forked, and has told nobody
+    waiting = [0]  # emptied together with the taking of the token
+    steps: list[Callable[[], object]] = [
+        record.token.pop,
+        waiting.pop,
+        partial(record.unmap, record.address, record.length),
+        partial(_live.pop, record, None),
+    ]
+    steps += [partial(hints.append, record) for hints in record.hints]
+    try:
+        any(map(_call, steps))  # ends with the first step that returns something true, or raises
+    except IndexError:
+        pass  # another party has the token, or has unmapped
+    except ctypes.ArgumentError as error:
+        raise cause_of(error) from error
+    finally:
+        if record not in _live:
+            record.keeps = None
+        elif not waiting:
+            record.token.append(None)  # munmap failed: the next sweep tries again
+
+
 atexit.register(_live.clear)
-_pids: dict[int, int] = {}  # so that all finalizers of a process have one number, not one each
-
-
-def _finalize(finalizer: _Finalizer) -> None:
-    if not hasattr(finalizer, "keeps"):
-        return  # making it was interrupted, and who mapped unmaps
-    # Before the unmap: after it another thread may be given the same address.
-    _live.pop(finalizer.address, None)
-    if finalizer.pid == os.getpid():
-        finalizer.unmap(finalizer.address, finalizer.length)
 
 
 def _after_fork_in_child() -> None:
     # The kernel keeps foreign mappings out of a child, where a kept view would
     # crash. Private zeros take their place: the child neither sees nor changes the guest.
-    for finalizer in list(_live.values()):
-        libc.cover(finalizer.address, finalizer.length)
+    # libc's functions are ready since the import, so no library is loaded into a gap.
+    global _pid
+    for record in list(_live):
+        libc.map_zeros_over(record.address, record.length)
     _live.clear()
+    _pid = os.getpid()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def sweep() -> int:
+    """Unmap memory whose hint got lost, and return how many mappings that were."""
+    dead = [record for record in list(_live) if record() is None]
+    for record in dead:
+        _unmap(record)
+    return sum(not record.mapped for record in dead)
+
+
+sweep_after_collections(sweep)
+
+
+def live_records() -> list[LiveMapping]:
+    """Return the records of all live mappings."""
+    return list(_live)
+
+
 def live_mappings() -> int:
     """Return how many mappings this process holds."""
+    sweep()
     return len(_live)
+
+
+class PageErrors(bytes):
+    """One errno for each page of a mapping, 0 for a valid one. Most mappings have none.
+
+    Attributes:
+        call: the function that mapped the pages.
+        domid: the domain, or None.
+    """
+
+    call: str
+    domid: int | None
+
+    def __new__(cls, errors: bytes, call: str, domid: int | None) -> Self:
+        """Return the errors of a call for a domain."""
+        self = super().__new__(cls, errors)
+        self.call = call
+        self.domid = domid
+        return self
 
 
 class Mapping:
@@ -89,19 +208,25 @@ class Mapping:
         count: pages.
         writable: whether the memory was mapped for writing.
         errors: one positive errno a page, 0 for a valid one; None if all are valid.
-        unmap: how to unmap it.
-        left: emptied at the moment at which the duty to unmap is taken over.
+        unmap: how to unmap it; by default ``munmap``.
+        result_out: a list that is emptied at the moment at which the mapping takes over the duty to
+            unmap. If making it fails or is interrupted before, the caller unmaps. Without a
+            list the mapping itself unmaps then.
+        keeps: an object that is kept alive until the memory is unmapped.
+        call: the function that mapped it, for the error of a page that was refused.
+        domid: the domain, for the same.
 
     Attributes:
         memory: the exporter, a ctypes array of ``length`` bytes.
-        address, gfn, count, writable, errors: as given.
+        record: its entry in the table of live mappings.
+        address, gfn, count, writable: as given.
+        errors: as given, and by which call for which domain; see :class:`PageErrors`.
         length: bytes.
         abandoned: its memory is lost, and something else may be at its address.
-        holders: of a bucket, the ids of the leases given out of it; None before the first.
-        parked: whether the cache has set the bucket aside from eviction while it is leased.
+        copied: whether a cache counts it as a copy, under ``max_copies``.
 
-    Synchronization: immutable but for ``gfn`` and ``parked``, which the cache changes under its
-    lock, and ``holders``, to which it adds under its lock, and from which releases take without.
+    Synchronization: immutable, except for ``gfn`` and ``copied``, which the cache changes under its
+    lock, and ``abandoned``.
     """
 
     __slots__ = (
@@ -109,13 +234,13 @@ class Mapping:
         "_bytes",
         "abandoned",
         "address",
+        "copied",
         "count",
         "errors",
         "gfn",
-        "holders",
         "length",
         "memory",
-        "parked",
+        "record",
         "writable",
     )
 
@@ -127,27 +252,33 @@ class Mapping:
         *,
         writable: bool,
         errors: bytes | None,
-        unmap: Unmap,
-        left: list[int] | None = None,
+        unmap: Unmap = libc.munmap,
+        result_out: list[int] | None = None,
+        keeps: object = None,
+        call: str = "map",
+        domid: int | None = None,
     ) -> None:
         length = count << PAGE_SHIFT
-        left = [] if left is None else left
+        own: list[int] = []
+        if result_out is None:
+            result_out = own = [address]
         try:
-            # SAFETY: the backend has mapped [address, address + length), and nobody
-            # unmaps it before the finalizer does.
+            # SAFETY: the backend has mapped [address, address + length), and only the
+            # party that takes the record's token unmaps it.
             memory = self.memory = cast("Memory", (ctypes.c_char * length).from_address(address))
-            finalizer = _Finalizer(memory, _finalize)
-        except MemoryError:
-            if not left:  # or the caller does it
+            untrack(memory)
+            record = self.record = LiveMapping(memory, _unmap)
+            record.address, record.length, record.unmap = address, length, unmap
+            record.keeps = keeps
+            record.hints = ()
+            record.token = [None]
+            # No call, and so no signal handler, comes between these two.
+            _live[record] = None
+            del result_out[:]
+        except BaseException:
+            if own:
                 unmap(address, length)
             raise
-        finalizer.address, finalizer.length = address, length
-        pid = os.getpid()
-        finalizer.unmap, finalizer.pid = unmap, _pids.setdefault(pid, pid)
-        finalizer.keeps = None
-        # No call, and so no signal handler, comes between these two.
-        _live[address] = finalizer
-        del left[:]
         view = memoryview(memory).cast("B")
         self._bytes = view if writable else view.toreadonly()
         self.address = address
@@ -155,10 +286,18 @@ class Mapping:
         self.count = count
         self.length = length
         self.writable = writable
-        self.errors = errors
-        self.holders: set[int] | None = None
-        self.parked = False
+        self.errors = None if errors is None else PageErrors(errors, call, domid)
+        self.copied = False
         self.abandoned = False
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse ``copy`` and ``pickle``: the memory has one record, and one account.
+
+        Raises:
+            TypeError: always.
+        """
+        del protocol
+        raise TypeError("a Mapping cannot be copied or pickled: keep a view of it instead")
 
     def __repr__(self) -> str:
         start = self.gfn << PAGE_SHIFT
@@ -180,7 +319,7 @@ class Mapping:
 
     @property
     def holes(self) -> int:
-        """How many of its pages are not there."""
+        """How many of its pages cannot be touched: they are not there, or were refused."""
         return self.count - self.errors.count(0) if self.errors else 0
 
     def valid(self, offset: int, length: int) -> bool:
@@ -191,17 +330,48 @@ class Mapping:
         end = (offset + length + PAGE_MASK) >> PAGE_SHIFT
         return self.errors.count(0, first, end) == end - first
 
-    def fault(self, offset: int, length: int) -> FaultError:
-        """Return the error for a range that is not valid; it names the first bad guest address.
+    def usable(self, offset: int, length: int, *, holes: bool) -> bool:
+        """Tell whether a range is valid; with `holes`, whether no page of it was refused."""
+        if not holes:
+            return self.valid(offset, length)
+        end = offset + length + PAGE_MASK >> PAGE_SHIFT
+        errors = b"" if self.errors is None else self.errors[offset >> PAGE_SHIFT : end]
+        return PAGE_HINTS.keys().isdisjoint(errors)
 
-        Returned, not raised: a traceback that somebody keeps would keep the mapping.
+    def fault(self, offset: int, length: int, *, holes: bool = False) -> FaultError | XenCallError:
+        """Return the error for a range that is not usable; it names the first bad guest address.
+
+        Returned, not raised: a traceback that is kept would keep the mapping.
+
+        Args:
+            offset: bytes into the mapping.
+            length: bytes.
+            holes: name the first page that was refused, whatever is not there.
+
+        Returns:
+            FaultError if that page is not there, XenCallError if it was refused.
         """
         assert self.errors is not None  # noqa: S101 - or it were valid
         page = offset >> PAGE_SHIFT
-        while not self.errors[page]:
+        while not self.errors[page] or (holes and self.errors[page] not in PAGE_HINTS):
             page += 1
         bad = max(offset, page << PAGE_SHIFT)
-        return FaultError((self.gfn << PAGE_SHIFT) + bad, offset + length - bad, self.errors[page])
+        address, errno = (self.gfn << PAGE_SHIFT) + bad, self.errors[page]
+        if errno in PAGE_HINTS:
+            call, domid = self.errors.call, self.errors.domid
+            return XenCallError(call, domid, errno, PAGE_HINTS[errno], address=address)
+        return FaultError(address, offset + length - bad, errno)
+
+    def refusal(self) -> XenCallError | None:
+        """Return the error for the first page that was refused; None if none was.
+
+        A refused page may be one of the guest's, so no caller may treat it as a hole.
+        """
+        if self.usable(0, self.length, holes=True):
+            return None
+        error = self.fault(0, self.length, holes=True)
+        assert isinstance(error, XenCallError)  # noqa: S101 - with holes=True
+        return error
 
     def view(self, offset: int, length: int) -> memoryview:
         """Return bytes of it, read-only if it was mapped so, that stay safe for ever.
@@ -212,6 +382,7 @@ class Mapping:
 
         Raises:
             FaultError: a page of the range is not there.
+            XenCallError: a page of the range was refused.
             ValueError: the range does not lie in the mapping.
         """
         if offset < 0 or length < 0 or offset + length > self.length:
@@ -220,11 +391,16 @@ class Mapping:
             raise self.fault(offset, length)
         return self.bytes[offset : offset + length]
 
-    def keep(self, companion: object) -> None:
-        """Keep an object alive for as long as the memory is mapped. One at most."""
-        _live[self.address].keeps = companion
+    def notify(self, hints: tuple[deque[LiveMapping], ...]) -> None:
+        """Have the record appended to deques when the memory is unmapped; that may get lost.
+
+        Args:
+            hints: a tuple that many mappings share, so that each of them needs less memory.
+        """
+        record = self.record
+        record.hints = record.hints + hints if record.hints else hints
 
     def abandon(self) -> None:
         """Never unmap: something else lives at its address by now. Views must not be used."""
-        _live.pop(self.address, None)
+        _live.pop(self.record, None)
         self.abandoned = True

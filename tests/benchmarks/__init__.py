@@ -1,1 +1,1 @@
-"""The promised speed, and ours beside its peers: ``python -m tests.benchmarks``."""
+"""The promised speed, compared with its peers: ``python -m tests.benchmarks``."""

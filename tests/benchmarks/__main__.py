@@ -1,4 +1,4 @@
-"""Measure what the project promises, and ours beside what else there is.
+"""Measure what the project promises, and compare it with other packages.
 
 The same memory is written in each format into a temporary folder. First every candidate must
 give the right bytes; if one does not, nothing is timed and the exit status is 1. It is 1, too, if

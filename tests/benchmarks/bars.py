@@ -1,4 +1,4 @@
-"""The chart of the candidates beside each other."""
+"""The chart that compares the candidates."""
 
 from __future__ import annotations
 

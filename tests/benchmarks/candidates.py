@@ -1,4 +1,4 @@
-"""What is measured side by side: how each opens a guest's memory, behind the same few methods.
+"""The candidates: how each package opens a guest's memory, with the same few methods.
 
 Here are ours and the bare things; the packages of others are in :mod:`.peers`. Nothing is
 imported before it is asked for, ours neither, so that a process that opens one candidate holds
@@ -60,11 +60,11 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of the guest."""
+        """Close the guest."""
 
 
 class Candidate(NamedTuple):
-    """What is measured: a package, and how it opens a guest that is there in a format."""
+    """A package to measure, and how it opens a guest that is stored in a format."""
 
     package: str
     way: str

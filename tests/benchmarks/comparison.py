@@ -1,4 +1,4 @@
-"""Candidates beside each other: first their bytes are compared, and then they are timed in turn.
+"""Compare candidates: first their bytes are compared, and then each is timed in turn.
 
 If one does not give the right bytes at 1,000 random places, or does not find the same text,
 nothing is timed. Times are taken in rounds, in which nobody always follows the same one, so that

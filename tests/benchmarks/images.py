@@ -22,7 +22,7 @@ def make_images(folder: Path, size: int) -> dict[str, Path]:
     """Write the same memory in each format; return the files by format.
 
     The live guest's memory is a raw file of its own, which the stand-in for Xen's libraries maps:
-    it opens it for writing, and a source in a file that somebody may write to is not mapped.
+    it opens it for writing, and a source in a file that another process may write to is not mapped.
     """
     paths = {name: folder / f"guest.{name}" for name in FORMATS}
     with paths["raw"].open("wb") as file:

@@ -1,4 +1,4 @@
-"""Three ways to map guest memory for DMA, behind the same two methods.
+"""Three ways to map guest memory for DMA, with the same two methods.
 
 Each works on a mock guest of its own, whose map calls are counted. The model of QEMU's policy is
 written from what is known of it, not from its code.
@@ -51,7 +51,7 @@ class Policy(abc.ABC, Generic[Token]):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Release every mapping."""
 
 
 class Ours(Policy[Lease]):

@@ -204,10 +204,8 @@ class Source:
     @staticmethod
     def _hand_over(mappings: list) -> list:  # type: ignore[type-arg] # of anything
         """Take the duty to unmap away from mappings, so that bare munmaps can be timed."""
-        from xenmapcache import mapping as module
-
         for each in mappings:
-            module._live.pop(each.address)
+            each.abandon()
         return mappings
 
     def empty_invalidations(self) -> float:
@@ -225,7 +223,7 @@ class Source:
                 cache.read(address, 1)
             snapshot = tracemalloc.take_snapshot()
             tracemalloc.stop()
-        kept = snapshot.filter_traces([tracemalloc.Filter(False, "*/mock/domain.py")])
+        kept = snapshot.filter_traces([tracemalloc.Filter(False, "*/mock/*.py")])
         return sum(trace.size for trace in kept.traces) / (SIZE // step)
 
     def lease_bytes(self) -> float:

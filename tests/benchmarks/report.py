@@ -33,7 +33,7 @@ class Report(NamedTuple):
     """All that came out of a run.
 
     Attributes:
-        rows: the candidates beside each other.
+        rows: one for each candidate.
         footprints: of those that were measured, in the order of the rows.
         imports: milliseconds by what is imported.
         files: what is promised of guests at rest. A limit that is exceeded is only marked.

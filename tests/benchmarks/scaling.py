@@ -30,7 +30,7 @@ Costs = dict[str, dict[int, float]]
 
 
 class Resident:
-    """A cache in which so many buckets are resident, which are all that fit.
+    """A cache that is full: N buckets are resident.
 
     Its methods are the kinds of work. Each returns the seconds that one took.
     """
@@ -47,7 +47,7 @@ class Resident:
         self.next = 0
 
     def fill(self) -> None:
-        """Make the first buckets resident, and have them read once more."""
+        """Make the first buckets resident, and read them again."""
         for _ in range(2):
             for address in range(0, self.buckets * PAGE_SIZE, PAGE_SIZE):
                 self.cache.read(address, 8)
@@ -124,7 +124,7 @@ class Resident:
 
 
 class Leased:
-    """A cache of which so many DMA leases are held, apart from each other, and one device lease."""
+    """A cache with N DMA leases, apart from each other, and one device lease."""
 
     def __init__(self, leases: int, times: int) -> None:
         self.held, self.times = leases, times
@@ -224,7 +224,7 @@ def costs(cases: dict[int, Resident] | dict[int, Leased], rounds: int) -> Costs:
 
 
 def by_buckets(sizes: Iterable[int], rounds: int, times: int) -> Costs:
-    """Measure with so many buckets resident."""
+    """Measure with N resident buckets."""
     cases = {size: Resident(size, times) for size in sizes}
     for case in cases.values():
         case.invalidate()
@@ -235,7 +235,7 @@ def by_buckets(sizes: Iterable[int], rounds: int, times: int) -> Costs:
 
 
 def by_leases(sizes: Iterable[int], rounds: int, times: int) -> Costs:
-    """Measure with so many leases held."""
+    """Measure with N leases held."""
     logger = logging.getLogger("xenmapcache")
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,8 +1,8 @@
 """Measure searching and comparing a file of 256 MiB against grep -c on the same warm file.
 
 Each row is a ratio: our time over grep's, taken in turn, the best of several rounds each.
-Exits with 1 if a limit is exceeded. Rows without a limit are there to be known: strings and
-what begins with a class of characters go at the pace of Python's regular expressions.
+Exits with 1 if a limit is exceeded. Rows without a limit are there to be known. On a real guest's
+memory, and with other programs, tests/benchmarks/sources.py measures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.benchmarks.timing import Work, ratio, seconds
 from xenmapcache import GuestMemory, MapCache, open_source
 from xenmapcache.address import MiB
 from xenmapcache.cli import diff
-from xenmapcache.cli.session import MAX_RESIDENT
+from xenmapcache.cli.sources import MAX_RESIDENT
 
 TEXT = b"Linux version 6.1.0-18-amd64 (debian-kernel@lists.debian.org)"
 ROUNDS = 7

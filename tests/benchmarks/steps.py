@@ -94,7 +94,7 @@ def invalidation() -> float:
 
 
 def replacing() -> float:
-    """Move a device lease to and fro, beside 1,000 DMA leases."""
+    """Move a device lease to and fro, with 1,000 DMA leases held."""
     with MapCache(open_backend("mock", memory="4M")) as cache:
         leases: list[Lease] = [cache.map_dma(0, PAGE, owner="bench") for _ in range(1000)]
         leases.append(cache.map_device(0, PAGE, owner="bench"))
@@ -135,7 +135,7 @@ def works(image: str) -> dict[str, Callable[[], float]]:
         "miss + eviction": misses,
         "the same, half of it leased": misses_beside_leases,
         "invalidate": invalidation,
-        "replace beside 1,000 leases": replacing,
+        "replace with 1,000 leases": replacing,
         "resolve among 1,000 leases": resolving,
         "first search of a saved guest": lambda: first_search(image),
     }

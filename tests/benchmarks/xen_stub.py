@@ -22,7 +22,7 @@ LIBRARIES = ("libxenforeignmemory.so", "libxenctrl.so", "libxenevtchn.so", "libx
 def build(folder: Path) -> dict[str, str]:
     """Build it and return the variables of a process that is to have it.
 
-    The dynamic linker takes a library that is there already for one of the same name, so what is
+    If a library of the same name is loaded, the dynamic linker uses that one, so what is
     preloaded is what a driver for Xen gets when it loads its libraries.
     """
     gcc = shutil.which("gcc")

@@ -89,6 +89,7 @@ def test_declarations_match_the_headers(library: Library, check: Check, tmp_path
     assert check(library, tmp_path) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "right", "wrong"),
     [
@@ -172,7 +173,7 @@ def parse(source: str) -> dict[str, Prototype]:
 
 
 def test_parser_reads_what_c_means() -> None:
-    """Pointers, arrays, const, comments and line ends are understood; typedefs are passed over."""
+    """Pointers, arrays, const, comments and line ends are understood; typedefs are skipped."""
     source = """
     typedef struct thing thing; /* not this: int no(int x); */
     void *one(const thing *a, int b[],

@@ -198,7 +198,7 @@ def test_restrict_all(fake: FakeXen, binding: str) -> None:
 
 
 def test_restrict_all_that_fails(fake: FakeXen, binding: str) -> None:
-    """A restriction that did not succeed is never passed over."""
+    """A restriction that did not succeed is never ignored."""
     fake.plan(RESTRICT, Behaviour.FAIL, errno.ENOTTY)
     with pytest.raises(XenCallError) as caught:
         restrict_all(DOMID, binding=binding, library=fake.library)

@@ -191,7 +191,7 @@ def test_probe_of_the_old_call(
     caplog: pytest.LogCaptureFixture,
     number: int,
 ) -> None:
-    """The probe is the call that reports will be made with, and no errno of it is passed over."""
+    """The probe is the call that reports will be made with, and no errno of it is ignored."""
     old = make_fake("OLD")
     old.plan(MODIFIED, Behaviour.FAIL, number)
     backend, why = reason(lambda: opener(old), caplog)

@@ -69,7 +69,7 @@ def test_domid_out_of_range(name: str, fake: FakeXen, domid: int) -> None:
 
 @pytest.mark.parametrize("domid", ["3", 3.0, None, b"3"])
 def test_domid_of_another_type(name: str, fake: FakeXen, domid: object) -> None:
-    """A domain's name or another thing that is no int is a TypeError that says so."""
+    """A domain's name, or anything but an int, is a TypeError that says so."""
     with pytest.raises(TypeError, match=f"domid must be an int, not {type(domid).__name__}"):
         open_backend(name, domid=domid, library=fake.library)
     assert fake.calls == []
@@ -134,7 +134,7 @@ def test_no_such_domain(
 
 
 def test_domain_that_vanishes(name: str, fake: FakeXen, binding: str) -> None:
-    """A domain that was destroyed meanwhile is ESRCH at the next map, and not only holes."""
+    """A domain that was destroyed since is ESRCH at the next map, and not only holes."""
     call = {"xen": MAP2, "xenctrl": BULK}[name]
     with open_backend(name, domid=DOMID, binding=binding, library=fake.library) as backend:
         fake.plan(call, Behaviour.ALL_PAGES, errno.ESRCH)
@@ -264,19 +264,19 @@ def test_a_lease_whose_memory_was_lost_is_stale(backend: XenBackend, fake: FakeX
 def test_a_lost_address_that_another_thread_was_given(
     backend: XenBackend, fake: FakeXen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that something else got meanwhile is neither shown by the lease nor unmapped."""
-    cover = libc.cover
+    """Memory that something else got since is neither shown by the lease nor unmapped."""
+    map_zeros_over = libc.map_zeros_over
     stolen = []
 
     def thief_first(address: int, length: int, *, replace: bool = False) -> bool:
-        assert cover(address, length)  # stands for another thread's mmap
+        assert map_zeros_over(address, length)  # stands for another thread's mmap
         stolen.append((address, length))
-        return cover(address, length, replace=replace)
+        return map_zeros_over(address, length, replace=replace)
 
     with MapCache(backend, bucket_shift=14) as cache:
         lease = cache.map_device(8 * PAGE_SIZE, PAGE_SIZE, owner="vga")
         fake.plan(MAP2, Behaviour.DROP, errno.ENOMEM, nth=2)
-        monkeypatch.setattr(libc, "cover", thief_first)
+        monkeypatch.setattr(libc, "map_zeros_over", thief_first)
         with pytest.raises(MappingLostError, match="another thread has its address now"):
             cache.replace(8 * PAGE_SIZE, 20 * PAGE_SIZE, PAGE_SIZE)
         assert lease.stale

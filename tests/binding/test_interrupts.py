@@ -22,6 +22,8 @@ from .test_domain_backends import stray_maps
 
 MAP, MAP2, BULK = "xenforeignmemory_map", "xenforeignmemory_map2", "xc_map_foreign_bulk"
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def interrupted(fake: FakeXen, call: str, *, nth: int = 1) -> Iterator[None]:
@@ -105,13 +107,13 @@ def test_a_move_that_is_interrupted_when_nothing_is_mapped(
             *,
             address: int = 0,
             flags: int = 0,
-            left: list[int] | None = None,
+            result_out: list[int] | None = None,
         ) -> tuple[int, bytes | None]:
             if flags:
-                assert left == []
-                left += [0] * asked
+                assert result_out == []
+                result_out += [0] * asked
                 raise KeyboardInterrupt
-            return really(domid, prot, gfns, left=left)
+            return really(domid, prot, gfns, result_out=result_out)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(backend._memory, "map", press)

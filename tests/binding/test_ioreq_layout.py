@@ -11,18 +11,16 @@ from tests.fake_xen import compiler, missing
 from xenmapcache import ioreq
 from xenmapcache.ioreq import (
     SLOT_SIZE,
+    TRANSITIONS,
+    BufferedRing,
+    ProtocolError,
     Request,
     RequestKind,
+    RequestSlot,
     State,
-    decode,
-    encode,
-    next_buffered,
+    bdf_number,
+    bdf_text,
     parse_bdf,
-    port_of,
-    put_buffered,
-    set_state,
-    state_of,
-    take_buffered,
 )
 
 # The second slot of the page of synchronous requests; then the page of buffered ones.
@@ -90,11 +88,11 @@ SEEN = Request(1, RequestKind.MMIO, True, 0x1122334455667788, 0x99AABBCCDDEEFF00
 
 
 def test_a_request_is_read(pages: tuple[memoryview, memoryview]) -> None:
-    """Each field, and each bit beside the state."""
+    """Each field, and each bit next to the state."""
     page, _ = pages
-    assert decode(page, 1) == SEEN
-    assert (port_of(page, 1), state_of(page, 1)) == (12345, State.READY)
-    assert (port_of(page, 0), state_of(page, 2)) == (0, State.NONE)
+    assert RequestSlot(page, 1).request() == SEEN
+    assert (RequestSlot(page, 1).port, RequestSlot(page, 1).state) == (12345, State.READY)
+    assert (RequestSlot(page, 0).port, RequestSlot(page, 2).state) == (0, State.NONE)
 
 
 def test_a_request_is_written(pages: tuple[memoryview, memoryview]) -> None:
@@ -102,8 +100,7 @@ def test_a_request_is_written(pages: tuple[memoryview, memoryview]) -> None:
     page, _ = pages
     ours = memoryview(bytearray(4096))
     ours[SLOT_SIZE + 24 : SLOT_SIZE + 28] = (12345).to_bytes(4, "little")
-    encode(ours, 1, SEEN)
-    set_state(ours, 1, State.READY)
+    RequestSlot(ours, 1).send(SEEN)
     assert ours == page
 
 
@@ -111,13 +108,13 @@ def test_buffered_requests_are_read(pages: tuple[memoryview, memoryview]) -> Non
     """The last slot, and a wide one in two slots after the ring has come round."""
     _, pristine = pages
     ring = memoryview(bytearray(pristine))
-    first = next_buffered(ring)
+    first = BufferedRing(ring).peek()
     assert first == Request(None, RequestKind.MMIO, False, 0xFEDCB, 0x1234, 2)
-    take_buffered(ring, first)
-    second = next_buffered(ring)
+    BufferedRing(ring).consume(first)
+    second = BufferedRing(ring).peek()
     assert second == Request(None, RequestKind.MMIO, False, 0xA0000, 0x5566778811223344, 8)
-    take_buffered(ring, second)
-    assert next_buffered(ring) is None
+    BufferedRing(ring).consume(second)
+    assert BufferedRing(ring).peek() is None
 
 
 def test_buffered_requests_are_written(pages: tuple[memoryview, memoryview]) -> None:
@@ -125,9 +122,9 @@ def test_buffered_requests_are_written(pages: tuple[memoryview, memoryview]) -> 
     _, pristine = pages
     ring = memoryview(bytearray(4096))
     ring[0:4] = ring[4:8] = (510).to_bytes(4, "little")
-    assert put_buffered(ring, Request(None, RequestKind.MMIO, False, 0xFEDCB, 0x1234, 2))
+    assert BufferedRing(ring).append(Request(None, RequestKind.MMIO, False, 0xFEDCB, 0x1234, 2))
     wide = Request(None, RequestKind.MMIO, False, 0xA0000, 0x5566778811223344, 8)
-    assert put_buffered(ring, wide)
+    assert BufferedRing(ring).append(wide)
     assert ring == pristine
 
 
@@ -135,14 +132,14 @@ def test_the_ring_has_an_end() -> None:
     """A full ring, a far address and data by pointer are not taken."""
     ring = memoryview(bytearray(4096))
     small = Request(None, RequestKind.MMIO, False, 0xA0000, 1, 1)
-    assert all(put_buffered(ring, small) for _ in range(510))
-    assert not put_buffered(ring, small._replace(size=8))
-    assert put_buffered(ring, small)
-    assert not put_buffered(ring, small)
+    assert all(BufferedRing(ring).append(small) for _ in range(510))
+    assert not BufferedRing(ring).append(small._replace(size=8))
+    assert BufferedRing(ring).append(small)
+    assert not BufferedRing(ring).append(small)
     empty = memoryview(bytearray(4096))
-    assert not put_buffered(empty, small._replace(address=1 << 20))
-    assert not put_buffered(empty, small._replace(is_pointer=True))
-    assert not put_buffered(empty, small._replace(items=2))
+    assert not BufferedRing(empty).append(small._replace(address=1 << 20))
+    assert not BufferedRing(empty).append(small._replace(data_is_ptr=True))
+    assert not BufferedRing(empty).append(small._replace(count=2))
 
 
 @pytest.mark.parametrize(
@@ -160,16 +157,84 @@ def test_pci_functions(text: str, parts: tuple[int, ...]) -> None:
 
 def test_data_come_before_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vCPU that sees its answer's state finds its data there."""
-    page, seen = memoryview(bytearray(4096)), []
-    real = ioreq.set_state
+    slot, seen = RequestSlot(memoryview(bytearray(4096)), 3), []
+    slot.send(SEEN)
+    slot.begin()
+    move = RequestSlot._move
 
-    def noted(page: memoryview, vcpu: int, state: State) -> None:
-        seen.append(ioreq.decode(page, vcpu).data)
-        real(page, vcpu, state)
+    def noted(self: RequestSlot, step: str) -> None:
+        seen.append((step, self.request().data))
+        move(self, step)
 
-    monkeypatch.setattr(ioreq, "set_state", noted)
-    ioreq.answer(page, 3, 0x1234)
-    assert (seen, state_of(page, 3)) == ([0x1234], State.RESPONSE_READY)
+    monkeypatch.setattr(RequestSlot, "_move", noted)
+    slot.answer(0x1234)
+    assert (seen, slot.state) == ([("answer", 0x1234)], State.RESPONSE_READY)
+
+
+@pytest.mark.parametrize("step", TRANSITIONS)
+@pytest.mark.parametrize("state", range(16))
+def test_a_slot_moves_only_as_the_table_says(step: str, state: int) -> None:
+    """Each step from each state: the next state, or ProtocolError and no byte changed."""
+    page = memoryview(bytearray(4096))
+    slot = RequestSlot(page, 1)
+    page[SLOT_SIZE + 30] = 0x60 | state  # flags that a step must not change
+    before = bytes(page)
+    steps = {
+        "send": lambda: slot.send(SEEN),
+        "begin": slot.begin,
+        "answer": lambda: slot.answer(5),
+        "take": slot.take,
+    }
+    if TRANSITIONS[step][0] == state:
+        steps[step]()
+        assert slot.state == TRANSITIONS[step][1]
+        assert page[SLOT_SIZE + 30] & 0xF0 == (0x70 if step == "send" else 0x60)
+    else:
+        with pytest.raises(ProtocolError, match=f"vCPU 1: {step} needs state"):
+            steps[step]()
+        assert bytes(page) == before
+    assert repr(slot) == f"<slot of vCPU 1, state {slot.state}>"
+
+
+def test_a_request_goes_round() -> None:
+    """Xen sends, the device model begins and answers, Xen takes: then it begins again."""
+    slot = RequestSlot(memoryview(bytearray(4096)), 2)
+    for data in (5, 0xFFFF_FFFF_FFFF_FFFF):
+        slot.send(SEEN)
+        slot.begin()
+        slot.answer(data)
+        assert slot.take() == data
+        assert slot.state == State.NONE
+
+
+def test_half_a_quad_word_is_refused() -> None:
+    """The ring ends after the first of two entries: nothing is made up for the second."""
+    page = memoryview(bytearray(4096))
+    ring = BufferedRing(page)
+    assert ring.append(Request(None, RequestKind.MMIO, False, 0xA0000, 1, 8))
+    ioreq.RING_POINTERS.pack_into(page, 0, 0, 1)
+    with pytest.raises(ProtocolError, match="half of a quad-word"):
+        ring.peek()
+    ring.discard()
+    assert ring.peek() is None
+
+
+@pytest.mark.parametrize("entries", [512, 513, 0x80000000, 0xFFFFFFFF])
+def test_pointers_further_apart_than_the_ring_are_refused(entries: int) -> None:
+    """The same entries are never carried out twice."""
+    page = memoryview(bytearray(4096))
+    ioreq.RING_POINTERS.pack_into(page, 0, 7, 7 + entries & 0xFFFFFFFF)
+    ring = BufferedRing(page)
+    with pytest.raises(ProtocolError, match=f"{entries} entries apart"):
+        ring.peek()
+    ring.discard()
+    assert (ring.read_pointer, ring.peek()) == (7 + entries & 0xFFFFFFFF, None)
+
+
+def test_pci_functions_as_text() -> None:
+    """What is parsed is shown again."""
+    for text in ("0000:00:05.0", "ffff:ff:1f.7"):
+        assert bdf_text(bdf_number(text)) == text
 
 
 def test_a_long_write_over_the_end_of_the_pointers() -> None:
@@ -181,11 +246,11 @@ def test_a_long_write_over_the_end_of_the_pointers() -> None:
     place = ioreq.RING_START + last % ioreq.RING_SLOTS * ioreq.RING_SLOT_SIZE
     ioreq.RING_SLOT.pack_into(ring, place, head, 0x55667788)
     ioreq.RING_SLOT.pack_into(ring, ioreq.RING_START, head, 0x11223344)
-    request = ioreq.next_buffered(ring)
+    request = BufferedRing(ring).peek()
     assert request is not None
     assert (request.size, request.data) == (8, 0x1122334455667788)
-    ioreq.take_buffered(ring, request)
-    assert ioreq.next_buffered(ring) is None
+    BufferedRing(ring).consume(request)
+    assert BufferedRing(ring).peek() is None
 
 
 def test_the_mocks_pointers_end_where_xens_do() -> None:
@@ -194,6 +259,6 @@ def test_the_mocks_pointers_end_where_xens_do() -> None:
     ioreq.RING_POINTERS.pack_into(ring, 0, 0xFFFFFFFF, 0xFFFFFFFF)
     request = Request(None, RequestKind.MMIO, False, 0xA0000, 0x1122334455667788, 8)
     for _ in range(ioreq.RING_SLOTS // 2):
-        assert put_buffered(ring, request)
-    assert not put_buffered(ring, request)
-    assert next_buffered(ring) == request
+        assert BufferedRing(ring).append(request)
+    assert not BufferedRing(ring).append(request)
+    assert BufferedRing(ring).peek() == request

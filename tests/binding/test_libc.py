@@ -34,6 +34,14 @@ def test_what_fails_raises(name: str) -> None:
     assert hint in caught.value.hint
 
 
+def test_what_was_not_mapped_is_not_for_the_caller_to_unmap() -> None:
+    """The address that a failed mmap returns is not left in the caller's list."""
+    mapped: list[int] = []
+    with pytest.raises(XenCallError):
+        libc.map_file(-1, 0, PAGE_SIZE, writable=False, result_out=mapped)
+    assert mapped == []
+
+
 def test_no_file_where_nothing_is_mapped() -> None:
     """Of an address that nothing is mapped at, no file is told."""
     assert libc.file_at(0) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 from array import array
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_xen import Behaviour, FakeXen, missing
+from tests.fake_xen import Behaviour, FakeXen, real_library
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache.binding import handle as handle_module
+from xenmapcache.binding import library as library_module
 from xenmapcache.binding.control import Control
 from xenmapcache.binding.declarations import (
     CONTROL,
@@ -27,7 +29,8 @@ from xenmapcache.binding.declarations import (
 from xenmapcache.binding.devicemodel import DeviceModel
 from xenmapcache.binding.eventchannel import EventChannels
 from xenmapcache.binding.foreignmemory import ForeignMemory
-from xenmapcache.binding.handle import Handle, find_library, xen_version
+from xenmapcache.binding.handle import Handle
+from xenmapcache.binding.library import find_library, xen_version
 from xenmapcache.binding.loader import get_loader
 from xenmapcache.binding.toolcore import restrict_all
 from xenmapcache.errors import BackendUnavailableError, UnsupportedOperationError
@@ -52,7 +55,8 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]
             path.touch()
         for kind in KINDS:
             monkeypatch.setattr(kind, "nodes", (tmp_path / "absent", path))
-        monkeypatch.setattr(handle_module, "xen_version", lambda: version)
+        for module in (handle_module, library_module):
+            monkeypatch.setattr(module, "xen_version", lambda: version)
         return path
 
     return make
@@ -70,6 +74,9 @@ def test_no_library(kind: type[Handle], binding: str) -> None:
     message = failure(kind, binding, "/nowhere/lib.so")
     assert "/nowhere/lib.so cannot be loaded" in message
     assert kind.declared.package in message
+    assert "library=" in message
+    assert "LD_LIBRARY_PATH" in message
+    assert "Debian" not in message
 
 
 def test_library_of_something_else(kind: type[Handle], binding: str, make_fake: MakeFake) -> None:
@@ -113,8 +120,10 @@ def test_failed_open_says_why(
     version: str | None,
     number: int,
     expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No Xen, no permission and anything else have a message each, which names call and errno."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     path = host(node=node, version=version)
     fake.plan(kind.open_call, Behaviour.FAIL, number)
     message = failure(kind, binding, fake.library)
@@ -123,6 +132,31 @@ def test_failed_open_says_why(
         expected = expected.replace(word, str(meaning))
     assert expected in message
     assert fake.count(kind.close_call) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EPERM, "device rules, as those of a container"),
+        (errno.EACCES, "a security module (SELinux, AppArmor)"),
+    ],
+)
+def test_root_is_not_told_to_become_root(
+    fake: FakeXen,
+    binding: str,
+    host: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    expected: str,
+) -> None:
+    """What keeps root from a device node is a policy of this machine, and the message names it."""
+    path = host(node=True, version="4.17")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    fake.plan("xenforeignmemory_open", Behaviour.FAIL, number)
+    message = failure(ForeignMemory, binding, fake.library)
+    assert f"no permission for {path}: root is refused by" in message
+    assert expected in message
+    assert "as root" not in message
 
 
 NEWER: dict[str, Callable[[ForeignMemory], object]] = {
@@ -188,7 +222,7 @@ def test_first_folder_wins(installed: Callable[..., list[Path]], host: Callable[
 
 def test_nothing_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The error names the folders that were searched, and the package."""
-    monkeypatch.setattr(handle_module, "library_folders", lambda: [tmp_path])
+    monkeypatch.setattr(library_module, "library_folders", lambda: [tmp_path])
     with pytest.raises(BackendUnavailableError) as caught:
         find_library(CONTROL)
     assert str(tmp_path) in str(caught.value)
@@ -203,7 +237,7 @@ def test_stable_soname_is_left_to_the_linker() -> None:
 def test_running_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is read from /sys/hypervisor, and is None without one."""
     monkeypatch.setattr(
-        handle_module,
+        library_module,
         "Path",
         lambda *parts: tmp_path.joinpath(*(part.strip("/") for part in parts)),
     )
@@ -277,16 +311,6 @@ def off_xen() -> None:
         pytest.skip("this is a Xen host")
 
 
-def real(library: Library) -> str:
-    """Return where a real library is; without it the test is skipped."""
-    try:
-        path = find_library(library)
-        get_loader("ctypes").open(library, path)
-    except (BackendUnavailableError, OSError):
-        missing(f"{library.soname} is not installed (Debian: {library.package})")
-    return path
-
-
 @pytest.mark.usefixtures("off_xen")
 def test_real_library_without_xen(
     kind: type[Handle],
@@ -294,8 +318,8 @@ def test_real_library_without_xen(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Off Xen it says that this is no Xen host; Xen's complaint goes to logging, not to stderr."""
-    real(kind.declared)
+    """Off Xen it says that this is not a Xen host; Xen's complaint is logged, not printed."""
+    real_library(kind.declared)
     caplog.set_level(logging.DEBUG, "xenmapcache.xen")
     message = failure(kind, binding)
     name = "evtchn" if kind is EventChannels else "privcmd"
@@ -310,7 +334,7 @@ def test_real_library_without_xen(
 
 def test_real_restriction_of_nothing(binding: str) -> None:
     """The real libxentoolcore restricts all handles of a process that has none."""
-    real(TOOL_CORE)
+    real_library(TOOL_CORE)
     command = (
         "from xenmapcache.binding.toolcore import restrict_all; "
         f"restrict_all(1, binding={binding!r})"
@@ -321,5 +345,5 @@ def test_real_restriction_of_nothing(binding: str) -> None:
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 def test_all_declared_functions_are_in_the_real_library(library: Library, binding: str) -> None:
     """No declared function is misspelt or gone."""
-    functions = get_loader(binding).open(library, real(library))
+    functions = get_loader(binding).open(library, real_library(library))
     assert functions.keys() == prototypes(library).keys() != set()

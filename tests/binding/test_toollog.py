@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,7 +16,7 @@ from tests.fake_xen import DOMID, Behaviour, FakeXen
 from xenmapcache.binding import libc, toollog
 from xenmapcache.binding.declarations import TOOL_LOG, Library
 from xenmapcache.binding.foreignmemory import ForeignMemory
-from xenmapcache.binding.loader import Function
+from xenmapcache.binding.interface import Function
 from xenmapcache.errors import XenCallError
 
 
@@ -24,15 +27,17 @@ class StandIn:
 
     def __init__(self, *, installed: bool = True) -> None:
         self.installed = installed
+        self.destroyed: list[int] = []
 
     def open(self, library: Library, path: str) -> dict[str, Function]:
         assert (library, path) == (TOOL_LOG, TOOL_LOG.soname)
         if not self.installed:
             raise OSError("no such file")
-        return {
-            "xtl_createlogger_stdiostream": lambda *_: (1, 0),
-            "xtl_logger_destroy": lambda *_: (0, 0),
+        functions: dict[str, Any] = {
+            "xtl_createlogger_stdiostream": lambda *_, result_out: result_out.append(1),
+            "xtl_logger_destroy": SimpleNamespace(for_each=partial(map, self.destroyed.append)),
         }
+        return functions
 
 
 def test_without_the_library(
@@ -51,7 +56,7 @@ def test_without_the_library(
 
 def test_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where C can make no stream the error says so, and its file is closed."""
-    functions = {**libc.functions(), "fdopen": lambda *_: (0, errno.ENOMEM)}
+    functions = {**libc.functions(), "fdopen": lambda *_, **__: (0, errno.ENOMEM)}
     monkeypatch.setattr(toollog, "libc_functions", lambda: functions)
     before = open_files()
     with pytest.raises(OSError, match="fdopen") as caught:
@@ -60,11 +65,23 @@ def test_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_files() == before
 
 
+def test_no_file_for_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the kernel's, also if there is no file yet that could be closed."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        toollog.ToolLog(StandIn())
+
+
 def test_a_flood_of_complaints(caplog: pytest.LogCaptureFixture) -> None:
     """What Xen says is brought once, in order; its file does not grow for ever."""
     caplog.set_level(logging.DEBUG, "xenmapcache.xen")
     before = open_files()
-    log = toollog.ToolLog(StandIn())
+    loader = StandIn()
+    log = toollog.ToolLog(loader)
     for number in range(5):
         os.write(log._fd, f"complaint {number}\n".encode() + b"x" * 30_000 + b"\n")
         assert log.drain().startswith(f"complaint {number}; xxx")
@@ -74,7 +91,7 @@ def test_a_flood_of_complaints(caplog: pytest.LogCaptureFixture) -> None:
     ]
     log.close()
     log.close()
-    assert open_files() == before
+    assert (open_files(), loader.destroyed) == (before, [1])
 
 
 def test_what_xen_says_last(caplog: pytest.LogCaptureFixture) -> None:

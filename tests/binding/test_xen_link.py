@@ -6,6 +6,7 @@ import errno
 import logging
 import platform
 import select
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 
 from tests.fake_xen import DOMID, Behaviour, FakeXen
 from tests.fake_xen.fixtures import MakeFake
+from tests.kit import link_of, put_state
 from xenmapcache import (
     BackendUnavailableError,
     MapCache,
@@ -23,17 +25,10 @@ from xenmapcache import (
     open_backend,
 )
 from xenmapcache.address import PAGE_SIZE
-from xenmapcache.devicemodel import IoreqServer, xen
-from xenmapcache.ioreq import (
-    Request,
-    RequestKind,
-    State,
-    decode,
-    encode,
-    put_buffered,
-    set_state,
-    state_of,
-)
+from xenmapcache.binding.control import Control
+from xenmapcache.binding.eventchannel import EventChannels
+from xenmapcache.devicemodel import IoreqServer, recovery, xen
+from xenmapcache.ioreq import BufferedRing, Request, RequestKind, RequestSlot, State
 
 PORT = 0x510
 CREATE = "xendevicemodel_create_ioreq_server"
@@ -54,8 +49,9 @@ def fake(make_fake: MakeFake) -> FakeXen:
 
 @pytest.fixture(autouse=True)
 def libraries(fake: FakeXen, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in instead of each of Xen's libraries."""
-    for name in ("DeviceModel", "EventChannels", "ForeignMemory", "restrict_all"):
+    """The stand-in instead of each of Xen's libraries, and no toolstack."""
+    monkeypatch.setattr(xen, "guest_type", lambda _: None)
+    for name in ("Control", "DeviceModel", "EventChannels", "ForeignMemory", "restrict_all"):
         monkeypatch.setattr(xen, name, partial(getattr(xen, name), library=fake.library))
 
 
@@ -68,7 +64,9 @@ def cache(fake: FakeXen, binding: str) -> Iterator[MapCache]:
 
 @pytest.fixture
 def server(cache: MapCache, binding: str) -> Iterator[IoreqServer]:
-    server = IoreqServer(DOMID, cache, binding=binding, buffered=True)
+    server = IoreqServer(
+        DOMID, cache, binding=binding, buffered=True, guest_type="hvm", answer_timeout=0.05
+    )
     yield server
     server.close()
 
@@ -87,16 +85,21 @@ def names(fake: FakeXen, start: int) -> list[str]:
 def send(fake: FakeXen, server: int, vcpu: int, request: Request) -> None:
     """Play Xen: put a request into a vCPU's slot, and tell."""
     with closing(fake.ioreq_page(server)) as page, memoryview(page) as view:
-        assert state_of(view, vcpu) == State.NONE
-        encode(view, vcpu, request)
-        set_state(view, vcpu, State.READY)
+        assert RequestSlot(view, vcpu).state == State.NONE
+        RequestSlot(view, vcpu).send(request)
     fake.send(64 * server + vcpu + 1)
 
 
 def answer_of(fake: FakeXen, server: int, vcpu: int) -> tuple[int, int]:
     """Return state and data of a vCPU's slot."""
     with closing(fake.ioreq_page(server)) as page, memoryview(page) as view:
-        return state_of(view, vcpu), decode(view, vcpu).data
+        return RequestSlot(view, vcpu).state, RequestSlot(view, vcpu).request().data
+
+
+def take(fake: FakeXen, server: int, vcpu: int) -> int:
+    """Play Xen: take the answer out of a vCPU's slot."""
+    with closing(fake.ioreq_page(server)) as page, memoryview(page) as view:
+        return RequestSlot(view, vcpu).take()
 
 
 def read(port: int, size: int = 4) -> Request:
@@ -166,11 +169,11 @@ def test_requests_are_answered(fake: FakeXen, server: IoreqServer) -> None:
             while not server.process_pending():
                 pass
             assert fake.notified() == 64 * server.id + vcpu + 1
-            assert answer_of(fake, server.id, vcpu) == (State.RESPONSE_READY, data)
+            assert take(fake, server.id, vcpu) == data
         with closing(fake.ioreq_page(server.id, buffered=True)) as page, memoryview(page) as ring:
             for value in (1, 2, 3):
                 request = Request(None, RequestKind.MMIO, False, 0xA0000, value, 4)
-                assert put_buffered(ring, request)
+                assert BufferedRing(ring).append(request)
         fake.send(64 * server.id + 64)
         while not server.process_pending():
             pass
@@ -216,7 +219,7 @@ def test_restrict(fake: FakeXen, cache: MapCache, binding: str) -> None:
 @pytest.mark.parametrize("error", [errno.ESRCH, errno.ENOENT])
 @pytest.mark.parametrize("call", [SET_STATE, DESTROY])
 def test_a_domain_that_has_ended(fake: FakeXen, server: IoreqServer, call: str, error: int) -> None:
-    """Closing is no error when Xen says that the domain, or its server, is gone."""
+    """Closing raises nothing if Xen says that the domain, or its server, is gone."""
     server.open()
     fake.plan(call, Behaviour.FAIL, error)
     server.close()
@@ -237,9 +240,7 @@ def abandon(fake: FakeXen, binding: str, requests: dict[int, Request]) -> int:
     link.enable()
     for vcpu, request in requests.items():
         with closing(fake.ioreq_page(link.id)) as page, memoryview(page) as view:
-            encode(view, vcpu, request)
-            set_state(view, vcpu, State.READY)
-    link._stack.pop_all()
+            RequestSlot(view, vcpu).send(request)
     for handle in (link._model, link._memory, link._channels):
         handle.close()
     return link.id
@@ -256,12 +257,17 @@ def test_recover(
             alive.bind(64 * alive.id + vcpu + 1)
         dead = abandon(fake, binding, {1: read(PORT, 2)})
         not_enabled = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
-        with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+        with IoreqServer(
+            DOMID, cache, binding=binding, recover=True, answer_timeout=0.05
+        ) as server:
             assert fake.servers == {alive.id: True, not_enabled.id: False, server.id: True}
             assert server.id == dead  # its number is free
             assert [n for n in names(fake, 0) if n in (NOTIFY, DESTROY)] == [NOTIFY, DESTROY]
     assert [record.getMessage() for record in caplog.records] == [
-        f"domain {DOMID}: cleared away ioreq server {dead} of a dead process; 1 vCPUs waited"
+        (
+            f"domain {DOMID}: cleared away ioreq server {dead} of a dead process; "
+            "vCPUs that waited: 1, answers not taken: 1"
+        )
     ]
     alive.close()
     not_enabled.close()
@@ -270,13 +276,12 @@ def test_recover(
 def test_a_server_that_is_just_being_bound_is_left_alone(
     fake: FakeXen, cache: MapCache, binding: str
 ) -> None:
-    """One channel that somebody has is enough."""
+    """One channel with another owner is enough."""
     half = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
     half.enable()
     half.bind(64 * half.id + 2)
-    encode(half.page, 0, read(PORT))
-    set_state(half.page, 0, State.READY)
-    with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+    RequestSlot(half.page, 0).send(read(PORT))
+    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
         assert set(fake.servers) == {half.id, server.id}
         assert answer_of(fake, half.id, 0) == (State.READY, 0)
     half.close()
@@ -287,12 +292,12 @@ def test_whatever_a_dead_process_left(fake: FakeXen, cache: MapCache, binding: s
     dead = [abandon(fake, binding, {}) for _ in range(6)]
     dead.append(abandon(fake, binding, {0: read(PORT, 1), 1: read(PORT, 1)}))
     with closing(fake.ioreq_page(dead[-1])) as page, memoryview(page) as view:
-        set_state(view, 0, State.INPROCESS)
+        put_state(view, 0, State.INPROCESS)
         view[8:16] = (5).to_bytes(8, "little")
         view[32 + 8 : 32 + 16] = (6).to_bytes(8, "little")
-        set_state(view, 1, State.RESPONSE_READY)
+        put_state(view, 1, State.RESPONSE_READY)
     dead.append(abandon(fake, binding, {0: read(PORT, 4)}))
-    with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
         assert set(fake.servers) == {server.id}
         assert names(fake, 0).count(NOTIFY) == 3
     assert answer_of(fake, dead[6], 0) == (State.RESPONSE_READY, 0xFF)
@@ -319,7 +324,9 @@ def test_unmask_comes_first(fake: FakeXen, server: IoreqServer) -> None:
 def test_an_abandoned_answer_is_all_ones(fake: FakeXen, cache: MapCache, binding: str) -> None:
     """What the vCPU of a dead model reads."""
     dead = abandon(fake, binding, {0: read(PORT, 2)})
-    server = IoreqServer(DOMID, cache, binding=binding, recover=True, buffered=True)
+    server = IoreqServer(
+        DOMID, cache, binding=binding, recover=True, buffered=True, answer_timeout=0.05
+    )
     fake.plan(CREATE, Behaviour.FAIL, errno.ENOSPC)
     with pytest.raises(XenCallError):
         server.open()
@@ -359,8 +366,7 @@ def test_no_libraries(cache: MapCache, monkeypatch: pytest.MonkeyPatch, binding:
 def test_the_page_is_the_last(fake: FakeXen, server: IoreqServer) -> None:
     """Of two mapped pages the first is the ring's."""
     with server:
-        link = server._link
-        assert link is not None
+        link = link_of(server)
         assert link.ring is not None
         assert (len(link.page), len(link.ring)) == (PAGE_SIZE, PAGE_SIZE)
         with closing(fake.ioreq_page(server.id, buffered=True)) as page:
@@ -374,6 +380,184 @@ def test_a_dead_one_behind_a_gap(fake: FakeXen, cache: MapCache, binding: str) -
     first = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
     dead = abandon(fake, binding, {0: read(PORT, 4)})
     first.close()
-    with IoreqServer(DOMID, cache, binding=binding, recover=True) as server:
+    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
         assert set(fake.servers) == {server.id}
     assert answer_of(fake, dead, 0) == (State.RESPONSE_READY, 0xFFFFFFFF)
+
+
+# --- what the guest is, and how it does ------------------------------------------------------
+
+
+LINES = ("xendevicemodel_set_isa_irq_level", "xendevicemodel_set_pci_intx_level")
+
+
+@pytest.mark.parametrize("told", ["pvh", "pv", None])
+def test_interrupt_lines_are_for_hvm_guests_only(
+    fake: FakeXen,
+    cache: MapCache,
+    binding: str,
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library's functions are never reached for another guest, or an unknown one."""
+    monkeypatch.setattr(xen, "guest_type", lambda _: told)
+    server = IoreqServer(DOMID, cache, binding=binding, answer_timeout=0.05)
+    reason = "a PV.? guest has no interrupt lines" if told else "its type is unknown"
+    with server:
+        with pytest.raises(UnsupportedOperationError, match=f"{reason}.*inject_msi works"):
+            server.set_isa_irq(5, True)
+        with pytest.raises(UnsupportedOperationError, match=f"{reason}.*inject_msi works"):
+            server.set_pci_intx("00:05.0", 1, False)
+        server.inject_msi(0xFEE00000, 0x41)
+    assert not [call for call in fake.calls if call.name in LINES]
+    assert fake.count("xendevicemodel_inject_msi") == 1
+
+
+@pytest.mark.parametrize(("told", "stated"), [("hvm", None), (None, "hvm"), ("hvm", "hvm")])
+def test_interrupt_lines_of_hvm_guests(
+    fake: FakeXen,
+    cache: MapCache,
+    binding: str,
+    told: str | None,
+    stated: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The toolstack says it, or the program where the toolstack says nothing."""
+    monkeypatch.setattr(xen, "guest_type", lambda _: told)
+    with IoreqServer(DOMID, cache, binding=binding, guest_type=stated) as server:
+        server.set_isa_irq(5, True)
+        server.set_pci_intx("00:05.0", 1, False)
+    assert [call.name for call in fake.calls if call.name in LINES] == list(LINES)
+
+
+def test_the_type_is_asked_before_rights_are_given_up(
+    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards the way to the toolstack may be closed."""
+    asked: list[int] = []
+
+    def ask(domid: int) -> str:
+        asked.append(fake.count(RESTRICT))
+        return "hvm"
+
+    monkeypatch.setattr(xen, "guest_type", ask)
+    with IoreqServer(DOMID, cache, binding=binding, restrict=True) as server:
+        server.set_isa_irq(5, True)
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "paused"), [(0, False), (1 << 3, True), (1 << 3 | 1, False), (1 << 3 | 1 << 2, False)]
+)
+def test_a_paused_guest(fake: FakeXen, server: IoreqServer, flags: int, paused: bool) -> None:
+    """Paused, and neither dying nor shut down: then it may go on, and take its answers."""
+    with server:
+        fake.plan("xc_domain_getinfolist", Behaviour.FAIL, -flags if flags else 0)
+        if flags:
+            assert link_of(server).paused is paused
+        else:
+            assert link_of(server).paused is None  # the call failed
+            assert link_of(server).paused is False
+
+
+def test_the_state_of_no_domain(fake: FakeXen, binding: str) -> None:
+    """Xen names the next domain that there is: that is not the one that was asked for."""
+    with Control(binding=binding, library=fake.library) as control:
+        assert control.domain_state(DOMID) == (False, False, False)
+        for other in (DOMID - 1, DOMID + 1):
+            with pytest.raises(XenCallError) as caught:
+                control.domain_state(other)
+            assert caught.value.errno == errno.ESRCH
+
+
+def test_recover_disables_first(
+    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vCPU that is answered sends its next request to no server that is about to go."""
+    dead = abandon(fake, binding, {0: read(PORT)})
+    stuck: list[bool] = []
+    notify = EventChannels.notify
+
+    def go_on(self: EventChannels, port: int) -> None:
+        notify(self, port)
+        if dead in fake.servers:  # the vCPU takes its answer, and asks again at once
+            take(fake, dead, 0)
+            stuck.append(fake.servers[dead])
+
+    monkeypatch.setattr(EventChannels, "notify", go_on)
+    with IoreqServer(DOMID, cache, binding=binding, recover=True):
+        assert stuck == [False]
+
+
+def test_recover_answers_what_comes_late(
+    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that was on its way when the server was disabled is answered as well."""
+    dead = abandon(fake, binding, {0: read(PORT)})
+    left = [read(PORT, 2), read(PORT, 1)]
+    answers: list[int] = []
+    notify = EventChannels.notify
+
+    def go_on(self: EventChannels, port: int) -> None:
+        notify(self, port)
+        if dead in fake.servers:
+            answers.append(take(fake, dead, 0))
+            if left:
+                with closing(fake.ioreq_page(dead)) as page, memoryview(page) as view:
+                    RequestSlot(view, 0).send(left.pop())
+
+    monkeypatch.setattr(EventChannels, "notify", go_on)
+    with IoreqServer(DOMID, cache, binding=binding, recover=True):
+        pass
+    assert answers == [0xFFFFFFFF, 0xFF, 0xFFFF]
+
+
+def test_recover_does_not_wait_long_for_a_guest_that_runs(
+    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its vCPU had time enough; only a paused guest is waited for."""
+    monkeypatch.setattr(recovery, "_TAKE_S", 0.01)
+    dead = abandon(fake, binding, {0: read(PORT)})
+    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=60.0) as server:
+        assert server.id == dead
+
+
+def test_pages_are_kept_for_a_handler_that_never_returns(
+    fake: FakeXen, cache: MapCache, binding: str
+) -> None:
+    """They are unmapped when it returns, with the handle that mapped them, and once."""
+    link = xen.XenLink(DOMID, buffered=True, recover=False, binding=binding)
+    unmap = "xenforeignmemory_unmap_resource"
+    link.close(unmap=False)
+    assert (fake.servers, fake.count(unmap)) == ({}, 0)
+    assert link.page[0] == 0
+    link.unmap()
+    link.unmap()
+    link.close()
+    assert fake.count(unmap) == 1
+
+
+def test_a_handler_that_returns_after_all(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """Closed while its handler hung, it touches no slot any more, and unmaps the pages."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def hang(offset: int, size: int) -> int:
+        entered.set()
+        assert leave.wait(20)
+        return 5
+
+    server = IoreqServer(DOMID, cache, binding=binding, quiesce_timeout=0.05, answer_timeout=0.05)
+    server.claim_ports(PORT, 4).read(hang)
+    server.open()
+    number = server.id
+    send(fake, number, 0, read(PORT))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    assert entered.wait(20)
+    server.close()
+    assert answer_of(fake, number, 0) == (State.RESPONSE_READY, 0xFFFFFFFF)
+    assert fake.count("xenforeignmemory_unmap_resource") == 0
+    leave.set()
+    thread.join()
+    assert answer_of(fake, number, 0) == (State.RESPONSE_READY, 0xFFFFFFFF)
+    assert fake.count("xenforeignmemory_unmap_resource") == 1

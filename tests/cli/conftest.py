@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.fake_xen.fixtures import make_fake
-from xenmapcache.binding import handle
-from xenmapcache.cli import doctor
+from xenmapcache.binding import library
+from xenmapcache.doctor import devices, holders, hypervisor, xl
 
 __all__ = ["machine", "make_fake", "no_colour_by_environment"]
 
@@ -56,17 +56,19 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
             return None
         return f"{(folder / 'major').read_text().strip()}.{(folder / 'minor').read_text().strip()}"
 
-    monkeypatch.setattr(doctor, "HYPERVISOR", tmp_path / "sys/hypervisor")
-    monkeypatch.setattr(doctor, "PROC_XEN", tmp_path / "proc/xen")
-    monkeypatch.setattr(doctor, "DEV_XEN", tmp_path / "dev/xen")
-    monkeypatch.setattr(doctor, "XL_PATH", str(tmp_path / "bin"))
-    for module in (doctor, handle):
+    monkeypatch.setattr(hypervisor, "HYPERVISOR", tmp_path / "sys/hypervisor")
+    for module in (hypervisor, devices):
+        monkeypatch.setattr(module, "PROC_XEN", tmp_path / "proc/xen")
+    monkeypatch.setattr(devices, "DEV_XEN", tmp_path / "dev/xen")
+    monkeypatch.setattr(holders, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(xl, "XL_PATH", str(tmp_path / "bin"))
+    for module in (hypervisor, library):
         monkeypatch.setattr(module, "xen_version", version)
     return Machine(tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def no_colour_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rich colours what is no terminal where these are set."""
+    """Where these are set, rich colours output that does not go to a terminal."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)

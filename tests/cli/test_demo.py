@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import re
@@ -11,6 +13,9 @@ from typing import Any
 import pytest
 
 from xenmapcache.cli import main
+from xenmapcache.cli.story import recorded
+from xenmapcache.cli.story import story as tell
+from xenmapcache.mapping import live_mappings
 
 AGE = re.compile(r"\d+\.\d{3} s")
 
@@ -61,7 +66,7 @@ def test_stats_count_the_stale_releases(capsys: pytest.CaptureFixture[str]) -> N
     """The counters of both caches show the burst and the three stale releases."""
     stats = story(capsys)["stats"]
     assert stats["warn"]["invalidations"] == stats["copy"]["invalidations"] == 13
-    assert stats["warn"]["stale_dma"] == stats["copy"]["stale_dma"] == 3
+    assert stats["warn"]["stale_dma_released"] == stats["copy"]["stale_dma_released"] == 3
 
 
 def test_tables_say_what_the_json_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,3 +104,15 @@ def test_logging_is_left_as_it_was(
         story(capsys)
     assert caplog.messages == []
     assert (logger.level, logger.propagate, logger.disabled, list(logger.handlers)) == before
+
+
+def test_a_story_that_nobody_hears_to_its_end_leaves_nothing() -> None:
+    """When the reader of a pipe has gone, caches and leases are ended, without a word."""
+    gc.collect()
+    before = live_mappings()
+    for steps in range(1, 6):
+        with recorded() as log, contextlib.closing(tell(log)) as told:
+            for _ in zip(range(steps), told, strict=False):
+                pass
+        gc.collect()  # a cache that is dropped with leases warns
+        assert live_mappings() == before

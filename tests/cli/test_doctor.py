@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import pwd
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -15,13 +17,15 @@ from typing import Any, NoReturn
 
 import pytest
 
+import xenmapcache.doctor
 from tests.cli.conftest import Machine
 from tests.cli.test_main import MODULE, environment
 from tests.fake_xen import DOMID
 from tests.fake_xen.fixtures import MakeFake
-from xenmapcache import Backend, MockHypervisor, XenCallError, open_backend
+from xenmapcache import Backend, ClosedError, MockHypervisor, XenCallError, open_backend
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import handle, libc
+from xenmapcache.binding import library as binding_library
 from xenmapcache.binding.declarations import (
     CONTROL,
     DEVICE_MODEL,
@@ -30,7 +34,9 @@ from xenmapcache.binding.declarations import (
     TOOL_CORE,
     Library,
 )
-from xenmapcache.cli import doctor, main
+from xenmapcache.cli import main
+from xenmapcache.doctor import guest, libraries
+from xenmapcache.errors import errno_name
 
 Findings = dict[str, dict[str, Any]]
 
@@ -143,13 +149,13 @@ def test_no_libraries_at_all(
     """Where no library of Xen is installed, it names the package of each."""
     gone = [
         each if each is CONTROL else each._replace(soname=f"libgone-{each.name}.so.1")
-        for each in doctor.LIBRARIES
+        for each in libraries.LIBRARIES
     ]
-    monkeypatch.setattr(doctor, "LIBRARIES", tuple(gone))
-    monkeypatch.setattr(handle, "library_folders", list)
+    monkeypatch.setattr(libraries, "LIBRARIES", tuple(gone))
+    monkeypatch.setattr(binding_library, "library_folders", list)
     findings = examine(capsys)
     states = {}
-    for library in doctor.LIBRARIES:
+    for library in libraries.LIBRARIES:
         assert "not found" in findings[library.name]["text"]
         assert library.package in findings[library.name]["remedy"]
         states[library.name] = findings[library.name]["state"]
@@ -186,11 +192,11 @@ def test_libraries_of_device_models(
 ) -> None:
     """They are described; and where one is another library, that is a note which says so."""
     there, wrong = make_fake().library, make_fake("WRONG").library
-    monkeypatch.setattr(doctor, "LIBRARIES", (FOREIGN_MEMORY, library._replace(soname=there)))
+    monkeypatch.setattr(libraries, "LIBRARIES", (FOREIGN_MEMORY, library._replace(soname=there)))
     finding = examine(capsys)[library.name]
     assert finding["state"] == "ok"
     assert needed in finding["details"]["functions"]
-    monkeypatch.setattr(doctor, "LIBRARIES", (FOREIGN_MEMORY, library._replace(soname=wrong)))
+    monkeypatch.setattr(libraries, "LIBRARIES", (FOREIGN_MEMORY, library._replace(soname=wrong)))
     finding = examine(capsys)[library.name]
     assert finding["state"] == "note"
     assert finding["details"]["missing"] == [needed]
@@ -203,7 +209,7 @@ def test_wrong_library_lacks_functions(
 ) -> None:
     """A library of that name that is another one is a problem that lists the missing functions."""
     wrong = FOREIGN_MEMORY._replace(soname="libc.so.6")
-    monkeypatch.setattr(doctor, "LIBRARIES", (wrong,))
+    monkeypatch.setattr(libraries, "LIBRARIES", (wrong,))
     finding = examine(capsys)["libxenforeignmemory"]
     assert finding["state"] == "problem"
     assert "xenforeignmemory_map2" in finding["details"]["missing"]
@@ -228,7 +234,7 @@ def test_old_library_is_only_noted(
 ) -> None:
     """Functions of a newer Xen that can be done without are a note, and are named."""
     library = make_fake("OLD").library
-    monkeypatch.setattr(doctor, "LIBRARIES", (declared._replace(soname=library),))
+    monkeypatch.setattr(libraries, "LIBRARIES", (declared._replace(soname=library),))
     finding = examine(capsys)[declared.name]
     assert finding["state"] == "note"
     assert finding["remedy"] == "a newer Xen has them"
@@ -237,7 +243,7 @@ def test_old_library_is_only_noted(
 
 
 def test_broken_library_file_gives_no_traceback(tmp_path: Path) -> None:
-    """A file that is no library, first in LD_LIBRARY_PATH, is reported and nothing is raised."""
+    """A file that is not a library, first in LD_LIBRARY_PATH, is reported and nothing is raised."""
     for name in ("libxenforeignmemory.so.1", "libxenctrl.so.4.99", "libxentoollog.so.1"):
         (tmp_path / name).write_bytes(b"\x7fELF, or not")
     run = subprocess.run(
@@ -295,31 +301,47 @@ def test_a_function_in_no_file() -> None:
     """Where a loaded function is in no file that the kernel names, its address is told."""
     address = libc.allocate(PAGE_SIZE)
     handle = SimpleNamespace(open=ctypes.CFUNCTYPE(None)(address))
-    assert doctor._file_of(handle, "open") == f"in memory at {address:#x}"  # type: ignore[arg-type] # enough of a CDLL
+    assert libraries._file_of(handle, "open") == f"in memory at {address:#x}"  # type: ignore[arg-type] # enough of a CDLL
     libc.unmap(address, PAGE_SIZE)
 
 
+@pytest.mark.parametrize(
+    ("uid", "number", "remedy"),
+    [
+        (1000, errno.EACCES, "run as root in Dom0"),
+        (0, errno.EPERM, "root is refused by device rules, as those of a container"),
+        (0, errno.EACCES, "root is refused by a security module (SELinux, AppArmor)"),
+        (0, errno.ENXIO, "modprobe xen-privcmd, in Dom0"),
+    ],
+)
 def test_node_that_does_not_open_is_a_problem(
-    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    machine: Machine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    uid: int,
+    number: int,
+    remedy: str,
 ) -> None:
-    """Without permission for the node the remedy is root in Dom0."""
+    """Without permission for the node the remedy is root in Dom0; for root, what refuses it."""
     machine.become_dom0()
     real_open = os.open
 
     def refuse(path: Path, flags: int) -> int:
         if path.name == "privcmd":
-            raise PermissionError(13, "Permission denied", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         return real_open(path, flags)
 
     monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
     finding = examine(capsys)[str(machine.root / "dev/xen/privcmd")]
     assert finding["state"] == "problem"
-    assert "Permission denied" in finding["text"]
-    assert finding["remedy"] == "run as root in Dom0"
+    assert os.strerror(number) in finding["text"]
+    assert finding["remedy"].startswith(remedy)
+    assert ("as root" in finding["remedy"]) == (uid != 0)
 
 
 def test_old_node_will_do(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where only /proc/xen/privcmd is there, the missing new one is no problem."""
+    """Where only /proc/xen/privcmd exists, the missing new one is a note."""
     machine.write("proc/xen/privcmd")
     findings = examine(capsys)
     assert findings[str(machine.root / "proc/xen/privcmd")]["state"] == "ok"
@@ -373,7 +395,7 @@ def test_first_guest_of_xl_is_mapped(
     """Without --domid the first guest of ``xl list`` is mapped by both backends: status 0."""
     machine.become_dom0()
     machine.install_xl(LISTING)
-    monkeypatch.setattr(doctor, "open_backend", open_fake(7))
+    monkeypatch.setattr(guest, "open_backend", open_fake(7))
     findings = examine(capsys, status=0)
     assert findings["guest"]["details"] == {"domid": 7}
     assert "a guest with 1 name" in findings["guest"]["text"]
@@ -393,7 +415,7 @@ def test_both_backends_map_through_their_libraries(
     def opener(name: str, domid: int) -> Backend:
         return open_backend(name, domid=domid, library=fake.library)
 
-    monkeypatch.setattr(doctor, "open_backend", opener)
+    monkeypatch.setattr(guest, "open_backend", opener)
     findings = examine(capsys, "--domid", str(DOMID), status=0)
     for name, call in (("xen", "xenforeignmemory_map2"), ("xenctrl", "xc_map_foreign_bulk")):
         assert findings[f"backend '{name}'"]["state"] == "ok"
@@ -405,7 +427,7 @@ def test_hole_at_the_first_page_is_passed_over(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest without its first page is live all the same."""
-    monkeypatch.setattr(doctor, "open_backend", open_fake(7, holes=[(0, 0x1000)]))
+    monkeypatch.setattr(guest, "open_backend", open_fake(7, holes=[(0, 0x1000)]))
     findings = examine(capsys, "--domid", "7", status=0)
     assert findings["backend 'xen'"]["details"] == {"mapped": True, "gfn": 0x100}
 
@@ -414,7 +436,7 @@ def test_guest_without_pages_is_a_problem(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no page can be mapped the last fault is shown, with a remedy."""
-    monkeypatch.setattr(doctor, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
+    monkeypatch.setattr(guest, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
     finding = examine(capsys, "--domid", "7")["backend 'xen'"]
     assert "no page at 0x1000000" in finding["text"]
     assert finding["remedy"]
@@ -424,7 +446,7 @@ def test_no_such_guest_is_a_problem_with_xens_hint(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a call that Xen refused, the errno is the text and the hint the remedy."""
-    monkeypatch.setattr(doctor, "open_backend", open_fake(7))
+    monkeypatch.setattr(guest, "open_backend", open_fake(7))
     finding = examine(capsys, "--domid", "8")["backend 'xen'"]
     assert finding["text"].endswith("ESRCH (No such process)")
     assert finding["remedy"] == "there is no such domain"
@@ -460,9 +482,141 @@ def test_unforeseen_errors_are_findings(
     def broken(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("the unforeseen")
 
-    monkeypatch.setattr(doctor, "open_backend", broken)
-    monkeypatch.setattr(doctor, "find_library", broken)
+    monkeypatch.setattr(guest, "open_backend", broken)
+    monkeypatch.setattr(libraries, "find_library", broken)
     findings = examine(capsys, "--domid", "7")
     for subject in ("libxenforeignmemory", "backend 'xen'", "backend 'xenctrl'"):
         assert findings[subject]["text"] == "the check failed: RuntimeError: the unforeseen"
     assert findings["hypervisor"]["remedy"]
+
+
+DYING = """cat <<END
+Name                                        ID   Mem VCPUs\tState\tTime(s)
+Domain-0                                     0  1024     2     r-----      11.4
+(null)                                       7     6     1     --p--d       2.2
+END"""
+
+
+def test_a_dying_guest_is_called_dying(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Xen says the same of it as of a PV guest; xl list knows, and /proc says who maps it."""
+    machine.install_xl(DYING)
+    machine.write("proc/12/maps", "7f00-9f00 rw-s 00000000 00:05 12 /dev/xen/privcmd\n")
+    machine.write("proc/12/comm", "qemu-system-i38\n")
+    machine.write("proc/12/cmdline")
+    (machine.root / "proc/12/fd").mkdir()
+    for name in ("maps", "comm", "cmdline"):
+        machine.write(f"proc/13/{name}")
+    (machine.root / "proc/13/fd").mkdir()
+    (machine.root / "proc/13/fd/3").symlink_to("/dev/xen/privcmd")  # opened, not mapped
+    machine.write("proc/3/maps", "7f00 r-xp 00000000 00:05 12 /bin/sh\n")
+    monkeypatch.setattr(guest, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert finding["text"].startswith("domain 7 is dying: it was destroyed")
+    assert finding["remedy"].endswith("processes with foreign memory: 12 (qemu-system-i38)")
+    (machine.root / "proc/12/maps").unlink()
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert finding["remedy"].endswith("none that this user can see")
+
+
+def test_dying_guests_are_skipped(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first guest that lives is mapped; if all are dying, the report says that."""
+    machine.become_dom0()
+    machine.install_xl(DYING.removesuffix("END") + LISTING.splitlines()[4] + "\nEND")
+    monkeypatch.setattr(guest, "open_backend", open_fake(9))
+    assert examine(capsys, status=0)["guest"]["details"] == {"domid": 9}
+    machine.install_xl(DYING)
+    finding = examine(capsys)["guest"]
+    assert finding["text"] == "none is running, according to xl list; dying: 7"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "flask", "remedy"),
+    [
+        (errno.EACCES, "pvh", True, r"policy \(XSM, Flask\) forbids it.*says Enforcing"),
+        (errno.EPERM, "hvm", False, r"policy \(XSM\) forbids it.*not privileged"),
+        (errno.EPERM, "pv", False, "^a PV guest has no guest-physical memory"),
+        (errno.ENOSYS, "pvh", True, "does not have that call"),
+    ],
+)
+def test_a_policy_is_named(
+    machine: Machine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    make_fake: MakeFake,
+    number: int,
+    kind: str,
+    flask: bool,
+    remedy: str,
+) -> None:
+    """Pages that Xen refuses are not those of a PV guest, unless the toolstack says that it is."""
+    fake = make_fake()
+    for gfn in range(64):
+        fake.set_error(number, gfn)
+    machine.install_xl("echo Enforcing" if flask else "exit 1")
+    monkeypatch.setattr(guest, "guest_type", lambda domid: kind if domid == DOMID else None)
+    monkeypatch.setattr(
+        guest,
+        "open_backend",
+        lambda name, domid: open_backend(name, domid=domid, library=fake.library),
+    )
+    findings = examine(capsys, "--domid", str(DOMID))
+    for name in ("xen", "xenctrl"):
+        finding = findings[f"backend '{name}'"]
+        assert finding["text"].endswith(f"with {errno_name(number)}")
+        assert "at 0x0" in finding["text"]
+        assert re.search(remedy, finding["remedy"])
+        assert ("PV" in finding["remedy"]) == (kind == "pv")
+
+
+def test_a_guest_that_shows_no_page_may_be_pv(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is not dying is probably PV."""
+    machine.install_xl(LISTING)
+    monkeypatch.setattr(guest, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert finding["text"].startswith("domain 7 shows no page: no page at 0x1000000")
+    assert finding["remedy"] == "a PV guest has no guest-physical memory; use a PVH or HVM guest"
+    monkeypatch.setattr(guest, "guest_type", lambda _: "pvh")
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert finding["text"].startswith("domain 7, which is PVH, shows no page")
+    assert "PV guest" not in finding["remedy"]
+
+
+def test_another_error_of_the_package_has_a_remedy(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors that no case foresees lead to the documentation."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise ClosedError("closed before it was used")
+
+    monkeypatch.setattr(guest, "open_backend", refuse)
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert finding["text"] == "closed before it was used"
+    assert "troubleshooting" in finding["remedy"]
+
+
+def test_info_of_a_live_guest_without_memory_says_why(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero pages alone would tell nothing."""
+    machine.install_xl(DYING)
+    domain = MockHypervisor().create_domain(memory="1M", holes=[(0, 1 << 20)])
+    backend = open_backend("mock", domain=domain)
+    monkeypatch.setattr(type(backend), "name", "xen")
+    backend.domid = 7  # type: ignore[attr-defined] # a MockBackend
+    monkeypatch.setattr("xenmapcache.cli.sources.open_backend", lambda *_, **__: backend)
+    assert main(["info", "xen:7", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert notes["no_memory"].startswith("domain 7 is dying")
+
+
+def test_checks_are_called_from_python(machine: Machine) -> None:
+    """The findings are data; nothing is printed."""
+    found = {finding.subject: finding for finding in xenmapcache.doctor.examine(domid=5)}
+    assert found["guest"].details == {"domid": 5}

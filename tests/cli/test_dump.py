@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -10,6 +11,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,10 @@ import pytest
 from tests.cli.test_main import MODULE, environment
 from tests.images.writers import memory
 from tests.unit.test_source import lime
-from xenmapcache import FaultError, MapCache
+from xenmapcache import FaultError, MapCache, MockDomain, MockHypervisor, XenCallError, open_source
 from xenmapcache.address import PAGE_SIZE, MiB
+from xenmapcache.backends.image import ImageBackend
+from xenmapcache.backends.mock import MockBackend
 from xenmapcache.cli import main
 
 FAR = 8 * MiB
@@ -62,7 +67,7 @@ def test_raw_is_sparse(guest: str, folder: Path, capsys: pytest.CaptureFixture[s
 def test_a_terminal_is_told(
     guest: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where somebody looks, it says how much it was, and how fast."""
+    """A terminal shows how much it was, and how fast."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     dump(guest, folder / "guest.raw")
     line = capsys.readouterr().out
@@ -85,14 +90,130 @@ def test_a_coredump_has_the_same_memory(guest: str, folder: Path) -> None:
     path = folder / "guest.core"
     dump(guest, path, "--format", "coredump")
     assert main(["diff", guest, str(path)]) == 0
-    assert main(["diff", f"core:{path}", "mock:1M", "--quiet"]) == 1
+    assert main(["diff", f"coredump:{path}", "mock:1M", "--quiet"]) == 1
     assert os.listdir(folder) == ["guest.core"]
+
+
+@pytest.mark.parametrize("form", ["vmcore", "lime"])
+def test_other_formats_have_the_same_memory(
+    guest: str, folder: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written and read again they are equal, holes included, and are recognised."""
+    path = folder / f"guest.{form}"
+    dump(guest, path, "--format", form, "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts.pop("seconds") >= 0
+    assert facts == {"file": str(path), "format": form, "pages": 4}
+    assert main(["diff", guest, str(path)]) == 0
+    assert os.listdir(folder) == [f"guest.{form}"]
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the mock's guest is told, in order."""
+    told: list[str] = []
+    for name in ("pause", "unpause"):
+        method = getattr(MockDomain, name)
+
+        def call(self: MockDomain, name: str, method: Callable[[MockDomain], None]) -> None:
+            told.append(name)
+            method(self)
+
+        monkeypatch.setattr(MockDomain, name, partialmethod(call, name, method))
+    return told
+
+
+@pytest.mark.parametrize("form", ["raw", "coredump", "vmcore", "lime"])
+def test_a_paused_guest(
+    folder: Path, form: str, pauses: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is paused before the copy and unpaused after it; without --pause it is left alone."""
+    path = folder / "guest"
+    dump("mock:4M", path, "--format", form, "--json")
+    assert (json.loads(capsys.readouterr().out)["paused"], pauses) == (False, [])
+    dump("mock:4M", path, "--format", form, "--json", "--pause")
+    assert (json.loads(capsys.readouterr().out)["paused"], pauses) == (True, ["pause", "unpause"])
+    with open_source("mock:4M") as source:
+        assert path.stat().st_size >= (source.memory_end or 0)
+
+
+def test_a_guest_that_was_paused_before(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """It stays paused."""
+    guest = MockHypervisor().create_domain(memory="4M")
+    monkeypatch.setattr(MockHypervisor, "create_domain", lambda *_, **__: guest)
+    guest.pause()
+    dump("mock:4M", folder / "f", "--pause")
+    assert guest.paused
+    guest.unpause()
+    dump("mock:4M", folder / "f", "--pause")
+    assert not guest.paused
+
+
+def test_a_terminal_is_told_that_the_guest_ran(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal shows for how long pages may be apart, unless the guest was paused."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    dump("mock:4M", folder / "f")
+    _, line = capsys.readouterr().out.splitlines()
+    assert re.match(r"the guest ran during these \d+\.\d s, so pages are of different mom", line)
+    dump("mock:4M", folder / "f", "--pause")
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_an_error_unpauses(
+    folder: Path,
+    pauses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A dump that fails unpauses the guest; its error is reported."""
+
+    def full(*_: object) -> int:
+        assert pauses == ["pause"]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    dump("mock:4M", folder / "f", "--pause", status=2)
+    assert pauses == ["pause", "unpause"]
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_guest_that_cannot_be_unpaused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error says what to do."""
+
+    def refuse(_: object) -> None:
+        raise XenCallError("xc_domain_unpause", 1, 1)
+
+    monkeypatch.setattr(MockBackend, "unpause", refuse)
+    dump("mock:4M", folder / "f", "--pause", status=2)
+    complaint = capsys.readouterr().err
+    assert "the guest is still paused: xc_domain_unpause" in complaint
+    assert complaint.endswith("; run xl unpause 1\n")
+
+
+def test_a_signal_that_got_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the exception of a signal was swallowed, the next report of progress ends the copy."""
+    pwrite = os.pwrite
+
+    def swallow(fd: int, data: memoryview, at: int) -> int:
+        with contextlib.suppress(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", swallow)
+    with pytest.raises(SystemExit) as caught:
+        main(["dump", "mock:4M", "-o", str(folder / "f"), "--pause"])
+    assert caught.value.code == 143
+    assert os.listdir(folder) == []
 
 
 def test_a_page_that_goes_meanwhile_is_a_hole(
     guest: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What balloons out between the look and the copy is left out, and what is behind is not."""
+    """What balloons out between the look and the copy is left out, and the rest is copied."""
     views = MapCache.views
 
     def balloon(self: MapCache, address: int, length: int) -> object:
@@ -102,6 +223,8 @@ def test_a_page_that_goes_meanwhile_is_a_hole(
         yield from views(self, address, length)
 
     monkeypatch.setattr(MapCache, "views", balloon)
+    # As of a live guest, whose pages have to be mapped.
+    monkeypatch.setattr(ImageBackend, "read_pages", lambda *_: False)
     path = folder / "guest.raw"
     dump(guest, path)
     low = bytes(range(256)) * 16
@@ -111,10 +234,13 @@ def test_a_page_that_goes_meanwhile_is_a_hole(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["-o", "{folder}"], "is no regular file"),
-        (["-o", "/dev/null"], "/dev/null is no regular file"),
+        (["-o", "{folder}"], "is not a regular file"),
+        (["-o", "/dev/null"], "/dev/null is not a regular file"),
         (["-o", "{folder}/absent/file"], "No such file or directory"),
         (["-o", "{folder}/f", "--format", "coredump", "--start", "1M"], "--format raw"),
+        (["-o", "{folder}/f", "--format", "vmcore", "--start", "1M"], "a vmcore file begins at"),
+        (["-o", "{folder}/f", "--format", "vmcore", "--length", "16777216T"], "52-bit"),
+        (["-o", "{folder}/f", "--pause"], "is not a live guest; leave out --pause"),
         (["-o", "{folder}/f", "--length", "16777216T"], "52-bit"),
         (["-o", "{folder}/f", "--start", "16777216T"], "52-bit"),
     ],
@@ -134,27 +260,31 @@ def test_what_cannot_be_written(
     assert os.listdir(folder) == []
 
 
-@pytest.mark.parametrize("form", ["raw", "coredump"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["raw", "coredump", "vmcore", "lime"])
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_an_interrupt_leaves_nothing(
-    guest: str, folder: Path, form: str, number: signal.Signals, status: int
+    folder: Path, form: str, number: signal.Signals, status: int
 ) -> None:
-    """Ctrl-C, and a signal that asks to end, leave the file that was there, and no other."""
-    if form == "coredump":
-        pytest.importorskip("elftools", reason="pyelftools is not installed")
+    """Ctrl-C, and a signal that asks to end, leave the file that was there, and no other.
+
+    A guest that was paused runs again.
+    """
     path = folder / "guest.raw"
     path.write_bytes(b"before")
     code = (
-        "import os, signal, sys, time\n"
+        "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & has it ignored
+        "from xenmapcache import MockDomain\n"
         "from xenmapcache.cli import main\n"
+        "MockDomain.pause = lambda _: print('paused', flush=True)\n"
+        "MockDomain.unpause = lambda _: print('unpaused', flush=True)\n"
         "def begun(*_):\n"
-        "    print('begun', flush=True)\n"
-        "    time.sleep(60)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
         "os.pwrite = os.pwritev = begun\n"
-        f"sys.exit(main(['dump', {guest!r}, '-o', {str(path)!r}, '--format', {form!r}]))\n"
+        f"sys.exit(main(['dump', 'mock:4M', '-o', {str(path)!r}, '--format', {form!r}, '--pause']))"
     )
     with subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code],
@@ -163,10 +293,9 @@ def test_an_interrupt_leaves_nothing(
         env=environment(),
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"begun\n"
-        process.send_signal(number)
-        _, complaints = process.communicate(timeout=60)
-    assert (process.returncode, complaints) == (status, b"")
+        assert process.stdout.readline() == b"paused\n"
+        printed, complaints = process.communicate(timeout=60)
+    assert (process.returncode, printed, complaints) == (status, b"unpaused\n", b"")
     assert os.listdir(folder) == ["guest.raw"]
     assert path.read_bytes() == b"before"
 

@@ -11,25 +11,25 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_main import MODULE, environment
-from tests.images import writers, xl_files
+from tests.images import kdump_files, writers, xl_files
 from xenmapcache.cli import main
-
-pytest.importorskip("elftools", reason="pyelftools is not installed")
 
 GFNS = (0, 1, 2, 5)
 
 
-@pytest.fixture(params=["core", "save", "elf", "raw"])
+@pytest.fixture(params=["coredump", "save", "elfcore", "kdump", "raw"])
 def named(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
     """A kind of name, and a file of that kind with the pages 0, 1, 2 and 5."""
     kind: str = request.param
     path = tmp_path / f"guest.{kind}"
-    if kind == "core":
+    if kind == "coredump":
         path.write_bytes(xl_files.dump_core(GFNS))
     elif kind == "save":
         path.write_bytes(xl_files.save(xl_files.pages(*GFNS), version=3))
-    elif kind == "elf":
+    elif kind == "elfcore":
         path.write_bytes(writers.elf_core_of([(0, 3), (5, 1)]))
+    elif kind == "kdump":
+        path.write_bytes(kdump_files.kdump(kdump_files.pages_of([(0, 3), (5, 1)]), compression=0))
     else:
         path.write_bytes(writers.lime([(0, 3), (5, 1)]))
     return kind, str(path)
@@ -49,13 +49,13 @@ def test_every_format_is_recognised(
             (0, 0x3000),
             (0x5000, 0x1000),
         ]
-    assert found == [{"core": "coredump", "elf": "elfcore"}.get(kind, kind)] * 2
+    assert found == [kind] * 2
     assert main(["read", "--json", path, "0x5000", "16"]) == 0
     data = json.loads(capsys.readouterr().out)["hex"]
     assert main(["find", path, "--hex", data, "--start", "0x5000"]) == 0
     assert capsys.readouterr().out.startswith("0x00005000  ")
-    assert main(["read", path, "0x2ff0", "32"]) == 2
-    assert "there is no page at 0x3000" in capsys.readouterr().err
+    assert main(["read", path, "0x2ff0", "--length", "32"]) == 2
+    assert "no page at 0x3000: add --fill" in capsys.readouterr().err
     copy = str(tmp_path / "copy")
     assert main(["dump", path, "-o", copy, "--format", "coredump"]) == 0
     assert main(["diff", path, copy]) == 0

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import xenmapcache
+import xenmapcache_command
 from xenmapcache.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -33,11 +34,13 @@ def environment(**variables: str) -> dict[str, str]:
         (["demo", "--help"], "xenmapcache demo --json"),
         (["doctor", "--help"], "$(xl domid NAME)"),
         (["info", "--help"], "xenmapcache info guest.core"),
-        (["read", "--help"], "xenmapcache read guest.core 1MiB 4k > page"),
+        (["read", "--help"], "xenmapcache read guest.core 1MiB -n 4k > page"),
         (["find", "--help"], "xenmapcache find guest.core 'Linux version'"),
         (["strings", "--help"], "xenmapcache strings guest.core | less"),
-        (["dump", "--help"], "xenmapcache dump xen:web -o web.core --format coredump"),
+        (["dump", "--help"], "xenmapcache dump xen:web -o web.vmcore --format vmcore --pause"),
         (["diff", "--help"], "xenmapcache diff before.core after.core"),
+        (["drgn", "--help"], "xenmapcache drgn xen:web tasks.py --all"),
+        (["volatility", "--help"], "xenmapcache volatility guest.core banners.Banners"),
     ],
 )
 def test_help_has_examples(
@@ -67,8 +70,8 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
         (["doctor", "--domid", "32752"], "domid 32752 is not in 0..32751"),
         (["demo", "--domid", "1"], "--domid"),
         (["read", "mock:4M", "0x10q"], "'0x10q' is not a size: write 4096, 0x1000, 4k"),
-        (["read", "mock:4M", "0", "--fill", "123"], "'123' is not a byte in hex"),
-        (["find", "mock:4M", "x", "--max", "0"], "'0' is not a number from 1 on"),
+        (["read", "mock:4M", "0", "--fill", "123"], "'123' must be a byte in hex"),
+        (["find", "mock:4M", "x", "-m", "0"], "'0' must be a number of at least 1"),
         (["find", "mock:4M", "x", "--hex", "--regex"], "not allowed with argument --hex"),
         (["dump", "mock:4M"], "required: -o/--output"),
         (["strings", "mock:4M", "--encoding", "ebcdic"], "ebcdic"),
@@ -85,6 +88,29 @@ def test_wrong_usage_is_status_2(
     assert printed.startswith("xenmapcache: error: ")
     assert complaint in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ([], "xenmapcache"),
+        (["cure"], "xenmapcache"),
+        (["--colour"], "xenmapcache"),
+        (["find", "mock:4M"], "xenmapcache find"),
+        (["find", "mock:4M", "x", "--colour", "red"], "xenmapcache find"),
+        (["read", "mock:4M", "0", "1", "2"], "xenmapcache read"),
+        (["diff", "mock:4M", "mock:4M", "mock:4M"], "xenmapcache diff"),
+        (["dump", "mock:4M", "-o"], "xenmapcache dump"),
+        (["info", "mock:4M", "--start", "x"], "xenmapcache info"),
+    ],
+)
+def test_wrong_usage_names_the_help_of_the_command(
+    arguments: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake in the options of a command is explained by the help of that command."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert capsys.readouterr().err.endswith(f" (see {command} --help)\n")
 
 
 @pytest.mark.parametrize("command", ["demo", "doctor"])
@@ -118,12 +144,13 @@ def test_an_error_is_one_line(
 
 
 def test_output_that_is_no_file() -> None:
-    """In a program of somebody's, stdout may be anything that can be written to."""
+    """In another program, stdout may be anything that can be written to."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(["info", "mock:4M", "--json"]) == 0
     assert json.loads(output.getvalue())["pages"] == 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -133,12 +160,12 @@ def test_output_that_is_no_file() -> None:
         ["info", "mock:4M"],
         ["read", "mock:4M", "0", "4M"],
         ["read", "mock:4M", "0", "--hexdump"],
-        ["find", "mock:4M", "--hex", "00", "--max", "100000"],
+        ["find", "mock:4M", "--hex", "00", "--max-count", "100000"],
         ["diff", "mock:4M", "mock:8M"],
     ],
 )
 def test_closed_pipe_ends_quietly(arguments: list[str]) -> None:
-    """When whoever reads the output has gone, the command ends without a word, as by SIGPIPE."""
+    """If the reader closes the pipe, the command ends without a word, as by SIGPIPE."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
@@ -179,6 +206,7 @@ def test_full_disk_is_an_error_of_one_line() -> None:
     assert b"No space left" in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
@@ -209,7 +237,7 @@ def test_import_brings_neither_rich_nor_elftools() -> None:
     """Importing the command imports nothing that only its tables and the doctor need."""
     code = (
         "import sys\nbefore = set(sys.modules)\nimport xenmapcache.cli\n"
-        "print([name for name in ('rich', 'elftools', 'json', 'xenmapcache.cli.demo')"
+        "print([name for name in ('rich', 'elftools', 'json', 'xenmapcache.mock')"
         " if name in set(sys.modules) - before])"
     )
     run = subprocess.run(
@@ -253,7 +281,7 @@ def test_colours_only_on_a_terminal() -> None:
 
 def test_importing_it_runs_nothing() -> None:
     """``xenmapcache.__main__`` is a program only where it is run."""
-    assert importlib.import_module("xenmapcache.__main__").main is main
+    assert importlib.import_module("xenmapcache.__main__").main is xenmapcache_command.main
 
 
 def test_without_stdout(monkeypatch: pytest.MonkeyPatch) -> None:

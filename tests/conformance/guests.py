@@ -15,7 +15,8 @@ import pytest
 
 from tests.fake_xen import DOMID, FakeXen, need
 from tests.fake_xen.fixtures import MakeFake
-from tests.images import writers, xl_files
+from tests.images import kdump_files, writers, xl_files
+from tests.xen.control import held_still
 from xenmapcache import Backend, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SIZE, MiB
 
@@ -127,8 +128,8 @@ def mock() -> Iterator[Guest]:
     )
 
     def take_dirty() -> set[int]:
-        dirty = set(domain.dirty)
-        domain.dirty.clear()
+        dirty = set(domain.dirty_gfns)
+        domain.dirty_gfns.clear()
         return dirty
 
     def open_absent() -> object:
@@ -187,13 +188,13 @@ def survey(domid: int) -> tuple[int, dict[str, Span]]:
 
 @contextmanager
 def live(domid: int, name: str, binding: str) -> Iterator[Guest]:
-    """A live guest, whose memory nobody may change."""
+    """A live guest, whose memory nobody may change; it stands still while a test looks."""
 
     def reopen(domid: int = domid) -> Backend:
         return open_backend(name, domid=domid, binding=binding)
 
     present, holes = survey(domid)
-    with reopen() as backend:
+    with held_still(domid), reopen() as backend:
         yield Guest(
             backend,
             present,
@@ -249,6 +250,13 @@ IMAGES = {
     "elfcore-unaligned": Image("elfcore", lambda: writers.elf_core_of(_ranges(), bits=64, align=1)),
     "elfcore-32": Image(
         "elfcore", lambda: writers.elf_core_of(_ranges(), bits=32, align=PAGE_SIZE)
+    ),
+    "kdump": Image("kdump", lambda: kdump_files.kdump(kdump_files.pages_of(_ranges()))),
+    "kdump-flattened": Image(
+        "kdump",
+        lambda: kdump_files.flattened(
+            kdump_files.kdump(kdump_files.pages_of(_ranges()), compression=0), 50_000
+        ),
     ),
 }
 

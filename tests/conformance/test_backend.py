@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import errno
 import gc
+import pickle
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def foreign(address: int, length: int) -> int:
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         place, access, _ = line.split(maxsplit=2)
         first, end = (int(part, 16) for part in place.split("-"))
-        # What is private and usable is Python's own, which was given the address meanwhile.
+        # What is private and usable is Python's own, which was given the address since.
         ours = access.endswith("s") or access == "---p"
         found += ours and first < address + length and address < end
     return found
@@ -109,7 +111,7 @@ def test_a_range_without_a_page(guest: Guest) -> None:
 
 
 def test_view_ends_where_it_was_told_to(guest: Guest) -> None:
-    """A view has just the bytes that were asked for: nothing behind it can be reached."""
+    """A view has just the bytes that were asked for: no byte beyond it can be reached."""
     mapping = guest.backend.map(guest.gfn, 2, writable=False)
     for offset, length in ((0, 1), (PAGE_SIZE - 1, 2), (mapping.length - 1, 1), (7, 0)):
         view = mapping.view(offset, length)
@@ -164,8 +166,8 @@ def test_unmapped_whole_and_once(guest: Guest) -> None:
     part = None
     assert live_mappings() == before
     assert foreign(address, length) == 0
-    if not libc.cover(address, length):
-        return  # the address went to somebody else, which is as free as can be
+    if not libc.map_zeros_over(address, length):
+        return  # the address was given to another mapping, so it was free
     gc.collect()
     # SAFETY: the cover is there, unless a second unmap took it: then this is the crash.
     assert ctypes.string_at(address, length) == bytes(length)
@@ -182,6 +184,15 @@ def test_mappings_outlive_the_backend(guest: Guest) -> None:
         backend.map(guest.gfn, 1, writable=False)
     assert view == before
     assert guest.backend.map(guest.gfn, 1, writable=False).view(0, 9) == before[:9]
+
+
+def test_neither_a_backend_nor_a_mapping_is_copied(guest: Guest) -> None:
+    """Two objects would close the same handles, or account for the same memory."""
+    mapping = guest.backend.map(guest.gfn, 1, writable=False)
+    for original in (guest.backend, mapping):
+        for refused in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot be copied or pickled"):
+                refused(original)
 
 
 def test_remap(guest: Guest) -> None:
@@ -203,7 +214,7 @@ def test_remap(guest: Guest) -> None:
 
 
 def test_remap_shows_what_the_guest_has_there(scratch: Guest) -> None:
-    """After a move both sides share the new pages, and the old ones no more."""
+    """After a move both sides share the new pages, and no longer the old ones."""
     assert scratch.read is not None
     if Capability.REMAP not in scratch.backend.capabilities:
         pytest.skip(f"the backend {scratch.backend.name!r} cannot move a mapping")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import xenmapcache
+from tests.images.kdump_files import kdump, pages_of
 from tests.images.writers import elf_core_of
 from tests.images.xl_files import pages as saved_pages
 from tests.images.xl_files import save
+from tests.unit.test_layers import LAYERS
 from xenmapcache import devicemodel
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +28,13 @@ README = ROOT / "README.md"
 
 NEEDS_XEN = "<!-- needs Xen -->"
 RUN_BY_PYTEST = "<!-- run by pytest -->"
+NEEDS_PACKAGE = re.compile(r"<!-- needs ([a-z]\w*) -->")
+"""Before a block that imports an optional package: it runs where that is installed."""
 
 FILES = {
     "guest.save": save(saved_pages(0, 1, 5)),
     "vmcore": elf_core_of([(0, 2)]),
+    "vmcore.kdump": kdump(pages_of([(0, 2)]), vmcoreinfo=b"OSRELEASE=6.1.0\n"),
 }
 """What the documentation's code opens without making it."""
 
@@ -35,6 +42,7 @@ FENCE = re.compile(r"(?P<ticks>`{3,})(?P<language>[\w{}-]*)")
 INLINE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"(?<!!)\[[^\]\n]*\]\((?P<target>[^)\s]+)\)")
 HEADING = re.compile(r"#{1,6} +(?P<title>.+)")
+FILE = re.compile(r"[\w/]+\.py")
 TARGET = re.compile(r"\bmake ([a-z][a-z-]*)")
 DIRECTIVE = re.compile(r"^\.\. auto(?:class|exception|function|data):: (?P<name>\w+)", re.MULTILINE)
 
@@ -85,6 +93,9 @@ def program(text: str) -> str:
     """Return a text's Python as one program, each line at the number it has in the text."""
     lines = [""] * len(text.splitlines())
     for block in python_blocks(text):
+        package = NEEDS_PACKAGE.fullmatch(block.before)
+        if package is not None and find_spec(package[1]) is None:
+            continue
         if block.before not in (NEEDS_XEN, RUN_BY_PYTEST):
             code = block.code.splitlines()
             lines[block.line - 1 : block.line - 1 + len(code)] = code
@@ -166,6 +177,7 @@ def test_each_block_compiles(page: Path) -> None:
         compile("\n" * (block.line - 1) + block.code, page.name, "exec")
 
 
+@pytest.mark.slow
 @of_pages(WITH_PYTHON)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     """A page's Python blocks run in order, in one namespace, without warnings."""
@@ -175,6 +187,7 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @needs_docs
 def test_the_test_files_that_are_shown_pass(tmp_path: Path) -> None:
     """A block that is a test file passes when pytest runs it as it stands."""
@@ -202,7 +215,7 @@ def test_the_test_files_that_are_shown_pass(tmp_path: Path) -> None:
 @needs_docs
 @of_pages(pages())
 def test_links_lead_somewhere(page: Path) -> None:
-    """Each relative link names a file that is there, and a heading that is in it."""
+    """Each relative link names an existing file, and a heading in it."""
     assert broken_links(page) == []
 
 
@@ -223,14 +236,72 @@ def test_the_reference_has_the_device_models() -> None:
 
 @needs_docs
 def test_every_page_is_in_the_index() -> None:
-    """A page that the table of contents lacks would not be found."""
-    (contents,) = (
-        block
+    """A page that the tables of contents lack would not be found."""
+    listed = [
+        line
         for block in blocks((DOCS / "index.md").read_text(encoding="utf-8"))
         if block.language == "{toctree}"
-    )
-    listed = {line for line in contents.code.splitlines() if line and not line.startswith(":")}
-    assert listed == {page.stem for page in DOCS.glob("*.md")} - {"index"}
+        for line in block.code.splitlines()
+        if line and not line.startswith(":")
+    ]
+    assert sorted(listed) == sorted({path.stem for path in DOCS.glob("*.md")} - {"index"})
+
+
+@needs_docs
+def test_the_table_of_layers_is_the_real_one() -> None:
+    """The design page has the rooms that the test of layers enforces, in the same order."""
+    lines = (DOCS / "design.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| layer | rooms | job |") + 2
+    rooms = [line.split("|")[2] for line in lines[start : lines.index("", start)]]
+    assert [set(re.findall(r"`(\w+)(?:\.py|/)`", cell)) for cell in rooms] == LAYERS
+
+
+@needs_docs
+@of_pages(sorted(DOCS.glob("*.md")))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """A page does not name a module that was moved or removed."""
+    package = Path(xenmapcache.__file__).parent
+    files = [f"xenmapcache/{path.relative_to(package)}" for path in package.rglob("*.py")]
+    for place in (ROOT, package.parent):  # where the wheel is installed, the second one
+        files += [path.name for path in place.glob("*.py")]
+    for folder in ("tests", "examples", "docs"):
+        files += [str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")]
+    named = INLINE.findall(prose(page.read_text(encoding="utf-8")))
+    missing = {
+        name
+        for name in named
+        if FILE.fullmatch(name) and not any(f"/{file}".endswith(f"/{name}") for file in files)
+    }
+    assert not missing
+
+
+@needs_docs
+def test_the_picture_of_the_rooms_is_up_to_date(tmp_path: Path) -> None:
+    """The picture is drawn from the imports, and a change of imports is noticed."""
+    draw = [sys.executable, "docs/draw.py", "--check"]
+    shutil.copytree(DOCS, tmp_path / "docs")
+    package = tmp_path / "xenmapcache"
+    shutil.copytree(Path(xenmapcache.__file__).parent, package)
+    checks = []
+    for change in ("", "from .cli import main\n"):
+        with (package / "doctor_of_rooms.py").open("w") as file:
+            file.write(change)
+        if not change:
+            (package / "doctor_of_rooms.py").unlink()
+        checks.append(subprocess.run(draw, cwd=tmp_path, check=False).returncode)
+    assert checks == [0, 1]
+
+
+@needs_docs
+def test_the_list_of_names_is_up_to_date(tmp_path: Path) -> None:
+    """The list in the reference is made from the docstrings, and a stale one is noticed."""
+    shutil.copytree(DOCS, tmp_path / "docs")
+    check = [sys.executable, str(tmp_path / "docs" / "reference.py"), "--check"]
+    fresh = subprocess.run(check, check=False).returncode
+    page = tmp_path / "docs" / "api.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("**`MapCache`**: ", "**`MapCache`**: not "), encoding="utf-8")
+    assert (fresh, subprocess.run(check, check=False).returncode) == (0, 1)
 
 
 @needs_makefile
@@ -239,6 +310,19 @@ def test_the_makefile_has_what_is_named(page: Path) -> None:
     """Each ``make TARGET`` in code is a target of the Makefile."""
     there = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE.read_text(encoding="utf-8"), re.MULTILINE))
     assert named_targets(page.read_text(encoding="utf-8")) <= there
+
+
+def test_the_readme_shows_what_the_demo_prints() -> None:
+    """The demo's output in README is a part of what the demo prints; only ages may differ."""
+    (shown,) = [
+        block.code
+        for block in blocks(README.read_text(encoding="utf-8"))
+        if block.before == "<!-- output: make demo -->"
+    ]
+    command = [sys.executable, "-m", "xenmapcache", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    age = re.compile(r"\d\.\d{3} s")
+    assert age.sub("0.000 s", shown) in age.sub("0.000 s", done.stdout)
 
 
 # --- the checks themselves ---

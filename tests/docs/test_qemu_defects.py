@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tests.docs.test_docs import DOCS, ROOT, needs_docs
 
 PAGE = DOCS / "qemu-defects.md"
@@ -75,6 +77,7 @@ def test_each_row_has_its_tests_and_each_test_its_row() -> None:
 
 
 @needs_docs
+@pytest.mark.slow
 def test_what_the_tables_say_of_live_guests() -> None:
     """A row says yes if a test of it runs live; else it names others that do, or says why not."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "xen", "tests/qemu"]

@@ -9,8 +9,12 @@ import sys
 import zlib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/framebuffer.py"
+
+pytestmark = pytest.mark.slow
 
 
 def run(*options: object) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,6 @@
 """Each example is run as a user runs it, and its output compared with what is kept.
 
-After a change that is meant, write the kept output anew:
+If a change of the output is meant, write the kept output again:
 ``XENMAPCACHE_REGENERATE=1 pytest tests/examples``.
 """
 
@@ -19,6 +19,8 @@ EXAMPLES = ROOT / "examples"
 KEPT = EXAMPLES / "output"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 AGE = re.compile(r"\bage \d+\.\d{3} s")
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 from xenmapcache.address import PAGE_SHIFT, page_span
+from xenmapcache.binding.declarations import Library
+from xenmapcache.binding.library import find_library
+from xenmapcache.binding.loader import get_loader
+from xenmapcache.errors import BackendUnavailableError
 
 SOURCE: Final = Path(__file__).with_name("fake_xen.c")
 FLAGS: Final = ("-std=gnu11", "-O1", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -44,6 +48,16 @@ def need(module: str) -> None:
     """Skip a test that needs a Python module: ``_cffi_backend`` to load, ``cffi`` to generate."""
     if find_spec(module) is None:
         missing(f"{module} is not installed (Debian: apt install python3-cffi)")
+
+
+def real_library(library: Library) -> str:
+    """Return where a real library of Xen's is; without it the test is skipped."""
+    try:
+        path = find_library(library)
+        get_loader("ctypes").open(library, path)
+    except (BackendUnavailableError, OSError):
+        missing(f"{library.soname} is not installed (Debian: {library.package})")
+    return path
 
 
 def build(folder: Path, variant: str = "") -> Path:
@@ -130,6 +144,7 @@ class _State(ctypes.Structure):
         ("vcpus", ctypes.c_uint32),
         ("calls", ctypes.c_uint32),
         ("misuses", ctypes.c_uint32),
+        ("handles", ctypes.c_int32),
         ("plans", _Plan * 8),
         ("servers", _Server * 8),
         ("log", _Call * 1024),
@@ -231,7 +246,7 @@ class FakeXen:
         return mmap.mmap(self._state.ioreq_fd, 1 << PAGE_SHIFT, offset=offset)
 
     def send(self, port: int) -> None:
-        """Send an event through a port of the guest, which somebody must have bound."""
+        """Send an event through a port of the guest, which must be bound."""
         assert self._c.fake_xen_send(port)
 
     def notified(self, wait: float = 20.0) -> int:
@@ -254,7 +269,7 @@ class FakeXen:
         assert os.read(self._entered, 1)
 
     def unblock(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         os.write(self._proceed, b"x")
 
     @property
@@ -273,6 +288,11 @@ class FakeXen:
     def count(self, name: str) -> int:
         """Return how often a function was called."""
         return sum(call.name == name for call in self.calls)
+
+    @property
+    def handles(self) -> int:
+        """How many handles are open, of all kinds."""
+        return int(self._state.handles)
 
     @property
     def misuses(self) -> int:

@@ -93,6 +93,7 @@ struct state {
     uint32_t vcpus;
     uint32_t calls;
     uint32_t misuses; /* a closed handle was used, one was closed during a call, pending unpolled */
+    int32_t handles;  /* that are open */
     struct plan plans[8];
     struct server servers[8];
     struct call log[1024];
@@ -168,7 +169,7 @@ static int fails(const struct plan *plan)
             waited = poll(&wait, 1, 20000);
         while (waited < 0 && errno == EINTR);
         if (waited != 1 || read(state->proceed, &byte, 1) != 1) {
-            errno = ETIMEDOUT; /* Python could not run meanwhile */
+            errno = ETIMEDOUT; /* Python could not run during the wait */
             return 1;
         }
         return 0;
@@ -207,6 +208,7 @@ static handle *open_handle(const char *name)
         return NULL;
     h->live = LIVE;
     h->restricted = -1;
+    __atomic_fetch_add(&state->handles, 1, __ATOMIC_SEQ_CST);
     return h;
 }
 
@@ -216,6 +218,7 @@ static int close_handle(handle *h)
     if (h->live != LIVE || h->under_way)
         __atomic_fetch_add(&state->misuses, 1, __ATOMIC_SEQ_CST);
     h->live = 0;
+    __atomic_fetch_sub(&state->handles, 1, __ATOMIC_SEQ_CST);
     return 0;
 }
 
@@ -430,6 +433,25 @@ EXPORT int xc_interface_close(handle *xch)
 }
 
 #ifndef ALONE
+/* The head of struct xen_domctl_getdomaininfo: domain, pad, flags. The plan's value is flags. */
+EXPORT int xc_domain_getinfolist(handle *xch, uint32_t first_domain, unsigned max_domains,
+                                 void *info)
+{
+    struct plan plan = planned(__func__);
+    struct { uint16_t domain, pad; uint32_t flags; } *head = info;
+
+    RECORD(U(xch), first_domain, max_domains, U(info));
+    if (plan.behaviour == FAIL && plan.value >= 0) {
+        errno = plan.value;
+        return -1;
+    }
+    if (first_domain > state->domid)
+        return 0;
+    head->domain = state->domid;
+    head->flags = plan.behaviour == FAIL ? -plan.value : 0;
+    return 1;
+}
+
 EXPORT int xc_domain_maximum_gpfn(handle *xch, uint32_t domid, xen_pfn_t *gpfns)
 {
     struct plan plan = planned(__func__);
@@ -443,6 +465,22 @@ EXPORT int xc_domain_maximum_gpfn(handle *xch, uint32_t domid, xen_pfn_t *gpfns)
     }
     *gpfns = state->pages - 1;
     return 0;
+}
+
+EXPORT int xc_domain_pause(handle *xch, uint32_t domid)
+{
+    struct plan plan = planned(__func__);
+
+    RECORD(U(xch), domid);
+    return fails(&plan) ? -1 : 0;
+}
+
+EXPORT int xc_domain_unpause(handle *xch, uint32_t domid)
+{
+    struct plan plan = planned(__func__);
+
+    RECORD(U(xch), domid);
+    return fails(&plan) ? -1 : 0;
 }
 #endif
 
@@ -697,7 +735,7 @@ typedef struct channels {
     struct {
         evtchn_port_t remote; /* 0: not bound */
         int masked;           /* it was told of, and is not unmasked yet */
-        int again;            /* it came meanwhile */
+        int again;            /* it came during the call */
     } ports[64];
 } channels;
 
@@ -789,7 +827,7 @@ static channels *owner(evtchn_port_t remote, evtchn_port_t *port)
     return NULL;
 }
 
-/* An event of the guest's port, from Python. Whether somebody has bound it. */
+/* An event of the guest's port, from Python. Returns whether it is bound. */
 EXPORT int fake_xen_send(evtchn_port_t remote)
 {
     evtchn_port_t port;

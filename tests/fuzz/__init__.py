@@ -1,1 +1,1 @@
-"""Files that lie, made by machine: whatever is in them, the answer is CorruptImageError."""
+"""Corrupt files, made by machine: whatever their content, the answer is CorruptImageError."""

@@ -19,6 +19,8 @@ from xenmapcache import CorruptImageError
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.coredump import CoredumpBackend
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("XENMAPCACHE_FUZZ", "300"))
 
 bounded = settings(
@@ -29,7 +31,7 @@ bounded = settings(
 PFNS = [0, 1, 2, 5, 6, 0x100]
 SEEDS = [dump_core(PFNS), dump_core_pv(PFNS, shift=8), dump_core([0, PADDING, 1, PADDING])]
 HEADERS = 64 + 64 * 6 + 200
-"""Where the headers and the notes that count end: what lies behind is seldom worth a change."""
+"""The end of the headers and of the notes that count: bytes after it are seldom changed."""
 
 NUMBERS = st.sampled_from(
     [0, 1, 7, 0xFF, 4096, 2**16 - 1, 2**31, 2**32 - 1, 2**52, 2**63, 2**64 - 1]
@@ -43,7 +45,7 @@ PLACES = st.one_of(
 
 @calls_at_most(100_000)
 def check(path: Path, content: bytes) -> None:
-    """Open it and read all that is there."""
+    """Open it and read every present page."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
     os.utime(path, (1, 1))
@@ -90,7 +92,7 @@ def test_changed_numbers(file: Path, seed: bytes, changes: list[tuple[int, str, 
 @bounded
 @given(seed=st.sampled_from(SEEDS), cut=st.integers(0, len(SEEDS[0])), junk=st.binary(max_size=80))
 def test_cut_off_and_continued(file: Path, seed: bytes, cut: int, junk: bytes) -> None:
-    """A part of a file, and what comes behind is anything."""
+    """A part of a file, with any bytes after it."""
     check(file, seed[:cut] + junk)
 
 

@@ -11,10 +11,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.effort import calls_at_most
-from tests.images.writers import Load, elf_core, elf_core_of, memory, note
+from tests.images.writers import Load, check_parts, elf_core, elf_core_of, memory, note
 from xenmapcache import CorruptImageError, UnsupportedOperationError
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.elfcore import ElfCoreBackend
+
+pytestmark = pytest.mark.slow
 
 bounded = settings(
     max_examples=int(os.environ.get("XENMAPCACHE_FUZZ", "300")),
@@ -38,16 +40,24 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "vmcore"
 
 
-@calls_at_most(10_000)
 def check(path: Path, content: bytes) -> None:
-    """Open it and read all that is there: it is right, or an error that names the file."""
+    """Open it, whole and what is intact of it, and read every present page."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
     os.utime(path, (1, 1))
+    for salvage in (False, True):
+        check_pages(path, content, salvage)
+
+
+@calls_at_most(10_000)
+def check_pages(path: Path, content: bytes, salvage: bool) -> None:
+    """Each page that is present is right; or there is an error that names the file."""
     try:
-        with ElfCoreBackend(path=path) as backend:
+        with ElfCoreBackend(path=path, salvage=salvage) as backend:
             backend.describe()
             assert sum(len(note.data) for note in backend.notes) <= 8 * len(content)
+            check_parts(content, backend)
+            in_parts = {run.gfn for run in backend.runs(0, 1 << 40) if run.fragments is not None}
             end = 0
             for gfn, count in backend.present(0, 1 << 40):
                 assert end <= gfn
@@ -55,7 +65,8 @@ def check(path: Path, content: bytes) -> None:
                 mapping = backend.map(gfn, count, writable=False)
                 assert mapping.errors is None
                 for page in range(count):
-                    assert bytes(mapping.view(page * PAGE_SIZE, PAGE_SIZE)) in content
+                    data = bytes(mapping.view(page * PAGE_SIZE, PAGE_SIZE))
+                    assert data in content or gfn + page in in_parts
             assert end * PAGE_SIZE == backend.memory_end
     except (CorruptImageError, UnsupportedOperationError) as error:
         assert str(path) in str(error)
@@ -91,7 +102,7 @@ def test_changed_numbers(file: Path, seed: bytes, changes: list[tuple[int, str, 
 @example(seed=SEEDS[0], cut=len(SEEDS[0]), junk=b"")
 @example(seed=SEEDS[0], cut=5, junk=b"\x02" + bytes(80))
 def test_cut_off_and_continued(file: Path, seed: bytes, cut: int, junk: bytes) -> None:
-    """A part of a file, and what comes behind is anything."""
+    """A part of a file, with any bytes after it."""
     check(file, seed[:cut] + junk)
 
 

@@ -19,6 +19,8 @@ from xenmapcache import CorruptImageError
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.save import SaveBackend
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("XENMAPCACHE_FUZZ", "300"))
 
 bounded = settings(
@@ -39,7 +41,7 @@ PLACES = st.one_of(st.integers(0, 260), st.integers(-260, -1), st.integers(0, le
 
 @calls_at_most(100_000)
 def check(path: Path, content: bytes) -> None:
-    """Open it and read all that is there; then once more, by the index that was kept."""
+    """Open it and read all pages; then again, by the index that was kept."""
     for old in path.parent.iterdir():
         old.unlink()
     path.write_bytes(content)
@@ -58,7 +60,23 @@ def check(path: Path, content: bytes) -> None:
             assert end * PAGE_SIZE == backend.memory_end
         with SaveBackend(path=path, keep_index=True) as again:
             assert list(again.runs(0, 1 << 40)) == runs
-            assert (again.kind, again.xen_version) == (backend.kind, backend.xen_version)
+            assert (again.guest_type, again.xen_version) == (
+                backend.guest_type,
+                backend.xen_version,
+            )
+    except CorruptImageError as error:
+        assert str(path) in str(error)
+    check_salvage(path, len(content))
+
+
+def check_salvage(path: Path, size: int) -> None:
+    """What is intact of it can be read, or there is an error that names the file."""
+    try:
+        with SaveBackend(path=path, salvage=True) as backend:
+            assert len(backend.warnings) <= 1
+            for run in backend.runs(0, 1 << 40):
+                assert run.offset + run.pages * PAGE_SIZE <= size
+                backend.map(run.gfn, run.pages, writable=False)
     except CorruptImageError as error:
         assert str(path) in str(error)
 
@@ -90,7 +108,7 @@ def test_changed_numbers(file: Path, seed: bytes, changes: list[tuple[int, str, 
 @bounded
 @given(seed=st.sampled_from(SEEDS), cut=st.integers(0, len(SEEDS[0])), junk=st.binary(max_size=80))
 def test_cut_off_and_continued(file: Path, seed: bytes, cut: int, junk: bytes) -> None:
-    """A part of a file, and what comes behind is anything."""
+    """A part of a file, and anything after it."""
     check(file, seed[:cut] + junk)
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from xenmapcache.address import PAGE_SIZE, page_span
-from xenmapcache.backends.raw import LIME_HEADER, LIME_MAGIC, LIME_VERSION
-from xenmapcache.elf import PN_XNUM, PT_LOAD, PT_NOTE
+from xenmapcache.backends.image import SpanBackend
+from xenmapcache.formats import lime as lime_format
+from xenmapcache.formats.elf import PN_XNUM, PT_LOAD, PT_NOTE
 
 _WORDS = PAGE_SIZE // 8
 _EHDR = {64: "<16sHHIQQQIHHHHHH", 32: "<16sHHIIIIIHHHHHH"}
@@ -33,9 +34,11 @@ def packed(ranges: Sequence[tuple[int, int]]) -> bytes:
     return b"".join(memory(*pages) for pages in ranges)
 
 
-def lime_range(first: int, data: bytes, *, version: int = LIME_VERSION) -> bytes:
+def lime_range(first: int, data: bytes, *, version: int = lime_format.VERSION) -> bytes:
     """Return a range of a LiME file."""
-    return LIME_HEADER.pack(LIME_MAGIC, version, first, first + len(data) - 1, 0) + data
+    return (
+        lime_format.HEADER.pack(lime_format.MAGIC, version, first, first + len(data) - 1, 0) + data
+    )
 
 
 def lime(ranges: Sequence[tuple[int, int]]) -> bytes:
@@ -107,3 +110,17 @@ def elf_core_of(ranges: Sequence[tuple[int, int]], *, bits: int = 64, align: int
     """Return an ELF core of ranges of pages, ``(gfn, pages)``."""
     loads = [Load(gfn * PAGE_SIZE, memory(gfn, pages)) for gfn, pages in ranges]
     return elf_core(loads, notes=note(b"CORE", 1, bytes(336)), bits=bits, align=align)
+
+
+def check_parts(content: bytes, backend: SpanBackend) -> None:
+    """Check each page that a file has in parts: it has these parts, and zeros."""
+    partial = dict(backend.partial_pages)
+    for run in backend.runs(0, 1 << 40):
+        if run.fragments is not None:
+            page = bytearray(PAGE_SIZE)
+            for start, length, offset in run.fragments:
+                assert offset + length <= len(content)
+                page[start : start + length] = content[offset : offset + length]
+            assert backend.map(run.gfn, 1, writable=False).view(0, PAGE_SIZE) == page
+            have = sum(fragment.length for fragment in run.fragments)
+            assert partial.get(run.gfn, 0) == PAGE_SIZE - have

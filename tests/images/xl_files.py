@@ -45,6 +45,7 @@ class Core:
     changes: dict[str, dict[str, int]] = field(default_factory=dict)
     shift: int = 0
     notes: bytes | None = None
+    contexts: bytes | None = None
 
     def contents(self) -> dict[str, bytes]:
         count = len(self.pfns) if self.pages is None else self.pages
@@ -59,7 +60,7 @@ class Core:
         return {
             ".shstrtab": names,
             ".note.Xen": notes if self.notes is None else self.notes,
-            ".xen_prstatus": bytes(5168 * self.vcpus),
+            ".xen_prstatus": bytes(5168 * self.vcpus) if self.contexts is None else self.contexts,
             ".xen_shared_info": b"\x5a" * PAGE,
             ".xen_pages": b"".join(bytes(PAGE) if n == PADDING else page(n) for n in self.pfns),
             ".xen_pfn": b"".join(struct.pack("<Q", n) for n in self.pfns),
@@ -174,6 +175,24 @@ def save(*records: bytes, version: int = 3, kind: int = 2) -> bytes:
     after = [record(0xA, bytes(24)), record(9, bytes(100)), record(0x80000001, b"ignored")]
     inner = libxc(*before, *records, *after, record(END), version=version, kind=kind)
     return xl(libxl(inner, record(2, bytes(20)), record(3, b"QEMU!"), record(END)))
+
+
+def libvirt(
+    stream: bytes, *, version: int = 2, header: int = 64, xml: bytes = b"<domain/>\0"
+) -> bytes:
+    """What virsh save writes of a Xen guest, around a stream of libxl."""
+    head = struct.pack("<16sII", b"libvirt-xml\n \0 \r", version, len(xml))
+    return head.ljust(header, b"\0") + xml + stream
+
+
+def section(kind: int, body: bytes = b"", length: int | None = None) -> bytes:
+    """A section of a suspend image of XenServer."""
+    return struct.pack("<QQ", kind, len(body) if length is None else length) + body
+
+
+def suspend_image(*sections: bytes) -> bytes:
+    """A suspend image of XenServer, as its disk has it: with zeros after the end."""
+    return b"XenSavedDomv2-\n" + b"".join(sections) + section(0xFFFF) + bytes(100)
 
 
 def memory(address: int, length: int) -> bytes:

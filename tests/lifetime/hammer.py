@@ -64,7 +64,7 @@ class Values:
         data = bytearray()
         for cell in range(address, address + length, CELL):
             count = self.written[writer]
-            self.written[writer] = count + 1  # before anybody can find it
+            self.written[writer] = count + 1  # before another thread can find it
             data += VALUE.pack(count & WHOLE, writer, check_sum(cell, count, writer))
         return bytes(data)
 
@@ -107,7 +107,7 @@ class Hammer:
         self.warned: Counter[int] = Counter()
 
     def run(self) -> None:
-        """Let them work, then look whether the books balance."""
+        """Let them work, then check the accounting."""
         handler = logging.Handler()
         handler.emit = self.note_warning  # type: ignore[method-assign] # counted
         logger = logging.getLogger("xenmapcache")
@@ -161,13 +161,14 @@ class Hammer:
         assert (stats.device_leases, stats.dma_leases) == (0, 0)
         assert stats.resident_bytes <= RESIDENT
         gc.collect()
-        assert not any(bucket.holders for bucket in cache._buckets.values())
-        assert all(
-            cache._buckets[index].memory is cache._readable[index] for index in cache._readable
-        )
-        assert set(cache._writable) == set(cache._readable)
-        assert sorted(cache._clock) == sorted(cache._buckets)
-        assert not cache._pending
+        now = cache._table.generation
+        assert not any(pin.lease_ids for pin in now.clock.pins.values())
+        assert all(now.buckets[index].memory is now.readable[index] for index in now.readable)
+        assert set(now.writable) == set(now.readable)
+        assert sorted(now.clock.order) == sorted(now.buckets)
+        assert not now.notes
+        assert not cache._budget.operations
+        assert not cache._budget.waiting
         assert max(self.warned.values(), default=0) <= 1
         cache.close()
         gc.collect()
@@ -212,7 +213,7 @@ class Worker:
         length = self.rng.choice([1, 1, 2, 8]) * CELL
         cell = self.rng.randrange(THREADS, PAGES * CELLS - 8)
         if cell % CELLS < THREADS or (cell % CELLS) > CELLS - 9:
-            # The first cells of a page are the threads' own: begin behind them, or cross an edge
+            # The first cells of a page are the threads' own: begin after them, or cross an edge
             # of pages that balloon, where nobody has any.
             cell = self.rng.choice(BALLOON[1:]) * CELLS - 2
         return cell * CELL, length
@@ -302,7 +303,7 @@ class Worker:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="at most so long")
+    parser.add_argument("--seconds", type=float, default=10.0, help="at most (%(default)s)")
     parser.add_argument("--operations", type=int, default=5000, help="of each thread, at most")
     parser.add_argument("--seed", type=int, default=None, help="of what is done")
     options = parser.parse_args()
@@ -314,7 +315,7 @@ def main() -> int:
     stats = hammer.cache.stats()
     print(  # noqa: T201 - a script's
         ", ".join(f"{name} {count}" for name, count in sorted(hammer.done.items())),
-        f"\nmaps {stats.maps}, evictions {stats.evictions}, stale DMA {stats.stale_dma}, "
+        f"\nmaps {stats.maps}, evictions {stats.evictions}, stale DMA {stats.stale_dma_released}, "
         f"warned of {len(hammer.warned)} leases",
     )
     return 0

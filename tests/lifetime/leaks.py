@@ -63,7 +63,7 @@ class MockGuest:
     def __init__(self) -> None:
         self.domain = MockHypervisor().create_domain(memory=SIZE, holes=[(HOLE, PAGE_SIZE)])
         self.backend: Backend = open_backend("mock", domain=self.domain)
-        self.inode = os.fstat(self.domain._hypervisor.fd).st_ino
+        self.inode = os.fstat(self.domain.p2m.frames.fileno()).st_ino
 
     def balloon(self, address: int) -> None:
         """Give a page up, and get another one."""
@@ -72,12 +72,12 @@ class MockGuest:
 
     def fail_next(self) -> None:
         """Let the next map fail."""
-        self.domain.arm("map", errno=5)
+        self.domain.inject_fault("map", errno=5)
 
     def settle(self) -> None:
         """Forget what a test may look at later."""
-        self.domain.disarm()
-        self.domain.dirty.clear()
+        self.domain.clear_faults()
+        self.domain.dirty_gfns.clear()
 
 
 class FakeGuest:
@@ -141,7 +141,7 @@ class Use:
         self.weights = list(weighted.values())
 
     def run(self, count: int) -> None:
-        """Do so many, and drop what is kept."""
+        """Do N operations, and drop what is kept."""
         errors = (FaultError, XenCallError, CacheFullError, LeaseError)
         chosen = self.random.choices(self.operations, self.weights, k=10_000)
         for number in range(count):
@@ -249,7 +249,7 @@ class Use:
 
 
 def main() -> None:
-    """Use it, warm, so many times, and print what grew."""
+    """Warm it up, use it N times, and print what grew."""
     parser = argparse.ArgumentParser()
     parser.add_argument("source", choices=["mock", "cffi", "ctypes"])
     parser.add_argument("operations", type=int)
@@ -273,7 +273,10 @@ def main() -> None:
     grew = {name: now - then for name, now, then in zip(State._fields, after, before, strict=True)}
     held = {name: getattr(after, name) for name in State._fields[4:]}
     stats = use.cache.stats()
-    counts = {name: getattr(stats, name) for name in ("maps", "evictions", "holes", "stale_dma")}
+    counts = {
+        name: getattr(stats, name)
+        for name in ("maps", "evictions", "hole_faults", "stale_dma_released")
+    }
     sys.stdout.write(json.dumps({"grew": grew, "held": held, "counts": counts}) + "\n")
 
 

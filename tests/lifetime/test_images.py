@@ -7,20 +7,24 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.files.places import folder_for_mapping
 from tests.images.writers import memory
+
+pytestmark = pytest.mark.slow
 
 PRELUDE = """
 import gc, logging, os, random, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
 from tests.images.writers import memory
 from xenmapcache import *
-from xenmapcache import imagefile
-from xenmapcache.imagefile import ImageFile
+from xenmapcache.files.filelease import FileLease, image_guard
+from xenmapcache.files.image import ImageFile
 
 logging.getLogger("xenmapcache").setLevel(logging.CRITICAL)  # which says that a piece was lost
 path = Path(sys.argv[1])
@@ -43,7 +47,7 @@ def disturb():
 def no_file_is_open():
     gc.collect()
     deadline = time.monotonic() + 30
-    while imagefile._guard.files:  # the guard may be answering
+    while image_guard.leases:  # the guard may be answering
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
@@ -73,10 +77,12 @@ def ended_well(pid):
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "guest.raw"
-    path.write_bytes(memory(0, 1024))
-    return path
+def path(tmp_path: Path) -> Iterator[Path]:
+    """A file in a folder whose files can be mapped: without a mapping nothing is shown here."""
+    for folder in folder_for_mapping(tmp_path):
+        path = folder / "guest.raw"
+        path.write_bytes(memory(0, 1024))
+        yield path
 
 
 def run(script: str, path: Path, *before: str) -> None:
@@ -91,7 +97,7 @@ def run(script: str, path: Path, *before: str) -> None:
     assert (done.returncode, done.stderr) == (0, ""), (done.returncode, done.stderr)
 
 
-def test_the_danger_is_real(path: Path) -> None:
+def test_truncated_file_mapped_without_a_lease_is_a_sigbus(path: Path) -> None:
     """Without a lease the same file, mapped and truncated, ends a process with SIGBUS."""
     code = (
         "import mmap, os, sys\nwith open(sys.argv[1], 'rb') as file:\n"
@@ -102,7 +108,7 @@ def test_the_danger_is_real(path: Path) -> None:
     assert done.returncode == -7
 
 
-def test_threads_over_a_file_that_is_truncated(path: Path) -> None:
+def test_threads_over_truncated_file_see_old_content_or_an_error(path: Path) -> None:
     """Threads that map, read, keep and drop views see what was there, or an error: each time."""
     run(
         """
@@ -161,8 +167,8 @@ def test_threads_over_a_file_that_is_truncated(path: Path) -> None:
     )
 
 
-def test_closed_while_it_is_truncated(path: Path) -> None:
-    """Open, map, close and drop against somebody who keeps opening the file for writing."""
+def test_close_races_with_writers(path: Path) -> None:
+    """Open, map, close and drop while another process keeps opening the file for writing."""
     run(
         """
         writer = disturb()
@@ -186,11 +192,11 @@ def test_closed_while_it_is_truncated(path: Path) -> None:
     )
 
 
-def test_somebody_elses_file() -> None:
+def test_file_of_another_user_is_read() -> None:
     """Who may read a file, and may have no lease of it, reads the same, and never dies of it."""
     setpriv = shutil.which("setpriv")
     if setpriv is None or os.geteuid():
-        pytest.skip("needs root and setpriv, to become somebody else")
+        pytest.skip("needs root and setpriv, to become another user")
     python = Path(sys.executable)
     able = subprocess.run(
         [setpriv, "--reuid=65534", "--clear-groups", python, "-c", "import xenmapcache"],
@@ -200,7 +206,7 @@ def test_somebody_elses_file() -> None:
         pytest.skip("nobody cannot run this Python")
     script = """
         file = ImageFile(path)
-        assert file.map(0, 4096) is None
+        assert file.map(0, 0, 1) is None
         file.close()
         with opened() as backend, MapCache(backend, bucket_shift=16) as cache:
             view = backend.map(0, 512, writable=False).view(0, 512 * 4096)
@@ -232,7 +238,7 @@ def test_somebody_elses_file() -> None:
         assert process.returncode == 0
 
 
-def test_a_sparse_file_on_a_full_tmpfs(tmp_path: Path) -> None:
+def test_sparse_file_on_full_tmpfs_is_read(tmp_path: Path) -> None:
     """Holes of a file in a tmpfs that is full read as zeros: touching them mapped is a SIGBUS."""
     if os.geteuid():
         pytest.skip("needs root, to mount a tmpfs")
@@ -256,14 +262,14 @@ def test_a_sparse_file_on_a_full_tmpfs(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_forked_children_leave_the_lease_alone(path: Path) -> None:
+def test_forked_children_leave_the_file_lease_alone(path: Path) -> None:
     """A child that closes, drops, ends or lives on does not change what protects the parent."""
     run(
         """
         backend = opened()
         mapping = backend.map(0, 512, writable=False)
         view = mapping.view(0, 512 * 4096)
-        leased = backend._file._leased
+        lease = backend._file._lease
         def work():
             global mapping, view
             assert str(path) not in [os.path.realpath(f"/proc/self/fd/{fd}") for fd in range(3, 32)]
@@ -282,7 +288,7 @@ def test_forked_children_leave_the_lease_alone(path: Path) -> None:
             copy.write_bytes(memory(0, 64))
             with open_backend("raw", path=copy) as own:  # with a lease and a guard of its own
                 part = own.map(0, 64, writable=False).view(0, 64 * 4096)
-                assert guards() == leased
+                assert guards() == 1
                 os.truncate(copy, 0)
                 assert part == memory(0, 64)
         ended_well(in_child(work))
@@ -290,7 +296,7 @@ def test_forked_children_leave_the_lease_alone(path: Path) -> None:
         idle = in_child(lambda: (os.close(w), os.read(r, 1)))  # has the descriptor all the time
         other = in_child(lambda: os.closerange(3, 100))
         ended_well(other)
-        assert backend._file._leased == leased
+        assert lease.is_intact()
         assert backend.map(0, 8, writable=False).view(0, 8 * 4096) == memory(0, 8)
         os.truncate(path, 0)
         assert view == memory(0, 512)
@@ -308,15 +314,14 @@ def test_forked_children_leave_the_lease_alone(path: Path) -> None:
     )
 
 
-def test_a_child_that_holds_the_descriptor(path: Path) -> None:
+def test_descriptor_in_a_child_keeps_no_writer_waiting(path: Path) -> None:
     """A file that is closed here keeps nobody waiting because of a child that inherited it."""
     run(
         """
         backend = opened()
         backend.map(0, 8, writable=False)
         r, w = os.pipe()
-        raw = imagefile._guard.forget_parent
-        imagefile.ImageFile.forget_parent = lambda self: None  # as a fork by C code
+        FileLease.forget_parent = lambda self: None  # as a fork by C code
         pid = in_child(lambda: (os.close(w), os.read(r, 1)))
         backend.close()
         started = time.monotonic()
@@ -329,7 +334,7 @@ def test_a_child_that_holds_the_descriptor(path: Path) -> None:
     )
 
 
-def test_a_fork_in_the_middle(path: Path) -> None:
+def test_fork_while_threads_map_and_copy(path: Path) -> None:
     """Children of a process whose threads map and copy all the time are not stuck and see zeros."""
     run(
         """
@@ -359,7 +364,7 @@ def test_a_fork_in_the_middle(path: Path) -> None:
     )
 
 
-def test_exit_with_everything_held(path: Path) -> None:
+def test_exit_with_everything_held_is_silent(path: Path) -> None:
     """At exit with views, leases and an open file, nothing is said, and nobody waits for long."""
     run(
         """
@@ -379,7 +384,7 @@ def test_exit_with_everything_held(path: Path) -> None:
     )
 
 
-def test_a_program_with_its_own_signals(path: Path) -> None:
+def test_programs_own_signals_are_not_disturbed(path: Path) -> None:
     """Neither handlers of SIGIO nor those who wait for signals see anything, or miss any."""
     run(
         """
@@ -413,7 +418,7 @@ def test_a_program_with_its_own_signals(path: Path) -> None:
     )
 
 
-def test_the_masks_of_threads(path: Path) -> None:
+def test_guard_blocks_all_signals_and_changes_no_other_mask(path: Path) -> None:
     """The thread that maps first has the signal mask that it had, and the guard blocks them all."""
     run(
         """
@@ -422,18 +427,18 @@ def test_the_masks_of_threads(path: Path) -> None:
         backend = opened()
         backend.map(0, 8, writable=False)
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before == {signal.SIGUSR1}
-        if imagefile._guard._thread:
-            status = Path(f"/proc/self/task/{imagefile._guard._thread}/status").read_text()
-            blocked = int(status.split("SigBlk:")[1].split()[0], 16)
-            for number in (signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
-                assert blocked >> number - 1 & 1
+        thread, thread_id = image_guard._elected
+        status = Path(f"/proc/self/task/{thread_id}/status").read_text()
+        blocked = int(status.split("SigBlk:")[1].split()[0], 16)
+        for number in (signal.SIGIO, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            assert blocked >> number - 1 & 1
         backend.close()
         """,
         path,
     )
 
 
-def test_one_guard(path: Path) -> None:
+def test_concurrent_opens_share_one_file_lease_thread(path: Path) -> None:
     """Threads that open files at once, many times, share one guard; none starts without need."""
     run(
         """
@@ -458,7 +463,7 @@ def test_one_guard(path: Path) -> None:
     )
 
 
-def test_views_that_die_anywhere(path: Path) -> None:
+def test_views_may_end_anywhere(path: Path) -> None:
     """Views end in other threads, in garbage and in signal handlers, while the file is written."""
     run(
         """
@@ -474,7 +479,7 @@ def test_views_that_die_anywhere(path: Path) -> None:
             gc.collect()
             with opened() as backend:
                 assert backend.map(1, 2, writable=False).view(0, 8) == memory(1, 1)[:8]
-            # From its end on: a slow machine would do nothing but handle what comes meanwhile.
+            # From its end on: a slow machine would do nothing but handle new signals.
             signal.setitimer(signal.ITIMER_REAL, 0.01 * going_on)
         going_on = False
         handler(0, None)  # what is imported when it is needed is there from here on

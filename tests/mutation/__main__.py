@@ -1,7 +1,7 @@
 """Break the package on purpose, and see each break noticed by a test.
 
 Package and tests are copied; for one mutant after the other the copy is broken, the tests
-are run that have to notice, and the copy is mended. First the same tests have to pass where
+are run that have to notice, and the copy is repaired. First the same tests have to pass where
 nothing is broken. Exits with 1 if a mutant survives, no longer applies, or names a test that
 is not there.
 """
@@ -9,6 +9,7 @@ is not there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import queue
 import sys
@@ -47,7 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=float,
         default=10,
         metavar="S",
-        help="a run hangs when it takes so many seconds more than usual (%(default)s)",
+        help="a run hangs when it takes this many seconds more than usual (%(default)s)",
+    )
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="run N of them, which the seed chooses"
+    )
+    parser.add_argument(
+        "--seed", default="", metavar="TEXT", help="for example the commit: another one, others"
     )
     parser.add_argument("--list", action="store_true", help="print what they break, and run none")
     parser.add_argument(
@@ -59,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in known:
             parser.error(f"there is no mutant {name!r}: see --list")
     mutants = [known[name] for name in options.names or known]
+    if options.sample is not None:
+        mutants = sample(mutants, options.sample, options.seed)
     console = Console()
     if not console.is_terminal:
         console.width = 140
@@ -78,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     killed = sum(_is_killed(result) for _, result in results)
     console.print(f"{killed} of {len(results)} killed in {time.monotonic() - started:.0f} s")
     return killed != len(results)
+
+
+def sample(mutants: Sequence[Mutant], count: int, seed: str) -> list[Mutant]:
+    """Return some mutants, the same ones for the same seed, in the order in which they came."""
+
+    def rank(mutant: Mutant) -> bytes:
+        return hashlib.sha256(f"{seed} {mutant.name}".encode()).digest()
+
+    chosen = sorted(mutants, key=rank)[:count]
+    return [mutant for mutant in mutants if mutant in chosen]
 
 
 def judge_all(

@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
     Attributes:
         name: its own.
         harm: what is broken, and what a user would suffer.
-        file: of the package, as ``xenmapcache/cache.py``.
+        file: of the package, as ``xenmapcache/cache/mapcache.py``.
         old: a piece of it, that occurs once.
         new: what comes in its place.
         tests: files or node ids, in the order in which they are run.
@@ -46,14 +46,14 @@ class Mutant(NamedTuple):
             for name, fields in content.items():
                 if name in mutants:
                     raise ValueError(f"{path}: there are two mutants {name!r}")
-                mutants[name] = cls(name, file=file, **{"tests": tests, **fields})
+                mutants[name] = cls(name, **{"file": file, "tests": tests, **fields})
         return [mutant._replace(tests=tuple(mutant.tests)) for mutant in mutants.values()]
 
     def applied(self, text: str) -> str:
         """Return the text of its file with the break in it.
 
         Raises:
-            StaleMutantError: the old text is not there just once, or the new one is no Python.
+            StaleMutantError: the old text is not there exactly once, or the new one is not Python.
         """
         count = text.count(self.old)
         if count != 1:

@@ -1,4 +1,4 @@
-"""The runner: a copy of package and tests, broken, tested and mended again."""
+"""The runner: a copy of package and tests, broken, tested and repaired."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGE = Path(xenmapcache.__file__).parent
 TESTS = Path(__file__).parents[1]
 
 _PATIENCE = 10.0
-"""A run hangs that takes so many times as long as its tests do unbroken, and some grace."""
+"""A run hangs if it takes this many times as long as its tests do unbroken, and some grace."""
 
 
 class BrokenRunError(Exception):

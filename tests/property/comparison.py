@@ -1,4 +1,4 @@
-"""A cache over the mock beside the model: what accesses may run into, what must always be so."""
+"""A cache over the mock, compared with the model: possible errors, and invariants."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from xenmapcache import (
 )
 
 from .model import BUCKET, PAGE, PAGES, Model, Window, rounded
+from .replay import Replay
 
 KEPT_VIEWS = 3
 
@@ -75,6 +76,8 @@ class Comparison(RuleBasedStateMachine):
             on_stale=self.on_stale,  # type: ignore[arg-type] # the test knows
         )
         self.leases: dict[int, Lease] = {}
+        self.replay = Replay()
+        self.cache.observe(self.replay)
         self.invalidations = self.stale_returned = 0
 
     # --- what may happen ---
@@ -95,27 +98,32 @@ class Comparison(RuleBasedStateMachine):
     def failing(self, call: str, reason: int) -> Iterator[None]:
         """Let the next such call fail as a whole, if there is a reason."""
         if reason:
-            self.domain.arm(call, errno=reason)
+            self.domain.inject_fault(call, errno=reason)
         try:
             yield
         finally:
-            self.domain.disarm()
+            self.domain.clear_faults()
             for gfn, reason in self.model.paged.items():
-                self.domain.arm("map", errno=reason, gfn=gfn, repeat=True)
+                self.domain.inject_fault("map", errno=reason, gfn=gfn, repeat=True)
 
     @contextmanager
     def attempt(
-        self, *ranges: tuple[int, int], needs: int, fails: int = 0, anew: bool = False
+        self, *ranges: tuple[int, int], needs: int, fails: int = 0, again: bool = False
     ) -> Iterator[None]:
         """Run a block up to where an access raises what it may; what comes after is for success."""
-        faults = [self.model.faults(*part, anew=anew) for part in ranges]
+        faults = [self.model.faults(*part, again=again) for part in ranges]
         room = self.limit - sum(self.held(self.cache).values())
         with self.failing("map", fails):
             try:
                 yield
             except FaultError as fault:
                 found = (fault.address, fault.length, fault.errno)
-                assert any(found in part.possible for part in faults)
+                # Of a lease that is longer than may be, only the first and last page are looked at.
+                gfn = fault.address // PAGE
+                gone = gfn >= PAGES or self.model.frames[gfn] is None or gfn in self.model.paged
+                assert any(found in part.possible for part in faults) or (
+                    gone and needs > self.limit
+                )
             except CacheFullError:
                 assert needs > room
             except XenCallError as error:
@@ -123,7 +131,8 @@ class Comparison(RuleBasedStateMachine):
             else:
                 assert not any(part.certain for part in faults)
                 # What failed had not been asked for, or was asked for again, with room made.
-                unused = any((each.call, each.gfn) == ("map", None) for each in self.domain._faults)
+                pending = self.domain.faults.pending
+                unused = any((each.call, each.gfn) == ("map", None) for each in pending)
                 assert unused or fails in (0, errno.ENOMEM)
 
     def keep(self, window: Window, view: memoryview) -> None:
@@ -153,6 +162,30 @@ class Comparison(RuleBasedStateMachine):
         self.leases_and_views_show_their_frames()
         self.the_guest_sees_what_was_written()
         self.books_balance()
+        self.events_tell_it_too()
+
+    def events_tell_it_too(self) -> None:
+        """What follows from the events is what the cache has; a late observer hears it, too."""
+        if self.cache._table.generation.closed:
+            return
+        stats, replay = self.cache.stats(), self.replay
+        late = Replay()
+        self.cache.observe(late).detach()
+        mappings = self.cache._table.generation.buckets.items()
+        resident = {index * BUCKET: mapping.address for index, mapping in mappings}
+        held = {held.id: (held.address, held.length) for held in self.model.held}
+        for each in (replay, late):
+            assert each.buckets == resident
+            assert each.leases == held
+        counted = stats.evictions, stats.misses, stats.invalidations, stats.stale_dma_released
+        # A bucket that only has a page more missing is not stored, and so not told of.
+        assert (replay.evictions, replay.invalidations, replay.stale_released) == (
+            counted[0],
+            counted[2],
+            counted[3],
+        )
+        assert replay.maps <= counted[1]
+        assert replay.dirty <= self.domain.dirty_gfns
 
     def leases_and_views_show_their_frames(self) -> None:
         infos = self.cache.leases()
@@ -172,34 +205,48 @@ class Comparison(RuleBasedStateMachine):
         for gfn, frame in enumerate(self.model.frames):
             if frame is not None:
                 assert self.domain.read(gfn * PAGE, PAGE) == frame
-        assert self.domain.dirty == self.model.dirty
+        assert self.domain.dirty_gfns == self.model.dirty
         assert self.warnings.seen == self.model.warnings
 
     def books_balance(self) -> None:
         stats = self.cache.stats()
-        resident = {id(bucket.memory): bucket.length for bucket in self.cache._buckets.values()}
+        resident = {
+            id(bucket.memory): bucket.length
+            for bucket in self.cache._table.generation.buckets.values()
+        }
         alive = resident | self.held(self.cache)
         assert stats.resident_bytes == sum(alive.values()) <= self.limit
         assert stats.maps - stats.unmaps == len(alive)
         assert stats.resident_buckets == len(resident)
         of_closed = {id(view.obj) for _, view, cache in self.kept if cache is not self.cache}
-        assert len(self.domain._mapped) == len(alive) + len(of_closed)
+        assert self.domain.mapped_pieces == len(alive) + len(of_closed)
         kinds = Counter(held.kind for held in self.model.held)
         assert stats.device_leases == kinds[LeaseKind.DEVICE]
         assert stats.dma_leases == kinds[LeaseKind.DMA]
         assert stats.invalidations == self.invalidations
-        assert stats.stale_dma == self.stale_returned
+        assert stats.stale_dma_released == self.stale_returned
+        held_stale = [held.kind is LeaseKind.DMA and held.stale for held in self.model.held]
+        assert stats.stale_dma_held == sum(held_stale)
         for held in self.model.held:
             if held.kind is LeaseKind.DMA and not held.stale and not held.crosses:
-                mapping = self.leases[held.id]._mapping
-                # A bucket is not evicted; but one with a hole is mapped anew when that is filled.
+                mapping = self.leases[held.id]._record.mapping
+                # No bucket is evicted; one with a hole is mapped again when the hole is filled.
                 if mapping is not None and mapping.errors is None:
-                    assert held.address // BUCKET in self.cache._buckets
-        pins = Counter(id(lease.view.obj) for lease in self.leases.values())
-        for bucket in self.cache._buckets.values():
-            assert len(bucket.holders or ()) == pins[id(bucket.memory)]
-        swept = sorted(index for index, bucket in self.cache._buckets.items() if not bucket.parked)
-        assert sorted(self.cache._clock) == swept
+                    assert held.address // BUCKET in self.cache._table.generation.buckets
+        self.clock_is_right()
+
+    def clock_is_right(self) -> None:
+        generation = self.cache._table.generation
+        leased = Counter(id(lease.view.obj) for lease in self.leases.values())
+        pins = generation.clock.pins
+        for index, bucket in generation.buckets.items():
+            held = pins[index].lease_ids if index in pins else ()
+            assert len(held) == leased[id(bucket.memory)]
+        swept = [
+            index for index in generation.buckets if index not in pins or not pins[index].off_clock
+        ]
+        assert sorted(generation.clock.order) == sorted(swept)
+        assert pins.keys() <= generation.buckets.keys()
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
@@ -215,5 +262,5 @@ class Comparison(RuleBasedStateMachine):
         self.model.close()
         self.leases.clear()
         self.all_is_as_it_must_be()
-        assert not self.domain._mapped
+        assert not self.domain.mapped_pieces
         logging.getLogger("xenmapcache").removeHandler(self.warnings)

@@ -15,7 +15,7 @@ from xenmapcache import DmaDirection, LeaseInfo, LeaseKind
 
 PAGE = 0x1000
 PAGES = 11
-"""Of the guest: its last bucket is half behind the end of memory."""
+"""Of the guest: half of its last bucket is beyond the end of memory."""
 BUCKET = 2 * PAGE
 
 Frame = bytearray
@@ -33,7 +33,7 @@ def rounded(address: int, length: int, unit: int) -> int:
 
 @dataclass(eq=False)
 class Window:
-    """A range of guest memory as somebody sees it who took its frames."""
+    """A range of guest memory as the new owner of its frames sees it."""
 
     address: int
     length: int
@@ -90,7 +90,7 @@ class Held(Window):
 
 @dataclass
 class Faults:
-    """What an access may run into, as ``(address, bytes behind, errno)``, and whether it must."""
+    """What an access may run into, as ``(address, bytes after it, errno)``, and whether it must."""
 
     possible: set[tuple[int, int, int]] = field(default_factory=set)
     certain: bool = False
@@ -123,17 +123,17 @@ class Model:
         there = gfn < PAGES and self.frames[gfn] is not None
         return self.paged.get(gfn, 0 if there else errno.EINVAL)
 
-    def faults(self, address: int, length: int, *, anew: bool = False) -> Faults:
-        """Return what an access may run into, which begins now; ``anew``: it maps for itself."""
+    def faults(self, address: int, length: int, *, again: bool = False) -> Faults:
+        """Return what an access may run into, which begins now; ``again``: it maps for itself."""
         faults = Faults()
         for gfn in pages_of(address, length):
             if reason := self.errno_of(gfn):
                 start = max(address, gfn * PAGE)
                 faults.possible.add((start, address + length - start, reason))
-                if anew or gfn not in self.seen:
+                if again or gfn not in self.seen:
                     faults.certain = True
                     break
-        if not anew:
+        if not again:
             first = address // BUCKET * BUCKET // PAGE
             around = range(first, first + rounded(address, length, BUCKET) // PAGE)
             self.seen |= {gfn for gfn in around if not self.errno_of(gfn)}
@@ -147,7 +147,7 @@ class Model:
     # --- what the guest does ---
 
     def balloon_out(self, gfn: int) -> None:
-        """Let a page go; its frame lives on where somebody has taken it."""
+        """Let a page go; its frame lives on if another party has taken it."""
         self.frames[gfn] = None
 
     def balloon_in(self, gfn: int) -> None:
@@ -180,8 +180,8 @@ class Model:
         lease.undelivered = None
         for gfn, address, part in lease.parts():
             if reason := self.errno_of(gfn):
-                behind = lease.address + lease.length - address
-                lease.undelivered = lease.undelivered or (address, behind, reason)
+                after = lease.address + lease.length - address
+                lease.undelivered = lease.undelivered or (address, after, reason)
             else:
                 self.take(address, len(part)).put(0, part)
         lease.delivered = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -23,7 +24,7 @@ HERE = ("mock", "fake-xen-cffi")
 LIVE = pytest.param("xen-cffi", marks=pytest.mark.xen)
 
 made_here = pytest.mark.parametrize("guest", HERE, indirect=True)
-# Where the stand-in for Xen's libraries would only run the same code once more.
+# Where the stand-in for Xen's libraries would only run the same code again.
 mock_and_live = pytest.mark.parametrize("guest", ["mock", LIVE], indirect=True)
 
 
@@ -75,9 +76,11 @@ def lines_of(work: Callable[[], object]) -> int:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # a collection is followed by a sweep, whose lines are not the work's
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count

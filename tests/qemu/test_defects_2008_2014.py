@@ -52,7 +52,7 @@ def test_defect_02_growth_is_bounded_without_a_limit_on_the_process(guest: Guest
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (before[1], before[1]))  # usually infinite
     try:
-        assert MapCache(guest.backend)._max_resident == 32 * GiB
+        assert MapCache(guest.backend).max_resident == 32 * GiB
         gc.collect()
         idle = live_mappings()
         with MapCache(guest.backend, bucket_shift=16, max_resident="256KiB") as cache:
@@ -200,7 +200,7 @@ def test_defect_09_a_mapping_is_as_long_as_its_access(guest: Guest, cache: MapCa
 
 
 def test_defect_10_a_locked_view_survives_an_invalidation(guest: Guest, cache: MapCache) -> None:
-    """Leases of both kinds keep their memory over an invalidation, and can be written.
+    """Leases of both kinds keep their memory across an invalidation, and can be written.
 
     QEMU, 2012: what was locked was unmapped, and its next use crashed.
     """
@@ -236,13 +236,13 @@ def test_defect_11_no_shortcut_remembers_a_dead_pointer(guest: Guest, cache: Map
 
 
 def test_defect_13_an_absent_page_is_not_present(guest: Guest, cache: MapCache) -> None:
-    """A page that is not there is an error that names it; the page beside it reads.
+    """A missing page is an error that names it; the neighbouring page can be read.
 
     QEMU, 2013: a page that had failed to map was taken for mapped.
     """
     hole = guest.hole * PAGE_SIZE
     for _ in range(2):
-        with pytest.raises(FaultError, match=f"no page at {hole:#x} ") as caught:
+        with pytest.raises(FaultError, match=f"no page at {hole:#x}: ") as caught:
             cache.read(hole, 8)
         assert (caught.value.address, caught.value.length) == (hole, 8)
         assert cache.read(hole - PAGE_SIZE, PAGE_SIZE) == fresh(guest, hole - PAGE_SIZE, PAGE_SIZE)

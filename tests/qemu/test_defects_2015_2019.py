@@ -15,7 +15,6 @@ from tests.fake_xen import DOMID, Behaviour
 from tests.fake_xen.fixtures import MakeFake
 from tests.qemu.conftest import fresh, made_here, mock_and_live
 from xenmapcache import (
-    CacheFullError,
     DmaDirection,
     FaultError,
     LeaseError,
@@ -25,7 +24,7 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
-from xenmapcache.address import PAGE_SIZE, MiB
+from xenmapcache.address import PAGE_SIZE, GiB, MiB
 from xenmapcache.binding import libc
 from xenmapcache.binding.foreignmemory import MAP2
 from xenmapcache.mapping import live_mappings
@@ -71,16 +70,20 @@ def test_defect_16_threads_need_no_big_lock(guest: Guest) -> None:
 def test_defect_17_dma_past_the_end_of_memory(guest: Guest, cache: MapCache) -> None:
     """A transfer over the end of RAM is refused with the address where it ends, at any length.
 
-    QEMU, 2015: the length was not clamped to what is there.
+    QEMU, 2015: the length was not clamped to the present pages.
     """
     *_, (address, length) = cache.present(guest.address, LIVE_END * PAGE_SIZE - guest.address)
     end = address + length
-    for reach in (1, PAGE_SIZE, MiB):
+    for reach in (1, PAGE_SIZE, MiB // 2):  # of more than 1 MiB it names a page, not the first
         with pytest.raises(FaultError) as caught:
             cache.map_dma(end - 8, 8 + reach, owner="disk", direction=TO_DEVICE)
         assert (caught.value.address, caught.value.length) == (end, reach)
-    with pytest.raises(CacheFullError, match="bytes at .* are more than max_resident"):
-        cache.map_dma(end - 8, (1 << 40) - 8, owner="disk", direction=TO_DEVICE)
+    for huge in (4 * GiB, 1 << 40, 1 << 60, (1 << 64) - 1):
+        maps = cache.stats().maps
+        with pytest.raises(FaultError) as caught:
+            cache.map_dma(end - 8, huge, owner="disk", direction=TO_DEVICE)
+        assert end - 8 < caught.value.address < end - 8 + huge
+        assert cache.stats().maps <= maps + 2
     with cache.map_dma(end - 8, 8, owner="disk", direction=TO_DEVICE) as lease:
         assert lease.view == fresh(guest, end - 8, 8)
     assert cache.leases() == ()
@@ -89,7 +92,7 @@ def test_defect_17_dma_past_the_end_of_memory(guest: Guest, cache: MapCache) -> 
 def test_defect_18_a_pointer_is_looked_up_beside_what_is_not_mapped(
     guest: Guest, cache: MapCache
 ) -> None:
-    """A pointer leads to its guest address though other blocks are not mapped, or no more.
+    """A pointer leads to its guest address though other blocks are not mapped, or no longer.
 
     QEMU, 2016: migration looked through all blocks, and one that was not mapped crashed it.
     """
@@ -176,7 +179,7 @@ def test_defect_22_every_failing_call_is_noticed(
 
     QEMU, 2017: a failed mmap was not noticed, as it was compared with NULL.
     """
-    domain.arm(call, errno=errno.EIO, nth=nth)
+    domain.inject_fault(call, errno=errno.EIO, nth=nth)
     with pytest.raises(XenCallError, match=f"mock_{call} failed for domain 1 with EIO") as caught:
         OPERATIONS[name](connected)
     assert caught.value.errno == errno.EIO
@@ -204,13 +207,13 @@ def test_defect_22_every_operation_is_tried_with_all_its_calls(
 def test_defect_22_a_failed_mmap_is_an_error(
     connected: MapCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MAP_FAILED, which is no NULL, raises with the errno, and nothing is at that address.
+    """MAP_FAILED, which is not NULL, raises with the errno, and nothing is at that address.
 
     QEMU, 2017: as above.
     """
     calls = []
 
-    def failing(*arguments: int) -> tuple[int, int]:
+    def failing(*arguments: int, result_out: list[int] | None = None) -> tuple[int, int]:
         calls.append(arguments)
         return (1 << 64) - 1, errno.EAGAIN
 
@@ -231,7 +234,7 @@ def test_defect_22_a_failed_replace_is_noticed(domain: MockDomain, connected: Ma
     """
     lease = connected.map_device(AT, PAGE_SIZE, owner="vga")
     lease.view[:3] = b"old"
-    domain.arm("remap", errno=errno.EIO)
+    domain.inject_fault("remap", errno=errno.EIO)
     with pytest.raises(MappingLostError, match="mock_remap failed for domain 1 with EIO"):
         connected.replace(AT, ELSEWHERE, PAGE_SIZE)
     assert lease.view == bytes(PAGE_SIZE)

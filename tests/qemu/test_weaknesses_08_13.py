@@ -26,7 +26,7 @@ from xenmapcache import (
 )
 from xenmapcache.address import PAGE_SIZE, MiB
 from xenmapcache.backends.mock import MockBackend
-from xenmapcache.lease import OnStale
+from xenmapcache.cache import OnStale
 from xenmapcache.mapping import live_mappings
 
 TO_DEVICE = DmaDirection.TO_DEVICE
@@ -70,9 +70,9 @@ def test_weakness_09_a_retry_costs_one_call_and_its_neighbours_none(
             cache.read(hole, 8)
         assert cache.read(before, 8) == lease.view
         assert cache.stats().maps == maps + attempt
-        assert cache.stats().holes == 1 + attempt
+        assert cache.stats().hole_faults == 1 + attempt
     assert live_mappings() == alive
-    list(cache.present(before, 2 * PAGE_SIZE))  # a look at what is there tries nothing
+    list(cache.present(before, 2 * PAGE_SIZE))  # a look at the present pages tries nothing
     assert cache.stats().maps == maps + 10
     lease.release()
 
@@ -97,7 +97,7 @@ def test_weakness_09_a_page_that_comes_back_is_found(
 
 @mock_and_live
 def test_weakness_10_a_release_looks_through_nothing(guest: Guest, cache: MapCache) -> None:
-    """To take and release a lease is as little work beside 1,000 others as beside none.
+    """To take and release a lease is as little work with 1,000 others as with none.
 
     QEMU: each unmap goes through all locked records, twice. Here only resolve() does, once.
     """
@@ -217,7 +217,7 @@ def test_weakness_12_dma_into_an_orphan_is_told_or_delivered(
         else:
             lease.release()
         assert domain.read(AT, 8) == (b"from it." if on_stale == "copy" else bytes(8))
-        assert cache.stats().stale_dma == 1
+        assert cache.stats().stale_dma_released == 1
     assert len(warnings()) == (2 if on_stale == "warn" else 1)
 
 

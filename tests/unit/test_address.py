@@ -42,6 +42,10 @@ def test_what_is_no_number_is_named(value: object) -> None:
 
 def test_the_last_byte_is_a_range() -> None:
     """The end of the address space is half-open."""
+    with pytest.raises(ValueError, match="looks like a virtual address: read --virtual"):
+        check_range(0xFFFFFFFF81000000, 8)
+    with pytest.raises(ValueError, match="52-bit physical address space$"):
+        check_range(ADDRESS_LIMIT, 8)
     assert check_range(ADDRESS_LIMIT - 1, 1) == (ADDRESS_LIMIT - 1, 1)
 
 

@@ -21,6 +21,8 @@ from tests.benchmarks.timing import Figure
 from tests.fake_xen import compiler
 from xenmapcache.address import MiB
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("elftools")
 
 SIZE = 4 * MiB

@@ -15,6 +15,8 @@ from tests.benchmarks.policies import Ours, PerAccess, QemuModel
 from xenmapcache.address import PAGE_SIZE, KiB, MiB
 from xenmapcache.mapping import live_mappings
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64 * MiB
 OPERATIONS = 100 * SIZE // MiB
 

@@ -13,6 +13,8 @@ from tests.benchmarks import report, scaling
 from tests.benchmarks.scaling import Leased, Resident, by_buckets, by_leases, table
 from xenmapcache.mapping import live_mappings
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_size_has_a_cost() -> None:
     """Each kind of work is measured at each size, and everything is unmapped after."""
@@ -44,7 +46,7 @@ def test_resident_is_what_it_says() -> None:
 
 
 def test_leased_is_what_it_says() -> None:
-    """So many DMA leases are held, each pointer lies in one, and the device lease comes back."""
+    """N DMA leases are held, each pointer lies in one, and the device lease comes back."""
     case = Leased(100, 50)
     assert (case.cache.stats().dma_leases, case.cache.stats().device_leases) == (100, 1)
     assert {case.cache.resolve(pointer) for pointer in case.pointers} <= set(range(1, 200, 2))

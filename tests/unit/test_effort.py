@@ -29,7 +29,7 @@ def test_enough_is_allowed() -> None:
 
 
 def test_other_peoples_garbage_does_not_count() -> None:
-    """Finalizers that happen to run are no work of the block's."""
+    """Finalizers that happen to run do not count as work of the block."""
 
     class Node:
         def __init__(self) -> None:

@@ -23,13 +23,13 @@ def read_others(cache: MapCache) -> None:
 
 
 class Clock(deque[int]):
-    """A clock that counts how many buckets a sweep takes from it."""
+    """A clock that counts how many buckets a sweep looks at."""
 
     looks = 0
 
-    def popleft(self) -> int:
+    def __getitem__(self, at: int) -> int:  # type: ignore[override] # a sweep takes no slices
         self.looks += 1
-        return super().popleft()
+        return super().__getitem__(at)
 
 
 def test_a_leased_bucket_is_met_by_one_sweep(backend: Backend) -> None:
@@ -37,7 +37,7 @@ def test_a_leased_bucket_is_met_by_one_sweep(backend: Backend) -> None:
     cache = MapCache(backend, bucket_shift=16, max_resident=104 * BUCKET)
     leased = range(0x100000, 0x100000 + 100 * BUCKET, BUCKET)
     leases = [cache.map_dma(address, 64, owner="t") for address in leased]
-    clock = cache._clock = Clock(cache._clock)
+    clock = cache._table.generation.clock.order = Clock(cache._table.generation.clock.order)
     read_others(cache)
     assert cache.stats().evictions == len(OTHERS) - 4
     assert clock.looks <= len(leases) + 2 * len(OTHERS)
@@ -60,10 +60,8 @@ def test_a_release_between_the_looks_of_a_sweep(domain: MockDomain, backend: Bac
                 lease.release()
             return held
 
-    mapping = cache._buckets[0x100000 >> 16]
-    assert mapping.holders is not None
-    mapping.holders = Holders(mapping.holders)
-    del mapping
+    pin = cache._table.generation.clock.pins[0x100000 >> 16]
+    pin.lease_ids = Holders(pin.lease_ids)
     read_others(cache)
     assert lease.released
     assert cache.read(0x100000, 1) == b"\0"
@@ -114,30 +112,30 @@ def test_an_invalidation_by_a_signal_handler_amid_a_sweep(backend: Backend) -> N
         cache.read(address, 1)
 
     class Interrupted(Clock):
-        def popleft(self) -> int:
-            index = super().popleft()
+        def __getitem__(self, at: int) -> int:  # type: ignore[override] # as above
+            index = super().__getitem__(at)
             if self.looks == 2:
                 cache.invalidate()  # what the handler does, in the same thread
             return index
 
-    cache._clock = Interrupted(cache._clock)
+    cache._table.generation.clock.order = Interrupted(cache._table.generation.clock.order)
     read_others(cache)
     assert cache.stats().invalidations == 1
     assert cache.stats().resident_bytes <= 4 * BUCKET
 
 
 def test_a_bucket_is_swept_once(domain: MockDomain, backend: Backend) -> None:
-    """Mapped anew because its hole was filled, it is no second time on the clock."""
+    """Mapped again because its hole was filled, it stays on the clock once."""
     start, hole = 0x80000, HOLE[0]
     cache = MapCache(backend, bucket_shift=18, max_resident=3 << 18)
     cache.read(start, 1)
     domain.balloon_in(hole, PAGE_SIZE)
     cache.read(hole, 1)
-    assert list(cache._clock) == [start >> 18]
+    assert list(cache._table.generation.clock.order) == [start >> 18]
 
 
 def test_a_lease_of_what_a_bucket_was_before(domain: MockDomain, backend: Backend) -> None:
-    """Its end does not put the bucket that took its bucket's place on the clock once more."""
+    """Its end does not put the bucket that took its bucket's place on the clock again."""
     start, hole = 0x80000, HOLE[0]
     cache = MapCache(backend, bucket_shift=18, max_resident=3 << 18)
     lease = cache.map_dma(start, 64, owner="t")
@@ -146,4 +144,4 @@ def test_a_lease_of_what_a_bucket_was_before(domain: MockDomain, backend: Backen
     cache.read(hole, 1)
     lease.release()
     cache.stats()
-    assert list(cache._clock).count(start >> 18) == 1
+    assert list(cache._table.generation.clock.order).count(start >> 18) == 1

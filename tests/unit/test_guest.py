@@ -20,8 +20,13 @@ from xenmapcache import (
     LeaseError,
     MapCache,
     MockDomain,
+    MockHypervisor,
+    UnsupportedOperationError,
+    open_backend,
+    open_cache,
     open_source,
 )
+from xenmapcache.guest import search
 
 AT = 0x200000
 BUCKET = 1 << 16
@@ -30,6 +35,12 @@ BUCKET = 1 << 16
 @pytest.fixture
 def memory(cache: MapCache) -> GuestMemory:
     return GuestMemory(cache)
+
+
+def test_a_backend_is_not_a_cache(backend: Backend) -> None:
+    """The message says what to write."""
+    with pytest.raises(TypeError, match=r"write GuestMemory\(MapCache\(backend\)\)"):
+        GuestMemory(backend)  # type: ignore[arg-type] # the error
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32, 64])
@@ -96,6 +107,22 @@ def test_structures_lie_over_guest_memory(
             pass
 
 
+def test_a_structure_over_a_read_only_source_is_a_private_copy(tmp_path: Path) -> None:
+    """By default; an image can be changed by nobody, and a direction that writes is refused."""
+    path = tmp_path / "guest.raw"
+    path.write_bytes(bytes(range(14)) + bytes(4082))
+    with open_cache(f"raw:{path}") as cache:
+        memory = GuestMemory(cache)
+        with memory.structure(0, Descriptor) as descriptor:
+            assert cache.leases()[0].direction is DmaDirection.TO_DEVICE
+            assert descriptor.address == 0x0706050403020100
+            descriptor.address = 1
+        assert cache.read(0, 8) == bytes(range(8))
+        with pytest.raises(UnsupportedOperationError, match="is read-only"):
+            with memory.structure(0, Descriptor, direction="bidirectional"):
+                pass
+
+
 def test_a_structure_larger_than_its_view_is_refused(cache: MapCache) -> None:
     """A view that is too small is refused by ctypes itself."""
     with cache.map_dma(AT, 13, owner="t") as lease:
@@ -133,7 +160,7 @@ def test_segments_are_all_or_nothing(memory: GuestMemory, cache: MapCache) -> No
 def test_find_gives_every_match_once(
     domain: MockDomain, memory: GuestMemory, pattern: bytes | re.Pattern[bytes]
 ) -> None:
-    """Over the edges of pages, buckets and chunks, beside holes, at both ends of memory."""
+    """Across the edges of pages, buckets and chunks, next to holes, at both ends of memory."""
     end = 16 << 20
     places = [
         0,
@@ -161,7 +188,7 @@ def test_find_knows_what_cannot_be_found(memory: GuestMemory, backend: Backend) 
     with pytest.raises(TypeError, match="must be bytes or a compiled pattern"):
         memory.find("text")  # type: ignore[arg-type] # wrong on purpose
     for empty in (b"", re.compile(rb"x*")):
-        with pytest.raises(ValueError, match="matches nothing at all"):
+        with pytest.raises(ValueError, match="matches the empty string"):
             memory.find(empty)
     type(backend).memory_end = property(lambda _: None)  # type: ignore[assignment] # for this test alone
     try:
@@ -219,19 +246,19 @@ def test_structures_with_pointers_are_refused(
 def test_find_does_not_repeat_or_lose_at_the_edge_of_a_piece(
     domain: MockDomain, memory: GuestMemory
 ) -> None:
-    """A match that runs over the edge is not found again behind it; max_match has to be sane."""
+    """A match that crosses the edge is not found again after it; max_match is checked."""
     domain.write(0x300000 - 8, b"x" * 16)
     pattern = re.compile(rb"x+")
     assert list(memory.find(pattern, 0x200000)) == [(0x300000 - 8, b"x" * 16)]
-    domain.write(0x300000 - 8, bytes(12) + b"x" * 8)  # begins behind it, and is seen in part
+    domain.write(0x300000 - 8, bytes(12) + b"x" * 8)  # begins after it, and is seen in part
     assert list(memory.find(pattern, 0x200000, max_match=8)) == [(0x300000 + 4, b"x" * 8)]
     for wrong in (0, -4096):
-        with pytest.raises(ValueError, match="is no length of a match"):
+        with pytest.raises(ValueError, match="max_match must be at least 1, not"):
             memory.find(pattern, max_match=wrong)
 
 
 def test_find_maps_as_it_goes(domain: MockDomain, backend: Backend) -> None:
-    """The first match costs the first buckets only, and ballooning meanwhile is passed over."""
+    """The first match costs the first buckets only; pages that balloon out later are skipped."""
     cache = MapCache(backend)
     memory = GuestMemory(cache)
     domain.write(0x10, b"needle")
@@ -253,11 +280,17 @@ def test_find_passes_over_what_is_known_to_be_a_hole(tmp_path: Path) -> None:
         assert [address for address, _ in memory.strings()] == [0x1000, (1 << 52) - 4096]
 
 
+def test_a_long_match_right_after_an_edge_is_whole(domain: MockDomain, memory: GuestMemory) -> None:
+    """A part of it was read together with what lies before the edge, and does not count."""
+    domain.write(0x30000A, b"x" * 6000)
+    assert list(memory.find(re.compile(b"x+"), 0x200000)) == [(0x30000A, b"x" * 6000)]
+
+
 @pytest.mark.parametrize("pattern", [b"a", b"ab", b"aba", b"abcabcab" * 700])
 def test_plain_bytes_are_found_as_python_finds_them(
     domain: MockDomain, memory: GuestMemory, pattern: bytes
 ) -> None:
-    """Dense and far apart, beside each other and overlapping, shorter and longer than a page."""
+    """Dense and far apart, adjacent and overlapping, shorter and longer than a page."""
     text = bytearray(b"ab" * 10 + b"aba" * 30 + b"." * 5000 + b"abcabcab" * 2000 + b"." * 9000)
     text += b"ab.aba" + bytes(4096 - 3) + b"abaaba"
     start = 0x300000 - 7000  # so that the edge of a piece is amid
@@ -303,14 +336,14 @@ def test_strings_are_runs_of_printable_characters(domain: MockDomain, memory: Gu
     assert list(memory.strings(0x300000, 10)) == [(0x300000, "r the edge")]
     wide = [(0x400001, "wide "), (0x400001 + 12, " text")]
     assert [each for each in memory.strings(encoding="utf-16le") if each[0] > 0x400000] == wide
-    with pytest.raises(ValueError, match="min_length 0"):
+    with pytest.raises(ValueError, match="min_length must be at least 1, not 0"):
         memory.strings(min_length=0)
     list(memory.strings(min_length=65536))
-    with pytest.raises(ValueError, match="min_length 65537 is more than 65536"):
+    with pytest.raises(ValueError, match="min_length must be at most 65536, not 65537"):
         memory.strings(min_length=65537)
-    with pytest.raises(ValueError, match="min_length 32769 is more than 32768"):
+    with pytest.raises(ValueError, match="min_length must be at most 32768, not 32769"):
         memory.strings(min_length=32769, encoding="utf-16le")
-    with pytest.raises(ValueError, match="encoding 'utf-8' is not one of ascii, utf-16le"):
+    with pytest.raises(ValueError, match="encoding must be one of ascii, utf-16le, not 'utf-8'"):
         memory.strings(encoding="utf-8")  # type: ignore[arg-type] # wrong on purpose
 
 
@@ -364,6 +397,23 @@ def test_a_search_goes_on_behind_what_went_meanwhile(
     assert [address for address, _ in GuestMemory(cache).find(b"needle")] == [sum(HOLE)]
 
 
+def test_memory_behind_a_hole_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a hole ends with a chunk of the search, what follows is left to the next chunk."""
+    guest = MockHypervisor().create_domain(memory="4M", holes=[(0xF0000, 0x10000)])
+    guest.write(0x100000, b"needle")
+    filled: list[int] = []
+    fill = search._fill
+
+    def noted(cache: MapCache, text: bytearray, address: int, length: int) -> None:
+        filled.append(address)
+        fill(cache, text, address, length)
+
+    monkeypatch.setattr(search, "_fill", noted)
+    with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
+        assert list(GuestMemory(cache).find(b"needle")) == [(0x100000, b"needle")]
+    assert filled == [0, 0x100000, 0x200000, 0x300000]
+
+
 def test_a_search_ends_with_its_last_byte(domain: MockDomain, cache: MapCache) -> None:
     """Also when that is the first of a piece, and the search began with the last of another."""
     domain.write(0x200000 - 1, b"ab")
@@ -373,7 +423,7 @@ def test_a_search_ends_with_its_last_byte(domain: MockDomain, cache: MapCache) -
 
 
 def test_a_search_behind_the_end_of_memory(cache: MapCache) -> None:
-    """There is nothing to be found there, which is no error."""
+    """Nothing can be found there, and no error is raised."""
     assert list(GuestMemory(cache).find(b"x", 17 << 20)) == []
     assert list(GuestMemory(cache).strings(17 << 20)) == []
 

@@ -11,7 +11,7 @@ import pytest
 import xenmapcache
 
 ROOT = Path(xenmapcache.__file__).parents[1]
-LATER = ["pathlib", "xenmapcache.mock", "xenmapcache.coredump_writer", "xenmapcache.cli"]
+LATER = ["pathlib", "xenmapcache.mock", "xenmapcache.writers.coredump", "xenmapcache.cli"]
 
 
 @pytest.mark.parametrize("module", LATER)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from xenmapcache import (
     ClosedError,
     FaultError,
     MapCache,
+    MappingLostError,
     MockDomain,
     MockHypervisor,
     XenCallError,
     open_backend,
 )
-from xenmapcache.address import PAGE_SIZE
+from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE
 from xenmapcache.binding import libc
 
 
@@ -81,8 +83,8 @@ def test_memory_can_be_added_behind_the_end(domain: MockDomain, cache: MapCache)
 @pytest.mark.parametrize(
     ("address", "length", "message"),
     [
-        (0x1001, 0x1000, "whole, of 4 KiB"),
-        (0x1000, 0x10, "whole, of 4 KiB"),
+        (0x1001, 0x1000, "must be multiples of 0x1000"),
+        (0x1000, 0x10, "must be multiples of 0x1000"),
         (0xFFF000, 0x2000, "ends beyond the domain's memory, 0x1000000"),
         (0x1000, 0, "is 0"),
     ],
@@ -96,32 +98,33 @@ def test_ballooning_takes_whole_pages(
 
 
 def test_faults_can_be_armed(domain: MockDomain, backend: Backend) -> None:
-    """The n-th call, for a frame, with an errno, once or for good; and disarmed."""
-    domain.arm("map", errno=errno.EIO, nth=2)
+    """The n-th call, for a frame, with an errno, once or each time; and disarmed."""
+    domain.inject_fault("map", errno=errno.EIO, nth=2)
     backend.map(0, 1, writable=True)
     with pytest.raises(XenCallError, match="EIO"):
         backend.map(0, 1, writable=True)
     backend.map(0, 1, writable=True)
-    domain.arm("mark_dirty", errno=errno.EPERM, gfn=5, repeat=True)
+    domain.inject_fault("mark_dirty", errno=errno.EPERM, gfn=5, repeat=True)
     backend.mark_dirty(4, 1)
     for _ in range(2):
         with pytest.raises(XenCallError, match="EPERM"):
             backend.mark_dirty(4, 2)
-    domain.disarm()
+    domain.clear_faults()
     backend.mark_dirty(4, 2)
     for wrong, message in (
-        ({"call": "read"}, "call 'read' is none of"),
+        ({"call": "read"}, "call 'read' must be one of"),
         ({"call": "map", "nth": 0}, "calls are counted from 1"),
-        ({"call": "map", "errno": -5}, "errno -5 is none"),
-        ({"call": "map", "errno": 300}, "errno 300 is none"),
+        ({"call": "map", "errno": -5}, "errno -5 must be"),
+        ({"call": "map", "errno": 300}, "errno 300 must be"),
+        ({"call": "map", "nth": 2}, "a fault of 'map' needs an errno to fail with, or a delay"),
     ):
         with pytest.raises(ValueError, match=message):
-            domain.arm(**wrong)
+            domain.inject_fault(**wrong)
 
 
 def test_calls_are_logged_in_order(domain: MockDomain, backend: Backend) -> None:
     """Name, frame, pages and errno of each."""
-    domain.arm("map", errno=errno.EIO, nth=2)
+    domain.inject_fault("map", errno=errno.EIO, nth=2)
     mapping = backend.map(3, 2, writable=True)
     with pytest.raises(XenCallError):
         backend.map(4, 1, writable=True)
@@ -145,7 +148,7 @@ def test_a_destroyed_domain_lives_on_where_it_is_mapped(
     cache.read(0x2000, 5)
     domain.destroy()
     assert cache.read(0x2000, 5) == b"dying"
-    with pytest.raises(FaultError, match="no page at 0x200000 .*EINVAL"):
+    with pytest.raises(FaultError, match="no page at 0x200000: EINVAL"):
         cache.read(0x200000, 1)
     cache.invalidate()
     with pytest.raises(XenCallError, match="ESRCH.*there is no such domain"):
@@ -173,7 +176,7 @@ def test_a_closed_backend_takes_no_reports(backend: Backend, cache: MapCache) ->
 def test_its_memory_cannot_be_cut_off(domain: MockDomain, cache: MapCache) -> None:
     """Who has the machine's descriptor cannot truncate it under a mapping, which were a SIGBUS."""
     with pytest.raises(PermissionError):
-        os.ftruncate(domain._hypervisor.fd, 0)
+        os.ftruncate(domain.p2m.frames.fileno(), 0)
     domain.balloon_in(domain.memory_end, 0x1000)
     cache.write(domain.memory_end - 1, b"x")
 
@@ -259,7 +262,7 @@ def test_servers_are_asked_before_listeners(
 ) -> None:
     """The callbacks of a device model may have DMA to finish in a cache that listens."""
     order: list[str] = []
-    monkeypatch.setattr(domain, "_broadcast_invalidate", lambda _: order.append("servers"))
+    monkeypatch.setattr(domain.vcpu[0], "send_invalidate", lambda: order.append("servers"))
     domain.on_invalidate(lambda: order.append("listener"))
     domain.send_invalidate()
     assert order == ["servers", "listener"]
@@ -275,32 +278,14 @@ def test_a_listener_that_comes_during_an_invalidate(domain: MockDomain) -> None:
     assert calls == [1]
 
 
-def test_an_address_is_forgotten_before_it_is_free(
-    domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or what another thread maps there at once would not count as mapped."""
-    known: list[bool] = []
-    unmap = libc.unmap
-
-    def watched(address: int, length: int) -> None:
-        known.append(address in domain._mapped)
-        unmap(address, length)
-
-    monkeypatch.setattr(libc, "unmap", watched)
-    mapping = backend.map(0, 1, writable=True)
-    assert mapping.address in domain._mapped
-    del mapping
-    assert known == [False]
-
-
 def test_two_faults_at_once(
     domain: MockDomain, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that is to be slow and to fail is both, and delays add up."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    domain.arm("map", errno=errno.EIO, delay=1)
-    domain.arm("map", delay=2)
+    domain.inject_fault("map", errno=errno.EIO, delay=1)
+    domain.inject_fault("map", delay=2)
     with pytest.raises(XenCallError, match="EIO"):
         backend.map(0, 1, writable=True)
     assert slept == [3]
@@ -319,7 +304,7 @@ def test_a_fault_of_the_guest_itself(domain: MockDomain) -> None:
 
 
 def test_a_fault_of_a_move(cache: MapCache) -> None:
-    """It says how much of the new range lies at the first hole and behind it."""
+    """It says how much of the new range lies from the first hole on."""
     cache.map_device(0x200000, 0x3000, owner="vram")
     with pytest.raises(FaultError) as caught:
         cache.replace(0x200000, HOLE[0] - PAGE_SIZE, 0x3000)
@@ -327,11 +312,11 @@ def test_a_fault_of_a_move(cache: MapCache) -> None:
 
 
 def test_reports_of_a_domain_that_is_gone(domain: MockDomain, backend: Backend) -> None:
-    """As over Xen they are no error: there is nothing left to be migrated."""
-    domain.arm("map", errno=errno.EIO)
+    """As over Xen they are accepted: nothing is left to be migrated."""
+    domain.inject_fault("map", errno=errno.EIO)
     domain.destroy()
     backend.mark_dirty(3, 1)
-    assert domain.dirty == {3}
+    assert domain.dirty_gfns == {3}
 
 
 def test_read_only_memory_stays_so_when_it_moves(backend: Backend) -> None:
@@ -341,3 +326,60 @@ def test_read_only_memory_stays_so_when_it_moves(backend: Backend) -> None:
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     (line,) = (line for line in lines if line.startswith(f"{mapping.address:x}-"))
     assert line.split()[1] == "r--s"
+
+
+def test_a_failed_move_loses_the_memory(domain: MockDomain, backend: Backend) -> None:
+    """As on Xen, where the old mapping is gone before the new one is there."""
+    mapping = backend.map(0, 4, writable=True)
+    domain.write(0, b"old")
+    domain.inject_fault("remap", errno=errno.ENOMEM, gfn=9)
+    assert [(fault.call, fault.gfn) for fault in domain.faults.pending] == [("remap", 9)]
+    with pytest.raises(MappingLostError, match="ENOMEM"):
+        backend.remap(mapping, 8)
+    assert not domain.faults.pending
+    assert mapping.view(0, PAGE_SIZE) == bytes(PAGE_SIZE)
+
+
+def test_the_machines_descriptor_is_public() -> None:
+    """For a test that looks at its memory in /proc."""
+    hypervisor = MockHypervisor()
+    domain = hypervisor.create_domain(memory="64k")
+    domain.write(0, b"in the file")
+    assert os.pread(hypervisor.fd, 11, 0) == b"in the file"
+
+
+def test_present_pages_are_known_without_mapping(domain: MockDomain, backend: Backend) -> None:
+    """Runs that do not touch, whatever their frames are; nothing is mapped for it."""
+    end = domain.memory_end >> PAGE_SHIFT
+    hole = (HOLE[0] >> PAGE_SHIFT, HOLE[0] + HOLE[1] >> PAGE_SHIFT)
+    domain.balloon_out(0x5000, 0x1000)
+    domain.balloon_in(0x5000, 0x1000)
+    assert list(backend.present(0, end) or ()) == [(0, hole[0]), (hole[1], end - hole[1])]
+    assert list(backend.present(hole[0], 1) or ()) == []
+    assert domain.calls == ()
+    backend.close()
+    with pytest.raises(ClosedError):
+        backend.present(0, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda domain: domain.inject_fault("map", errno=errno.ENOENT, gfn=3, repeat=True),
+        lambda domain: domain.destroy(),
+    ],
+    ids=["injected fault", "destroyed"],
+)
+def test_present_pages_that_only_mapping_tells(
+    domain: MockDomain, backend: Backend, change: Callable[[MockDomain], None]
+) -> None:
+    """A page that cannot be mapped must not be called present."""
+    change(domain)
+    assert backend.present(0, 16) is None
+
+
+def test_a_range_over_a_whole_hole_ends_at_the_hole(domain: MockDomain) -> None:
+    """The memory after the hole is not reached."""
+    with pytest.raises(FaultError) as caught:
+        domain.read(HOLE[0] - 4, HOLE[1] + 8)
+    assert (caught.value.address, caught.value.length) == (HOLE[0], HOLE[1] + 4)

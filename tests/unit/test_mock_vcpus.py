@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.unit.test_ioreq_server import in_thread
+from tests.kit import in_thread, put_state
 from xenmapcache import MapCache, MockDomain, MockHypervisor, XenCallError, ioreq, open_backend
 from xenmapcache.devicemodel import IoreqServer
-from xenmapcache.ioreq import RING_SLOTS, Request, RequestKind, State, set_state, state_of
+from xenmapcache.ioreq import RING_SLOTS, Request, RequestKind, RequestSlot, State
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 PORT, MMIO, VGA, RING_PORT = 0x510, 0xF000_0000, 0xA0000, 9
@@ -34,16 +34,16 @@ def link(guest: MockDomain) -> Iterator[MockIoreqServer]:
 
 
 INSTRUCTIONS: dict[str, tuple[Callable[[MockDomain], object], str]] = {
-    "size": (lambda guest: guest.port_in(PORT, 3), "size 3 is none of"),
-    "size of a port": (lambda guest: guest.port_in(PORT, 8), "size 8 is none of"),
-    "port": (lambda guest: guest.port_in(0x10000), "port 0x10000 is not in 0..0xffff"),
-    "address": (lambda guest: guest.pci_read("00:00.0", -1), "no instruction does that"),
-    "count": (lambda guest: guest.port_in_string(PORT, 0, 0), "no instruction does that"),
-    "vCPU": (lambda guest: guest.port_in(PORT, vcpu=2), "vCPU 2 is not in 0..1"),
-    "value": (lambda guest: guest.port_out(PORT, 256, 1), "value 0x100 does not fit 1 bytes"),
-    "size of memory": (lambda guest: guest.mmio_read(0x1000, 3), "size 3 is none of"),
-    "vCPU at memory": (lambda guest: guest.mmio_write(0x1000, 1, vcpu=9), "vCPU 9 is not in 0..1"),
-    "sign": (lambda guest: guest.mmio_write(MMIO, -1), "value -0x1 does not fit 4 bytes"),
+    "size": (lambda guest: guest.port_in(PORT, 3), "size 3 must be one of"),
+    "size of a port": (lambda guest: guest.port_in(PORT, 8), "size 8 must be one of"),
+    "port": (lambda guest: guest.port_in(0x10000), "port 0x10000 must be in 0..0xffff"),
+    "address": (lambda guest: guest.pci_read("00:00.0", -1), "address -0x1 must be in"),
+    "count": (lambda guest: guest.port_in_string(PORT, 0, 0), "count 0 must be in"),
+    "vCPU": (lambda guest: guest.port_in(PORT, vcpu=2), "vCPU 2 must be in 0..1"),
+    "value": (lambda guest: guest.port_out(PORT, 256, 1), "value 0x100 must fit 1 bytes"),
+    "size of memory": (lambda guest: guest.mmio_read(0x1000, 3), "size 3 must be one of"),
+    "vCPU at memory": (lambda guest: guest.mmio_write(0x1000, 1, vcpu=9), "vCPU 9 must be in 0..1"),
+    "sign": (lambda guest: guest.mmio_write(MMIO, -1), "value -0x1 must fit 4 bytes"),
 }
 
 
@@ -59,7 +59,7 @@ def test_no_such_instruction(guest: MockDomain, link: MockIoreqServer, name: str
 
 def test_a_guest_has_a_vcpu() -> None:
     """A domain without any is refused."""
-    with pytest.raises(ValueError, match="vcpus 0: a guest has at least one"):
+    with pytest.raises(ValueError, match="vcpus must be 1 to 128, not 0"):
         MockHypervisor().create_domain(memory="1M", vcpus=0)
 
 
@@ -68,7 +68,7 @@ def test_a_vcpu_does_one_thing_at_a_time(guest: MockDomain) -> None:
     told: list[str] = []
 
     def read(offset: int, size: int) -> int:
-        guest.patience = 0.01
+        guest.vcpu_timeout = 0.01
         try:
             return guest.port_in(PORT)
         except TimeoutError as error:
@@ -101,7 +101,7 @@ def test_what_xen_refuses(link: MockIoreqServer) -> None:
 def test_the_rings_channel_wakes_nobody(link: MockIoreqServer) -> None:
     """No vCPU waits for a buffered request, so notifying its channel does nothing."""
     link.notify(link.bind(RING_PORT))
-    assert not any(told.is_set() for told in link._told)
+    assert not any(bell.wait(0) for bell in link._bells)
 
 
 def test_a_full_ring(guest: MockDomain, link: MockIoreqServer) -> None:
@@ -109,7 +109,7 @@ def test_a_full_ring(guest: MockDomain, link: MockIoreqServer) -> None:
     link.claim(RequestKind.MMIO, VGA, VGA + 0xFFF)
     for number in range(RING_SLOTS):
         guest.mmio_write(VGA, number & 0xFF, 1, buffered=True)
-    guest.patience = 0.01
+    guest.vcpu_timeout = 0.01
     with pytest.raises(TimeoutError, match="stuck"):
         guest.mmio_write(VGA, 1, 1, buffered=True)
 
@@ -138,7 +138,7 @@ def test_a_string_that_goes_down_out_of_a_claim(guest: MockDomain, link: MockIor
     link.claim(RequestKind.MMIO, VGA + 0x100, VGA + 0x1FF)
     down = Request(0, RequestKind.MMIO, True, VGA + 0x108, 0x2000, 4, 3, True, True)
     assert link.takes(down)
-    assert not link.takes(down._replace(items=4))
+    assert not link.takes(down._replace(count=4))
 
 
 def test_events_of_a_channel(link: MockIoreqServer) -> None:
@@ -173,7 +173,7 @@ def test_a_number_that_is_used_again(guest: MockDomain) -> None:
 
 
 def test_strings_that_nobody_answers(guest: MockDomain) -> None:
-    """All items become ones, up or down from the first one, and no byte beside them."""
+    """All items become ones, up or down from the first one, and no other byte."""
     guest.write(0x1000, bytes(64))
     guest.port_in_string(PORT, 0x1010, 3, 2)
     assert guest.read(0x1000, 64) == bytes(16) + b"\xff" * 6 + bytes(42)
@@ -187,9 +187,10 @@ def test_an_answer_that_is_too_long(guest: MockDomain, link: MockIoreqServer) ->
     link.claim(RequestKind.PORT, PORT, PORT + 3)
     port = link.bind(10)
     thread, seen = in_thread(lambda: guest.port_in(PORT, 1))
-    while state_of(link.page, 0) != State.READY:
+    while RequestSlot(link.page, 0).state != State.READY:
         os.sched_yield()
-    ioreq.answer(link.page, 0, 0x1234)
+    RequestSlot(link.page, 0).begin()
+    RequestSlot(link.page, 0).answer(0x1234)
     link.notify(port)
     thread.join()
     assert seen == [0x34]
@@ -200,14 +201,15 @@ def test_invalidate_goes_to_all_at_once(guest: MockDomain, link: MockIoreqServer
     other = guest.open_ioreq_server(buffered=False)
     other.enable()
     ports = [each.bind(10) for each in (link, other)]
-    guest.patience = 1.0
+    guest.vcpu_timeout = 1.0
     thread, _ = in_thread(lambda: guest.balloon_out(0x5000, 0x1000))
     end = time.monotonic() + 0.8
-    while [state_of(each.page, 0) for each in (link, other)] != [State.READY] * 2:
+    while [RequestSlot(each.page, 0).state for each in (link, other)] != [State.READY] * 2:
         assert time.monotonic() < end
         os.sched_yield()
     for each, port in zip((link, other), ports, strict=True):
-        ioreq.answer(each.page, 0, 0)
+        RequestSlot(each.page, 0).begin()
+        RequestSlot(each.page, 0).answer(0)
         each.notify(port)
     thread.join()
     other.close()
@@ -265,15 +267,15 @@ def test_the_youngest_server_is_asked_first(guest: MockDomain, link: MockIoreqSe
     second.enable()
     for server in (link, second):
         server.claim(RequestKind.PORT, PORT, PORT + 3)
-    assert guest._server_of(READ) is second
+    assert guest.vcpu[0].server_of(READ) is second
     second.close()
-    assert guest._server_of(READ) is link
+    assert guest.vcpu[0].server_of(READ) is link
 
 
 def test_a_vcpu_that_was_given_up_on_can_do_more(guest: MockDomain, link: MockIoreqServer) -> None:
     """A TimeoutError ends the instruction, and with it the vCPU's turn."""
     link.claim(RequestKind.PORT, PORT, PORT + 3)
-    guest.patience = 0.01
+    guest.vcpu_timeout = 0.01
     with pytest.raises(TimeoutError, match="is stuck"):
         guest.port_in(PORT)
     assert guest.port_in(PORT + 8, 1) == 0xFF
@@ -283,7 +285,7 @@ def test_a_slot_that_was_emptied(guest: MockDomain, link: MockIoreqServer) -> No
     """A device model that throws a request away ends the guest, as on Xen."""
     port = link.bind(10)
     link.send(0, READ)
-    set_state(link.page, 0, State.NONE)
+    put_state(link.page, 0, State.NONE)
     link.notify(port)
     with pytest.raises(RuntimeError, match="the state went astray"):
         link.wait(0, 0.01)

@@ -11,6 +11,8 @@ from tests.mutation.__main__ import main
 from tests.mutation.mutant import Mutant
 from tests.mutation.runner import PACKAGE, TESTS
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., tuple[int, str]]
 
 ERRORS = """
@@ -112,7 +114,7 @@ def test_tests_that_prove_nothing(run: Run) -> None:
 
 
 def test_mutants_by_name(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are listed with what they break; a name that is none is refused."""
+    """They are listed with what they break; an unknown name is refused."""
     status, output = run(ERRORS + COMMENT + BROKEN, "--list", "broken")
     assert status == 0
     assert "broken errors.py Facts are missing." in output
@@ -120,3 +122,14 @@ def test_mutants_by_name(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(ERRORS + COMMENT, "nameless")
     assert "there is no mutant 'nameless': see --list" in capsys.readouterr().err
+
+
+def test_a_sample_depends_on_its_seed(run: Run) -> None:
+    """Over some seeds each mutant is chosen; one seed always chooses the same one."""
+    first, *others = [
+        run(ERRORS + COMMENT + BROKEN, "--list", "--sample=1", f"--seed={seed}")[1]
+        for seed in (0, 0, 1, 2, 3, 4, 5, 6, 7)
+    ]
+    assert others[0] == first
+    assert len({*others}) == 2
+    assert all(("Facts are missing." in text) != ("None." in text) for text in others)

@@ -157,7 +157,7 @@ def test_the_domain_invalidates_the_cache(project: pytest.Pytester) -> None:
                 mock_domain.balloon_out(0, 0x1000)
             assert stale == [False]
             assert map_cache.stats().invalidations == 2  # one when it was opened
-            assert map_cache.stats().stale_dma == 0
+            assert map_cache.stats().stale_dma_released == 0
         """
     )
     run(project).assert_outcomes(passed=2)
@@ -182,15 +182,15 @@ def test_a_forgotten_lease_is_an_error_with_its_name(project: pytest.Pytester) -
         [
             "*ERROR at teardown of test_forgets*",
             "leases are held at the end of the test:",
-            "  DMA lease of 'disk0': address 0x1000, *",
-            "  DEVICE lease of 'vga': address 0x5000, *",
+            "  DMA lease of 'disk0': address 0x1000, *, thread 'MainThread', taken at *.py:2 in *",
+            "  DEVICE lease of 'vga': address 0x5000, *.py:3 in test_forgets",
         ]
     )
     result.stdout.no_fnmatch_line("*disk1*")
 
 
 def test_a_test_that_failed_is_reported_once(project: pytest.Pytester) -> None:
-    """What it held then is no second error; nor of one that was expected to fail."""
+    """Its leases are not a second error; nor are those of a test that was expected to fail."""
     project.makepyfile(
         """
         import unittest

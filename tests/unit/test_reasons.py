@@ -1,4 +1,4 @@
-"""Whoever silences a checker says which of its rules, and why."""
+"""A comment that silences a checker names the rule and the reason."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def complaints(text: str) -> Iterator[str]:
             yield f"line {token.start[0]}: gives no reason: {token.string}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_what_is_silenced_has_a_reason(part: Path) -> None:
     """Each noqa and type: ignore names its rule; these and pragmas of coverage say why."""

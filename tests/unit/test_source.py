@@ -10,7 +10,7 @@ import pytest
 
 from tests.descriptors import open_files
 from tests.images import xl_files
-from xenmapcache import BackendUnavailableError, MockHypervisor, open_source, source
+from xenmapcache import BackendUnavailableError, MapCache, MockHypervisor, open_source, source
 from xenmapcache.source import find_domain, parse_source, recognise
 
 
@@ -35,6 +35,27 @@ def elf(kind: int, names: bytes = b"", *, bits: int = 64, little: bool = True) -
     header = struct.pack(f"{order}HHIQQQIHHHHHH", kind, 62, 1, 0, 0, 64, 0, 64, 0, 0, 64, 1, 0)
     section = struct.pack(f"{order}IIQQQQIIQQ", 0, 3, 0, 0, 128, len(names), 0, 0, 0, 0)
     return ident + header + section + names
+
+
+PLACED = [
+    ("raw:/f@0", {"path": "/f", "address": 0}),
+    ("raw:f@0x100000", {"path": "f", "address": 0x100000}),
+    ("raw:f@1GiB", {"path": "f", "address": 1 << 30}),
+    ("raw:a@0@4k", {"path": "a@0", "address": 0x1000}),
+    ("raw:f@0x0+0x2000", {"path": "f", "ranges": [(0, 0x2000)]}),
+    ("raw:f@0+640k,1M+0X1000", {"path": "f", "ranges": [(0, 640 << 10), (1 << 20, 0x1000)]}),
+    ("raw:vm@2024-01-01", {"path": "vm@2024-01-01"}),
+    ("raw:vm@1st", {"path": "vm@1st"}),
+    ("raw:me@host", {"path": "me@host"}),
+    ("raw:f@", {"path": "f@"}),
+    ("raw:@0", {"path": "@0"}),
+    ("raw:f@0+", {"path": "f@0+"}),
+    ("raw:f@0,4k", {"path": "f@0,4k"}),
+    ("raw:f@-0x1000", {"path": "f@-0x1000"}),
+    ("raw:a\nb@0", {"path": "a\nb", "address": 0}),
+    ("save:f@0", {"path": "f@0"}),
+]
+"""Flat images by name, and what is after the @."""
 
 
 @pytest.fixture
@@ -63,8 +84,9 @@ def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("xenctrl:3", "xenctrl", {"domid": 3}),
         ("xen:web", "xen", {"domid": 7}),
         ("mock:16M", "mock", {"memory": "16M"}),
-        ("core:a:b", "coredump", {"path": "a:b"}),
-        ("elf:f", "elfcore", {"path": "f"}),
+        ("coredump:a:b", "coredump", {"path": "a:b"}),
+        ("elfcore:f", "elfcore", {"path": "f"}),
+        ("kdump:f", "kdump", {"path": "f"}),
         ("raw:/f", "raw", {"path": "/f"}),
         ("save:f", "save", {"path": "f"}),
     ],
@@ -73,6 +95,36 @@ def xl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_names(spec: str, backend: str, options: dict[str, object]) -> None:
     """Each kind of name stands for a backend and its option; domains go by number or by name."""
     assert parse_source(spec) == (backend, options)
+
+
+@pytest.mark.parametrize(("spec", "options"), PLACED)
+def test_a_flat_image_may_have_a_place(spec: str, options: dict[str, object]) -> None:
+    """An address, or ranges, after the last @ of a name; all else belongs to the file's name."""
+    assert parse_source(spec).options == options
+
+
+@pytest.mark.parametrize(("place", "number"), [("5", "0x5"), ("0+5", "0x5"), ("4k+4k,1+4k", "0x1")])
+def test_a_place_is_one_of_whole_pages(place: str, number: str) -> None:
+    """Otherwise the message says what to write for a file whose name ends so."""
+    message = f"raw:f@{place}: {number} must be a multiple of 0x1000. If .* write raw:f@{place}@0"
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        parse_source(f"raw:f@{place}")
+
+
+def test_placed_images_read_their_bytes(tmp_path: Path) -> None:
+    """The place of the name is that of open_backend's options."""
+    path = tmp_path / "flat@1"
+    path.write_bytes(b"".join(bytes([number]) * 4096 for number in range(3)))
+    with open_source(f"raw:{path}@0x5000+8k,0x9000+4k") as raw, MapCache(raw) as cache:
+        assert list(cache.present(0, 1 << 20)) == [(0x5000, 0x2000), (0x9000, 0x1000)]
+        assert (cache.read(0x6FFF, 1), cache.read(0x9000, 2)) == (b"\1", b"\2\2")
+    with open_source(f"raw:{path}@2M") as raw, MapCache(raw) as cache:
+        assert cache.read(0x202000, 1) == b"\2"
+        assert cache.memory_end == 0x203000
+    with pytest.raises(ValueError, match="must not begin before"):
+        open_source(f"raw:{path}@0x5000+4k,0+4k")
+    with pytest.raises(TypeError, match="address"):
+        open_source(f"raw:{path}@0", address=0)
 
 
 def test_a_name_opens_its_backend(tmp_path: Path) -> None:
@@ -97,6 +149,9 @@ def test_a_name_opens_its_backend(tmp_path: Path) -> None:
     [
         (b"Xen saved domain, xl format\n \0 \r".ljust(64, b"\0"), "save"),
         (b"LinuxGuestRecord".ljust(64, b"\0"), "save"),
+        (b"KDUMP   ".ljust(64, b"\0"), "kdump"),
+        (b"DISKDUMP".ljust(64, b"\0"), "kdump"),
+        (b"makedumpfile".ljust(64, b"\0"), "kdump"),
         (struct.pack("<II", 0x4C694D45, 1), "raw"),
         (elf(4, b"\0.shstrtab\0.xen_pages\0"), "coredump"),
         (elf(4, b"\0.shstrtab\0.xen_pages_not\0"), "elfcore"),
@@ -113,19 +168,19 @@ def test_files_are_recognised_by_content(tmp_path: Path, content: bytes, backend
     assert recognise(str(path)) == backend
 
 
-@pytest.mark.parametrize("content", [b"", b"\x7fELF", elf(2), bytes(8192), b"#!/bin/sh\n"])
+@pytest.mark.parametrize("content", [b"\x7fELG", bytes(8192), b"#!/bin/sh\n"])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     """A flat image has no format to go by: the message says what to write."""
     path = tmp_path / "file"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"write raw:{path} if it is a flat image"):
+    with pytest.raises(ValueError, match=f"unrecognised format; .* Write raw:{path} only for"):
         open_source(path)
 
 
 @pytest.mark.parametrize("place", [1 << 63, (1 << 64) - 1])
 @pytest.mark.parametrize("field", [0x28, 64 + 0x18, 64 + 0x20])
 def test_an_elf_file_that_lies_is_still_one(tmp_path: Path, field: int, place: int) -> None:
-    """Places beyond the file's end are no reason to fail: the backend will say what is wrong."""
+    """Places beyond the file's end do not fail here: the backend reports the error."""
     content = bytearray(elf(4, b"\0.xen_pages\0"))
     content[field : field + 8] = place.to_bytes(8, "little")
     path = tmp_path / "file"
@@ -137,22 +192,26 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     """A folder, a pipe that nobody writes to, nothing: at once."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         open_source(fifo)
     with pytest.raises(IsADirectoryError):
         open_source(tmp_path)
     with pytest.raises(FileNotFoundError):
         open_source(tmp_path / "absent")
-    with pytest.raises(ValueError, match="there is no source 'disk:0': write xen:DOMID"):
+    with pytest.raises(ValueError, match="'disk:0' is neither a source nor a file; write xen"):
         open_source("disk:0")
-    with pytest.raises(ValueError, match="does not say which"):
-        open_source("core:")
+    with pytest.raises(ValueError, match="is incomplete; write coredump:FILE"):
+        open_source("coredump:")
+    with pytest.raises(ValueError, match="'mock:' is incomplete; write mock:SIZE"):
+        open_source("mock:")
+    with pytest.raises(ValueError, match="'xen:' names no domain; write xen:DOMID or xen:NAME"):
+        open_source("xen:")
 
 
 @pytest.mark.usefixtures("xl")
 def test_an_unknown_domain_says_which_there_are() -> None:
     """The message has the names that xl lists."""
-    with pytest.raises(ValueError, match="no domain 'wbe': there are Domain-0, two words"):
+    with pytest.raises(ValueError, match="no domain is named 'wbe'; xl lists Domain-0, two words"):
         find_domain("wbe")
 
 
@@ -162,7 +221,7 @@ def test_names_without_xl(xl: Path) -> None:
     with pytest.raises(BackendUnavailableError, match=r"status 1 \(no permission at all\): run it"):
         find_domain("web")
     xl.unlink()
-    with pytest.raises(BackendUnavailableError, match="xl is not installed.*by its number"):
+    with pytest.raises(BackendUnavailableError, match="not installed.*give the domain's number"):
         find_domain("web")
 
 
@@ -180,7 +239,7 @@ def test_recognising_leaves_nothing_open(tmp_path: Path) -> None:
     unknown.write_bytes(b"what?")
     files = open_files()
     assert source.recognise(str(known)) == "coredump"
-    with pytest.raises(ValueError, match="no dump that is known"):
+    with pytest.raises(ValueError, match="unrecognised format"):
         source.recognise(str(unknown))
     assert open_files() == files
 
@@ -191,7 +250,7 @@ def test_an_xl_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     script.write_text("#!/bin/sh\nexec sleep 5\n")
     script.chmod(0o755)
     monkeypatch.setattr(source, "XL_PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(source, "_XL_TIMEOUT", 0.1)
+    monkeypatch.setattr(source, "_XL_TIMEOUT_S", 0.1)
     with pytest.raises(BackendUnavailableError, match="xl domid web failed: .*timed out"):
         source.find_domain("web")
 
@@ -199,3 +258,19 @@ def test_an_xl_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_xl_is_found_where_root_has_it() -> None:
     """Under cron and sudo the search path lacks the folders that xl is installed in."""
     assert source.XL_PATH.split(":")[-3:] == ["/usr/local/sbin", "/usr/sbin", "/sbin"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"AVML" + bytes(60), "is compressed by AVML: convert it to LiME with avml-convert"),
+        (b"\x1f\x8b" + bytes(60), "is compressed by gzip: unpack it first"),
+    ],
+)
+def test_formats_that_no_backend_reads_are_named(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    """The message says what to do about the file, not that it may be a flat image."""
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "file")

@@ -44,6 +44,8 @@ on_reboot = "destroy"
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox mkdir /sys
+/bin/busybox mount -t sysfs sys /sys
 for module in /modules/*; do /bin/busybox insmod "$module" unrestricted=1; done
 exec /bin/agent
 """
@@ -130,11 +132,11 @@ class Agent:
             self._ordered = operation, words, future
         return future
 
-    def adopt(self) -> Future[list[int]]:
-        """Take over what the guest does for an agent that is gone."""
+    def adopt(self, other: Agent | None = None) -> Future[list[int]]:
+        """Take over what the guest does for an agent that is gone, with the words it was told."""
         with self._lock:
             self._running = Future()
-            self._results = []
+            self._results = list(other._results) if other is not None else []
             return self._running
 
     def _do(self, operation: Operation, *arguments: int, patience: float = PATIENCE) -> list[int]:

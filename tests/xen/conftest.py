@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +66,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         item.stash[FAILED] = True
 
 
+@pytest.fixture(autouse=True)
+def no_files_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Remove the files of a test that has passed: those of Dom0 lie in its memory."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    if folder is not None and not request.node.stash.get(FAILED, False):
+        shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def agent_guest(live_domid: int) -> Iterator[AgentGuest]:
     """The guest; it boots when its domid is first asked for, and again if it was destroyed."""
@@ -86,6 +96,7 @@ def serve(agent_guest: AgentGuest, request: pytest.FixtureRequest) -> Iterator[S
         *,
         binding: str | None = None,
         buffered: bool = False,
+        restored: bool = False,
         **options: object,
     ) -> Iterator[Served]:
         domid = agent_guest.domid
@@ -98,7 +109,8 @@ def serve(agent_guest: AgentGuest, request: pytest.FixtureRequest) -> Iterator[S
             server.claim_ports(agents.CONTROL, agents.PORTS, agent)
             stack.enter_context(server)
             stack.enter_context(server.serving())
-            agent.ping(agents.BOOT)
+            if not restored:  # if it is, it is paused, amid an order
+                agent.ping(agents.BOOT)
             yield Served(domid, backend, cache, server, agent)
 
     yield serve
@@ -141,7 +153,7 @@ def balloon(
     mib: int,
     *,
     full: int | None = None,
-    meanwhile: Callable[[], object] = lambda: None,
+    while_waiting: Callable[[], object] = lambda: None,
 ) -> None:
     """Have the guest give up memory until it has so much, and then take it all back.
 
@@ -149,13 +161,13 @@ def balloon(
         served: the guest's server.
         mib: as for `xl mem-set`.
         full: what the agent's `total` was before, if it has begun to give up memory.
-        meanwhile: called again and again until then.
+        while_waiting: called again and again until then.
     """
     full = served.agent.total() if full is None else full
-    few = 512  # KiB that the guest's kernel may use for something else meanwhile
+    few = 512  # KiB that the guest's kernel may use for something else until then
 
     def reached(kib: int) -> bool:
-        meanwhile()
+        while_waiting()
         return abs(served.agent.total() - kib) <= few
 
     xl("mem-set", agents.NAME, str(mib))

@@ -14,7 +14,7 @@ from tests.xen.conftest import Recorder, Serve, Served, balloon, load_example
 from xenmapcache import DmaDirection, MapCache
 from xenmapcache.address import MiB
 from xenmapcache.cache import Invalidation
-from xenmapcache.lease import Lease
+from xenmapcache.cache.lease import Lease
 
 pytestmark = pytest.mark.xen
 
@@ -31,10 +31,10 @@ class MapPerAccess(MapCache):
         length: int,
         *,
         owner: str,
-        direction: DmaDirection = DmaDirection.BIDIRECTIONAL,
+        direction: DmaDirection | str = DmaDirection.BIDIRECTIONAL,
     ) -> Lease:
         """Make a mapping that dies with its release."""
-        writable = direction is not DmaDirection.TO_DEVICE
+        writable = DmaDirection(direction) is not DmaDirection.TO_DEVICE
         return self.map_device(address, length, owner=owner, writable=writable)
 
 

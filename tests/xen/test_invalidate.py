@@ -5,15 +5,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import pytest
 
 from tests.xen.agent import MEMORY
 from tests.xen.conftest import Serve, Served, balloon, paused, warnings_of
+from tests.xen.control import Control, control
 from xenmapcache import Backend, DmaDirection, FaultError, LeaseError, MapCache
 from xenmapcache.address import PAGE_SIZE, MiB
-from xenmapcache.lease import Lease
+from xenmapcache.cache.lease import Lease
 from xenmapcache.mapping import Mapping
 
 pytestmark = pytest.mark.xen
@@ -81,7 +81,7 @@ def test_the_seed(
     mapped = [served.backend.map(gfn, 1, writable=True) for gfn in middles]
     kept = [mapping for mapping in mapped if mapping.valid(0, 1)]
 
-    balloon(served, MEMORY - 28, meanwhile=lambda: touch(cache))
+    balloon(served, MEMORY - 28, while_waiting=lambda: touch(cache))
 
     bursts = server.invalidations
     assert bursts > 10
@@ -146,7 +146,7 @@ def test_lost_dma(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     assert released.startswith("released stale: DMA lease of 'disk0'")
     assert released.endswith("what the device wrote may be lost")
     assert served.agent.peek(PLACE, 8) == b"the new."
-    assert served.cache.stats().stale_dma == 1
+    assert served.cache.stats().stale_dma_released == 1
     served.cache.write(lease.address, b"arrives.")
     assert served.agent.peek(PLACE, 8) == b"arrives."
 
@@ -200,7 +200,7 @@ def test_on_quiesce(served: Served, caplog: pytest.LogCaptureFixture) -> None:
 
     agent.renew(PAGE)
     assert ended == [False]
-    assert (served.server.invalidations, cache.stats().stale_dma) == (1, 0)
+    assert (served.server.invalidations, cache.stats().stale_dma_released) == (1, 0)
     assert not warnings_of(caplog)
 
 
@@ -234,13 +234,10 @@ class HypercallBuffer(ctypes.Structure):
 class DirtyLog:
     """Xen's log of a guest's written pages, as a migration reads it (libxenctrl)."""
 
-    def __init__(self, domid: int) -> None:
-        path, *_ = Path("/usr/lib/x86_64-linux-gnu").glob("libxenctrl.so.*.*")
-        self._library = library = ctypes.CDLL(str(path), use_errno=True)
-        library.xc_interface_open.restype = ctypes.c_void_p
+    def __init__(self, xen: Control, domid: int) -> None:
+        self._library, self._handle = library, _ = xen.library, xen.handle
         library.xc__hypercall_buffer_alloc_pages.restype = ctypes.c_void_p
         library.xc_logdirty_control.restype = ctypes.c_longlong
-        self._handle = ctypes.c_void_p(library.xc_interface_open(None, None, 0))
         self._domid = ctypes.c_uint32(domid)
         self._pages = MEMORY * MiB // PAGE_SIZE
         self._buffer = HypercallBuffer()
@@ -269,16 +266,15 @@ class DirtyLog:
         return {gfn for gfn in range(self._pages) if bits >> gfn & 1} if bits else set()
 
     def close(self) -> None:
-        """Let Xen log no more."""
+        """Stop the log of Xen."""
         self._library.xc_shadow_control(self._handle, self._domid, OFF, None, 0)
-        self._library.xc_interface_close(self._handle)
 
 
 @contextmanager
 def dirty_log(domid: int) -> Iterator[DirtyLog]:
     """The log of a guest that is paused, so that only Dom0 writes."""
-    with paused(domid):
-        log = DirtyLog(domid)
+    with paused(domid), control() as xen:
+        log = DirtyLog(xen, domid)
         try:
             yield log
         finally:
@@ -307,7 +303,7 @@ def test_written_pages_are_logged(served: Served) -> None:
         assert log.dirty() == {first, first + 1, first + 3, first + 4}
 
         log.dirty(CLEAN)
-        backend.log_dirty = False  # type: ignore[attr-defined] # a XenBackend
+        backend.log_dirty = False
         cache.write(first * PAGE_SIZE, b"8 bytes.")
         assert log.dirty() == set()
     for cpu in (0, 1):

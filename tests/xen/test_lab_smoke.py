@@ -1,4 +1,4 @@
-"""The lab itself: the tests run in a Dom0 of the Xen that was asked for, beside its guest."""
+"""The lab itself: the tests run in a Dom0 of the requested Xen, which has a guest."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import struct
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 from tests.xen import agent as agents
 from tests.xen.conftest import wait_for, xl
+from tests.xen.control import control
 from xenmapcache import Backend, MapCache, open_source, write_coredump
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE, MiB
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.xen
 VICTIM = "victim"
 MADE = "hand-made"
 RAM = "96MiB"
-"""Of the victim. Behind it is nothing up to 4 GiB, and one look through that is enough."""
+"""Of the victim. From there to 4 GiB there is no memory, so one pass over that is enough."""
 PAGES = {0, 1, 2, 5, *range(0x10, 0x98), *range(0xC0, 0x310), *range(0x400, 0x1000)}
 """Of the guest that is made by hand: page 0, holes, and nothing where a PC has none."""
 
@@ -47,7 +47,7 @@ def booted(
     guest_console: Callable[[str], str],
 ) -> Iterator[Saved]:
     """A Linux guest that was saved by `xl save` and stays paused; nothing of it changes."""
-    if not agents.missing():  # with that guest beside it, all that is here takes twice as long
+    if not agents.missing():  # with that guest running, each of these takes twice as long
         request.getfixturevalue("agent_guest").destroy()
     config: Path | None = request.config.getoption("victim_config")
     if config is None:
@@ -115,40 +115,32 @@ def protected_mode() -> bytes:
 @contextmanager
 def hand_made() -> Iterator[int]:
     """Make a PVH domain with memory and one vCPU that never runs (libxenctrl)."""
-    path, *_ = sorted(Path("/usr/lib/x86_64-linux-gnu").glob("libxenctrl.so.*.*"))
-    library = ctypes.CDLL(str(path), use_errno=True)
-    library.xc_interface_open.restype = ctypes.c_void_p
-    handle = ctypes.c_void_p(library.xc_interface_open(None, None, 0))
-    newer = "4.17" not in path.name
-    # struct xen_domctl_createdomain: ssidref, handle[16], flags (hvm, hap), iommu, vCPUs,
-    # event channels, grant and maptrack frames, grant version, (altp2m,) vmtrace, cpupool,
-    # emulation flags (local APIC), misc flags.
-    fields = [0, 0, 0, 0, 0, 3, 0, 1, 1023, 4, 4, 1, *([0] if newer else []), 0, 0, 1, 0]
-    config = (ctypes.c_uint32 * 64)(*fields)
-    domain = ctypes.c_uint32(0)
-
-    def call(name: str, *arguments: object) -> None:
-        result = getattr(library, name)(handle, *arguments)
-        assert result == 0, f"{name}: {os.strerror(ctypes.get_errno())}"
-
-    call("xc_domain_create", ctypes.byref(domain), ctypes.byref(config))
-    try:
-        call("xc_domain_setmaxmem", domain, ctypes.c_uint64(64 << 10))
-        call("xc_set_paging_mempool_size", domain, ctypes.c_uint64(4 << 20))
-        call("xc_domain_max_vcpus", domain, 1)
-        gfns = (ctypes.c_uint64 * len(PAGES))(*sorted(PAGES))
-        count = ctypes.c_ulong(len(PAGES))
-        call("xc_domain_populate_physmap_exact", domain, count, 0, 0, gfns)
-        # Without a context of its vCPU, which has to have begun, nothing is dumped.
-        size = library.xc_domain_hvm_getcontext(handle, domain, None, 0)
-        old = ctypes.create_string_buffer(size)
-        library.xc_domain_hvm_getcontext(handle, domain, old, size)
-        context = old.raw[:32] + struct.pack("<HHI", 2, 0, 1032) + protected_mode() + bytes(8)
-        call("xc_domain_hvm_setcontext", domain, context, len(context))
-        yield domain.value
-    finally:
-        library.xc_domain_destroy(handle, domain)
-        library.xc_interface_close(handle)
+    with control() as xen:
+        newer = "4.17" not in xen.path.name
+        # struct xen_domctl_createdomain: ssidref, handle[16], flags (hvm, hap), iommu, vCPUs,
+        # event channels, grant and maptrack frames, grant version, (altp2m,) vmtrace, cpupool,
+        # emulation flags (local APIC), misc flags.
+        fields = [0, 0, 0, 0, 0, 3, 0, 1, 1023, 4, 4, 1, *([0] if newer else []), 0, 0, 1, 0]
+        config = (ctypes.c_uint32 * 64)(*fields)
+        domain = ctypes.c_uint32(0)
+        xen.call("xc_domain_create", ctypes.byref(domain), ctypes.byref(config))
+        try:
+            xen.call("xc_domain_setmaxmem", domain, ctypes.c_uint64(64 << 10))
+            xen.call("xc_set_paging_mempool_size", domain, ctypes.c_uint64(4 << 20))
+            xen.call("xc_domain_max_vcpus", domain, 1)
+            gfns = (ctypes.c_uint64 * len(PAGES))(*sorted(PAGES))
+            count = ctypes.c_ulong(len(PAGES))
+            xen.call("xc_domain_populate_physmap_exact", domain, count, 0, 0, gfns)
+            # Without a context of its vCPU, which has to have begun, nothing is dumped.
+            get = xen.library.xc_domain_hvm_getcontext
+            size = get(xen.handle, domain, None, 0)
+            old = ctypes.create_string_buffer(size)
+            get(xen.handle, domain, old, size)
+            context = old.raw[:32] + struct.pack("<HHI", 2, 0, 1032) + protected_mode() + bytes(8)
+            xen.call("xc_domain_hvm_setcontext", domain, context, len(context))
+            yield domain.value
+        finally:
+            xen.library.xc_domain_destroy(xen.handle, domain)
 
 
 def _talks(guest_console: Callable[[str], str]) -> bool:
@@ -263,7 +255,7 @@ def test_find_by_name(booted: Saved) -> None:
 
 def test_strings_by_name(booted: Saved) -> None:
     """`strings` of the live guest has the marker that the guest prints."""
-    text = command("strings", f"xen:{VICTIM}", "--min", "30", "--length", RAM)
+    text = command("strings", f"xen:{VICTIM}", "--bytes", "30", "--length", RAM)
     assert re.search("XENMAPCACHE-MARKER-[0-9a-f]{16}", text)
 
 

@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import os
-import struct
 from array import array
 from collections.abc import Iterator
 from typing import ClassVar
 
 from ..address import PAGE_SIZE
-from ..elf import (
-    ET_CORE,
-    MACHINES,
-    SHT_NOTE,
-    SHT_PROGBITS,
-    SHT_STRTAB,
-    Elf,
-    Section,
-)
-from ..errors import CorruptImageError
-from ..imagefile import ImageFile
-from .image import ImageBackend, Run
-from .pageindex import GFN_LIMIT, PageIndex, is_ascending
-
-NOTE_NONE, NOTE_HEADER, NOTE_XEN_VERSION, NOTE_FORMAT_VERSION = range(0x2000000, 0x2000004)
-HEADER = struct.Struct("<QQQQ")
-"""magic, vCPUs, pages, page size."""
-XEN_VERSION = struct.Struct("<QQ16s")
-"""major, minor, extra; what was compiled by whom follows."""
-MAGIC_PV, MAGIC_HVM = 0xF00FEBED, 0xF00FEBEE
-PADDING = (1 << 64) - 1
-
-_KINDS = {MAGIC_PV: "pv", MAGIC_HVM: "hvm"}
-_ENTRY = {".xen_pfn": 8, ".xen_p2m": 16}
-_PIECE = 1 << 16
-"""Entries that are read and checked at once: an index that lies is found out before it is held."""
+from ..files.image import ImageFile
+from ..files.pageindex import PageIndex
+from ..files.runs import Run
+from ..formats import xl_core
+from ..formats.control_registers import ControlRegisters
+from ..formats.elf import Note
+from ..formats.signatures import refuse_others
+from .image import ImageBackend
 
 
 class CoredumpBackend(ImageBackend):
     """The backend ``"coredump"``: a file that ``xl dump-core`` wrote.
 
-    Of PV guests the addresses are pseudo-physical. Pages are mapped from the file.
+    For PV guests the addresses are pseudo-physical. Pages are mapped from the file.
 
     Args:
         path: the file.
+        salvage: open the intact part of a file that was cut off: pages whose frame numbers it
+            has. They come last in the file, so little can be missing.
 
     Attributes:
-        kind: ``"pv"`` or ``"hvm"`` (PVH and Arm guests are that, too).
+        guest_type: ``"pv"`` or ``"hvm"``; PVH and Arm guests are ``"hvm"``, too.
         machine: ``"x86-64"``, ``"x86-32"`` or ``"arm"``.
         vcpus: how many the guest had.
         pages: how many are in the file.
@@ -55,125 +38,62 @@ class CoredumpBackend(ImageBackend):
         format_version: ``(major, minor)``.
 
     Raises:
-        BackendUnavailableError: pyelftools is not installed.
         CorruptImageError: the file contradicts the format; the message names the place.
-        ValueError: that is no regular file.
+        WrongFormatError: it is of another known format; the message says which.
+        ValueError: the path is not a regular file.
         OSError: the file cannot be opened.
     """
 
     name: ClassVar[str] = "coredump"
 
-    def __init__(self, *, path: str | os.PathLike[str]) -> None:
+    def __init__(self, *, path: str | os.PathLike[str], salvage: bool = False) -> None:
         super().__init__(ImageFile(path))
         try:
-            self._open(Elf(self._file))
+            refuse_others(self._file, self.name, "a file of xl dump-core")
+            found: list[str] = []
+            core = xl_core.parse(self._file, salvage=salvage, warn=found.append)
+            self._index = _index(self._file, core)
+            self.warn(*found)
+            self._core = core
         except BaseException:
             self.close()
             raise
-
-    def _open(self, elf: Elf) -> None:
-        if elf.kind != ET_CORE or elf.bits != 64 or elf.machine not in MACHINES:
-            raise elf.corrupt(
-                f"is an ELF file of type {elf.kind}, {elf.bits} bits, machine {elf.machine}: "
-                "xl dump-core writes cores (4) of 64 bits, of x86 (62, 3) or Arm (40)"
-            )
-        sections = elf.sections({SHT_PROGBITS, SHT_STRTAB, SHT_NOTE})
-        present = [name for name in _ENTRY if name in sections]
-        for name in (".note.Xen", ".xen_pages", *(present or [" or ".join(_ENTRY)])):
-            if name not in sections:
-                raise elf.corrupt(f"has no section {name}: is it a file of xl dump-core?")
-        if len(present) > 1:
-            raise elf.corrupt(
-                "has both .xen_p2m and .xen_pfn: it cannot be of a PV and an HVM guest"
-            )
-        table, pages = sections[present[0]], sections[".xen_pages"]
-        _check_apart(elf, [table, pages, sections[".note.Xen"]])
-        self.machine = MACHINES[elf.machine]
-        self.format_version = (0, 0)
-        self.xen_version = ""
-        self._read_notes(elf, sections[".note.Xen"])
-        for section, size in ((table, _ENTRY[table.name]), (pages, PAGE_SIZE)):
-            if section.size != size * self._entries:
-                raise elf.corrupt(
-                    f"has {section.size:#x} bytes in {section.name}, and {self._entries:#x} pages "
-                    "as its notes say: one of them lies"
-                )
-        self._index = self._read_index(table, pages.offset)
+        self.guest_type = core.guest_type
+        self.machine = core.machine
+        self.vcpus = core.vcpus
+        self.page_size = core.page_size
+        self.xen_version = core.xen_version
+        self.format_version = core.format_version
         self.pages = len(self._index)
         self.memory_end = self._index.memory_end
 
-    def _read_notes(self, elf: Elf, section: Section) -> None:
-        header = None
-        for name, kind, data in elf.notes(section):
-            if name != "Xen":
-                continue
-            if kind == NOTE_HEADER and len(data) >= HEADER.size:
-                header = HEADER.unpack_from(data)
-            elif kind == NOTE_XEN_VERSION and len(data) >= XEN_VERSION.size:
-                major, minor, extra = XEN_VERSION.unpack_from(data)
-                text = extra.partition(b"\0")[0].decode("ascii", "replace")
-                self.xen_version = f"{major}.{minor}{text}"
-            elif kind == NOTE_FORMAT_VERSION and len(data) >= 8:
-                version = int.from_bytes(data[:8], "little")
-                self.format_version = (version >> 32, version & 0xFFFFFFFF)
-        if header is None:
-            raise elf.corrupt(f"has no header note in .note.Xen at {section.offset:#x}")
-        magic, self.vcpus, self._entries, self.page_size = header
-        if magic not in _KINDS:
-            raise elf.corrupt(f"has a header note of magic {magic:#x}, which no guest has")
-        if self.page_size != PAGE_SIZE:
-            raise elf.corrupt(
-                f"has pages of {self.page_size:#x} bytes: Xen's are of {PAGE_SIZE:#x}"
-            )
-        if self.format_version[0]:
-            raise elf.corrupt(f"has the format version {self.format_version}, which is not known")
-        self.kind = _KINDS[magic]
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """The vCPUs' registers as PRSTATUS notes, of x86-64 guests; read from the file each time.
 
-    def _read_index(self, table: Section, start: int) -> PageIndex:
-        """Read the pages' frame numbers, and check their order."""
-        words = _ENTRY[table.name] // 8
-        gfns = array("Q")
-        offsets: array[int] | None = None
-        for first in range(0, self._entries, _PIECE):
-            count = min(_PIECE, self._entries - first)
-            piece = array("Q", bytes(8 * words * count))
-            self._file.read_into(table.offset + 8 * words * first, memoryview(piece).cast("B"))
-            piece = piece[::words] if words > 1 else piece
-            ordered = is_ascending(piece) and not (gfns and piece[0] <= gfns[-1])
-            if ordered and piece[-1] < GFN_LIMIT and offsets is None and len(gfns) == first:
-                gfns.extend(piece)  # a sum would copy all of it for each piece
-                continue
-            # Padding, or an error.
-            for entry, gfn in enumerate(piece, first):
-                if gfn == PADDING:
-                    continue
-                if gfn >= GFN_LIMIT or (gfns and gfn <= gfns[-1]):
-                    raise self._bad_entry(table, entry, gfn, gfns)
-                if offsets is None and len(gfns) != entry:
-                    offsets = array("Q", range(start, start + len(gfns) * PAGE_SIZE, PAGE_SIZE))
-                if offsets is not None:
-                    offsets.append(start + entry * PAGE_SIZE)
-                gfns.append(gfn)
-        return PageIndex(gfns, offsets, start)
+        A vCPU whose registers are all zeros has none.
+        """
+        return tuple(xl_core.registers(self._file, self._core))
 
-    def _bad_entry(
-        self, table: Section, entry: int, gfn: int, gfns: array[int]
-    ) -> CorruptImageError:
-        place = f"{self.path}: entry {entry} of {table.name}, at "
-        place += f"{table.offset + entry * _ENTRY[table.name]:#x}, is pfn {gfn:#x}"
-        if gfn >= GFN_LIMIT:
-            return CorruptImageError(f"{place}: no guest has an address beyond 52 bits")
-        what = "again" if gfn == gfns[-1] else f"after {gfns[-1]:#x}"
-        return CorruptImageError(f"{place} {what}: pfns must ascend")
+    def contexts(self) -> Iterator[tuple[int, bytes]]:
+        """Return an iterator of ``(vcpu, context)``, one for each vCPU of an x86-64 guest.
+
+        A context is Xen's ``vcpu_guest_context_t``, which has control registers, too.
+        """
+        return xl_core.contexts(self._file, self._core)
+
+    def control_registers(self) -> tuple[ControlRegisters, ...]:
+        """Return the vCPUs' control registers, of x86-64 guests but PV; read from the file."""
+        return tuple(xl_core.control_registers(self._file, self._core))
 
     def runs(self, gfn: int, count: int) -> Iterator[Run]:
-        """Return what is there of a range of pages; see :meth:`ImageBackend.runs`."""
+        """Yield the runs of a range of pages; see :meth:`ImageBackend.runs`."""
         return self._index.runs(gfn, count)
 
     def describe(self) -> dict[str, object]:
         """Return the notes; see :meth:`Backend.describe`."""
         return {
-            "kind": self.kind,
+            "guest_type": self.guest_type,
             "machine": self.machine,
             "vcpus": self.vcpus,
             "pages": self.pages,
@@ -183,13 +103,14 @@ class CoredumpBackend(ImageBackend):
         }
 
 
-def _check_apart(elf: Elf, sections: list[Section]) -> None:
-    end, before = 64, "the header"
-    for section in sorted(sections, key=lambda section: section.offset):
-        if section.size and section.offset < end:
-            raise elf.corrupt(
-                f"has {section.name} at {section.offset:#x}, which overlaps {before}, "
-                f"whose end is {end:#x}"
-            )
-        if section.size:
-            end, before = section.offset + section.size, section.name
+def _index(file: ImageFile, core: xl_core.XlCore) -> PageIndex:
+    """Return where each page is. Offsets are kept only if padding separates pages."""
+    gfns, start = array("Q"), core.pages.offset
+    offsets: array[int] | None = None
+    for some, offset in xl_core.frames(file, core):
+        if offsets is None and offset != start + len(gfns) * PAGE_SIZE:
+            offsets = array("Q", range(start, start + len(gfns) * PAGE_SIZE, PAGE_SIZE))
+        if offsets is not None:
+            offsets.extend(range(offset, offset + len(some) * PAGE_SIZE, PAGE_SIZE))
+        gfns.extend(some)  # a sum would copy all of it for each chunk
+    return PageIndex(gfns, offsets, start)

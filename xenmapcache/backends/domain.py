@@ -12,10 +12,11 @@ from pathlib import Path
 from ..address import PAGE_MASK, PAGE_SHIFT, as_int
 from ..backend import Backend, Capability
 from ..binding import libc
-from ..binding.control import MAXIMUM_GPFN, Control
+from ..binding.control import GET_INFO_LIST, MAXIMUM_GPFN, PAUSE, Control
 from ..binding.declarations import CONTROL, DEVICE_MODEL, Library
 from ..binding.devicemodel import DeviceModel
-from ..binding.handle import HINTS, Handle
+from ..binding.handle import Handle
+from ..binding.hints import HINTS
 from ..binding.loader import get_loader
 from ..errors import BackendUnavailableError, UnsupportedOperationError, XenCallError
 from ..mapping import Mapping
@@ -47,7 +48,7 @@ def _is_own(domid: int) -> bool:
 
 
 class DomainBackend(Backend):
-    """A live domain. Opening it maps one page, to learn whether there is such a domain.
+    """A live domain. Opening it maps one page, to learn whether it is there and may be mapped.
 
     It has :attr:`.Capability.DIRTY` where libxendevicemodel is there and Xen takes its
     reports of written pages: an HVM or PVH guest's. Where not, the logger ``xenmapcache``
@@ -71,8 +72,12 @@ class DomainBackend(Backend):
         self.library = handle.path
         self.log_dirty = True
         self._device_model: DeviceModel | None = None
+        self._pauser: Control | None = None
+        self._pauses: list[int] = []  # 0 for each pause and unpause: odd while it is paused
         try:
-            self.map(0, 1, writable=False)
+            refusal = self.map(0, 1, writable=False).refusal()
+            if refusal is not None:
+                raise refusal
             self._device_model = self._open_device_model()
         except BaseException:
             handle.close()
@@ -126,24 +131,34 @@ class DomainBackend(Backend):
         )
 
     @abc.abstractmethod
-    def _map_pages(self, prot: int, gfns: array[int], left: list[int]) -> tuple[int, bytes | None]:
+    def _map_pages(
+        self, prot: int, gfns: array[int], result_out: list[int]
+    ) -> tuple[int, bytes | None]:
         """Map pages through the library; return the host address and the pages' errnos."""
 
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
         """Map guest pages; see :meth:`Backend.map`."""
         gfns = array("Q", range(gfn, gfn + count))
-        left: list[int] = []  # the address, until the mapping has taken it over
+        result_out: list[int] = []  # the address, until the mapping has taken it over
         try:
-            address, errors = self._map_pages(libc.protection(writable), gfns, left)
+            address, errors = self._map_pages(libc.protection(writable), gfns, result_out)
             if address & PAGE_MASK:
-                left.clear()  # where pages begin there is not known
+                result_out.clear()  # where pages begin there is not known
                 hint = f"it returned {address:#x}, where no page begins"
                 raise XenCallError(self.map_call, self.domid, _errno.EIO, hint)
             mapping = Mapping(
-                address, gfn, count, writable=writable, errors=errors, unmap=libc.unmap, left=left
+                address,
+                gfn,
+                count,
+                writable=writable,
+                errors=errors,
+                result_out=result_out,
+                call=self.map_call,
+                domid=self.domid,
             )
         except BaseException:
-            for address in filter(None, left):  # interrupted, by Ctrl-C, while Xen was mapping
+            # Interrupted, by Ctrl-C, while Xen was mapping.
+            for address in filter(None, result_out):
                 libc.unmap(address, count << PAGE_SHIFT)
             raise
         # Xen does not fail the call for a domain that is not there: it fails each page.
@@ -161,7 +176,7 @@ class DomainBackend(Backend):
     def mark_dirty(self, gfn: int, count: int) -> None:
         """Report written pages to Xen if ``log_dirty``; see :meth:`Backend.mark_dirty`.
 
-        Follows ``xendevicemodel_modified_memory``. A domain that is gone is no error:
+        Follows ``xendevicemodel_modified_memory``. A domain that is gone raises nothing:
         nothing of it will be migrated.
         """
         if self._device_model is None:
@@ -173,8 +188,48 @@ class DomainBackend(Backend):
                 if error.errno != _errno.ESRCH:
                     raise
 
+    def pause(self) -> None:
+        """Stop the guest's vCPUs, as ``xl pause`` does; see :meth:`Backend.pause`.
+
+        Follows ``xc_domain_pause`` of libxenctrl.
+        """
+        if self._pauses.count(0) % 2:
+            return
+        if self._pauser is None:  # kept open, so that unpausing needs nothing that may be missing
+            library = self._library_with(CONTROL, PAUSE)
+            self._pauser = Control(binding=self.binding, library=library)
+        self._pauser.pause(self.domid, result_out=self._pauses)
+
+    def unpause(self) -> None:
+        """Let the guest's vCPUs run again; see :meth:`Backend.unpause`.
+
+        Follows ``xc_domain_unpause`` of libxenctrl.
+        """
+        if self._pauser is not None and self._pauses.count(0) % 2:
+            try:
+                self._pauser.unpause(self.domid, result_out=self._pauses)
+            except XenCallError as error:
+                if error.errno != _errno.ESRCH:
+                    raise
+                self._pauses.append(0)
+
+    def has_ended(self) -> bool:
+        """Tell whether the domain was destroyed; see :meth:`Backend.has_ended`.
+
+        Follows ``xc_domain_getinfolist`` of libxenctrl.
+        """
+        library = self._library_with(CONTROL, GET_INFO_LIST)
+        try:
+            with Control(binding=self.binding, library=library) as control:
+                return control.domain_state(self.domid).dying
+        except XenCallError as error:
+            if error.errno != _errno.ESRCH:
+                raise
+            return True
+
     def close(self) -> None:
         """Close the libraries' handles; see :meth:`Backend.close`."""
         self._handle.close()
-        if self._device_model is not None:
-            self._device_model.close()
+        for other in (self._device_model, self._pauser):
+            if other is not None:
+                other.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import ClassVar
 
 from ..backend import Backend, Capability
 from ..errors import ClosedError
-from ..mapping import Mapping
+from ..mapping import Mapping, PageErrors
 from ..mock import MockDomain, MockHypervisor
 
 
@@ -15,15 +16,17 @@ class MockBackend(Backend):
     """The backend ``"mock"``.
 
     Args:
-        domain: a guest of a :class:`MockHypervisor`; or else
-        memory: the size of one that is made for the purpose.
+        domain: a guest of a :class:`MockHypervisor`. Give either this or ``memory``.
+        memory: the size of a guest that is made for this backend.
 
     Attributes:
         domain: the guest.
         domid: its number.
+        log_dirty: whether written pages are noted in ``domain.dirty_gfns``.
 
     Raises:
         TypeError: neither was given, or both.
+        ValueError: no guest has such a size.
     """
 
     name: ClassVar[str] = "mock"
@@ -33,7 +36,7 @@ class MockBackend(Backend):
         self, *, domain: MockDomain | None = None, memory: int | str | None = None
     ) -> None:
         if (domain is None) == (memory is None):
-            raise TypeError("the mock takes either domain= or memory=")
+            raise TypeError("the backend 'mock' needs either domain= or memory=")
         if domain is None:
             assert memory is not None  # noqa: S101 - or the line above had raised
             domain = MockHypervisor().create_domain(memory=memory)
@@ -41,20 +44,41 @@ class MockBackend(Backend):
             raise TypeError(f"domain must be a MockDomain, not {type(domain).__name__}")
         self.domain = domain
         self.domid = domain.domid
-        self._unmap = domain.unmap
+        self.log_dirty = True
         self._pid = os.getpid()
         self._closed = False
+        self._paused = False
+
+    def __repr__(self) -> str:
+        return f"<MockBackend of {self.domain!r}>"
 
     @property
     def memory_end(self) -> int:  # type: ignore[override] # it grows
         """One past the highest guest address that can be there, in bytes."""
         return self.domain.memory_end
 
+    def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
+        """Return the runs of pages that exist in a range; see :meth:`Backend.present`.
+
+        None while faults are injected, or while the domain is of a kind or in a state in which
+        pages cannot be mapped, because only mapping shows it then.
+        """
+        self._check_open()
+        return self.domain.present(gfn, count)
+
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
         """Map guest pages; see :meth:`Backend.map`."""
         self._check_open()
-        address, errors = self.domain.map(gfn, count, writable)
-        return Mapping(address, gfn, count, writable=writable, errors=errors, unmap=self._unmap)
+        return self.domain.map(gfn, count, writable)
+
+    def copied_pages(self, gfn: int, count: int) -> int:  # noqa: ARG002 - a contract
+        """Return 0: all pages of a window are mapped."""
+        return 0
+
+    def map_into(self, mapping: Mapping, gfn: int, count: int) -> PageErrors | None:
+        """Map guest pages over a part of a window; see :meth:`Backend.map_into`."""
+        self._check_open()
+        return self.domain.map_into(mapping, gfn, count)
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
         """Let a mapping show other pages; see :meth:`Backend.remap`."""
@@ -62,13 +86,31 @@ class MockBackend(Backend):
         self.domain.remap(mapping, gfn)
 
     def mark_dirty(self, gfn: int, count: int) -> None:
-        """Note written pages in ``domain.dirty``; see :meth:`Backend.mark_dirty`."""
+        """Note written pages in ``domain.dirty_gfns`` if ``log_dirty``; see :class:`Backend`."""
         if self._closed:  # as the libraries' handles refuse it
             raise ClosedError("this mock backend is closed")
-        self.domain.mark_dirty(gfn, count)
+        if self.log_dirty:
+            self.domain.mark_dirty(gfn, count)
+
+    def pause(self) -> None:
+        """Pause the guest unless it is paused; see :meth:`Backend.pause`."""
+        self._check_open()
+        if "paused" not in self.domain.gate.reasons:
+            self._paused = True
+            self.domain.pause()
+
+    def unpause(self) -> None:
+        """Undo :meth:`pause`; see :meth:`Backend.unpause`."""
+        if self._paused:
+            self.domain.unpause()
+            self._paused = False
+
+    def has_ended(self) -> bool:
+        """Tell whether the guest was destroyed; see :meth:`Backend.has_ended`."""
+        return self.domain.state in ("dying", "gone")
 
     def close(self) -> None:
-        """Map no more; see :meth:`Backend.close`."""
+        """Refuse further map calls; see :meth:`Backend.close`."""
         self._closed = True
 
     def _check_open(self) -> None:

@@ -1,43 +1,46 @@
-"""The backend of memory as it is: a flat image, with an address or ranges, or a LiME file."""
+"""The backend of flat images, with an address or ranges, and of LiME files."""
 
 from __future__ import annotations
 
 import os
-import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import ClassVar
 
-from ..address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, as_int, check_range
-from ..errors import CorruptImageError, UnsupportedOperationError
-from ..imagefile import ImageFile
-from .image import ImageBackend, Run, clip
+from ..address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SIZE, as_int, check_range
+from ..errors import CorruptImageError, WrongFormatError
+from ..files.image import ImageFile
+from ..formats import lime, signatures
+from ..formats.content import start_of
+from ..formats.spans import SALVAGE, Span, Warn, cut
+from .image import SpanBackend
 
-LIME_HEADER = struct.Struct("<IIQQQ")
-"""magic, version, first address, last address, reserved."""
-LIME_MAGIC, LIME_VERSION = 0x4C694D45, 1
-
-_LIME, _AVML = LIME_MAGIC.to_bytes(4, "little"), b"AVML"
-_MAX_RANGES = 1 << 16
+_AS_IT_IS = ". To read its bytes as they are, give an address: @0 after the name, or address=0"
 
 
-class RawBackend(ImageBackend):
-    """The backend ``"raw"``: a file that holds memory and nothing else, or a LiME file.
+class RawBackend(SpanBackend):
+    """The backend ``"raw"``: a flat image of memory, or a LiME file.
 
     A LiME file (version 1) is recognised by its magic, unless ``address`` or ``ranges`` is
-    given; it brings its own ranges. Pages of which it has only a part are not there. The last
-    page of a flat image may be a part of one: the rest of it reads as zeros.
+    given. It has its own ranges, which may begin and end in any byte. If the file has only a part
+    of a page, the rest of the page reads as zeros.
+
+    A file of another known format is not memory. It is refused, unless ``address`` or
+    ``ranges`` is given.
 
     Args:
         path: the file.
         address: guest-physical, page-aligned, of the file's first byte.
         ranges: instead of ``address``: ``(address, length)`` pairs, page-aligned and ascending,
-            whose memory lies in the file one after the other.
+            whose memory lies one after the other in the file. Data after the last range is
+            ignored.
+        salvage: open the intact part of a LiME file that was cut off or damaged, or of a file that
+            is shorter than its ranges.
 
     Raises:
         CorruptImageError: the file is empty or shorter than the ranges, or its LiME headers
             contradict it.
-        UnsupportedOperationError: it is compressed by AVML.
-        ValueError, TypeError: an argument is wrong, or that is no regular file.
+        WrongFormatError: it has another known format; the message says what reads it.
+        ValueError, TypeError: an argument is wrong, or the path is not a regular file.
         OSError: the file cannot be opened.
     """
 
@@ -49,59 +52,66 @@ class RawBackend(ImageBackend):
         path: str | os.PathLike[str],
         address: int | None = None,
         ranges: Iterable[tuple[int, int]] | None = None,
+        salvage: bool = False,
     ) -> None:
         if address is not None and ranges is not None:
             raise TypeError("raw takes either address= or ranges=")
         spans = None if ranges is None else _checked(ranges)
-        start = 0 if address is None else _aligned("address", address)
+        start = None if address is None else _aligned("address", address)
         super().__init__(ImageFile(path))
         try:
-            if not self._file.size:
-                raise CorruptImageError(f"{self.path} is empty")
-            magic = self._file.read(0, min(4, self._file.size))
-            if spans is not None:
-                self._runs = _packed(self._file, spans)
-            elif address is None and magic == _LIME:
-                self._runs = _lime(self._file)
-            elif address is None and magic == _AVML:
-                raise UnsupportedOperationError(
-                    f"{self.path} is compressed by AVML: avml-convert makes a LiME file of it"
-                )
-            else:
-                self._runs = _flat(self._file, start)
+            found: list[str] = []
+            memory = self._find_memory(start, spans, salvage, found.append)
+            self._take(memory, "no range has memory in the file")
+            self.warn(*found)
         except BaseException:
             self.close()
             raise
-        last = self._runs[-1]
-        self.memory_end = last.gfn + last.pages << PAGE_SHIFT
 
-    def runs(self, gfn: int, count: int) -> Iterator[Run]:
-        """Return what is there of a range of pages; see :meth:`ImageBackend.runs`."""
-        return clip(self._runs, gfn, count)
+    def _find_memory(
+        self,
+        address: int | None,
+        spans: list[tuple[int, int]] | None,
+        salvage: bool,
+        warn: Warn,
+    ) -> list[Span]:
+        """Return where the file's memory belongs."""
+        if not self._file.size:
+            raise WrongFormatError(f"{self.path} is empty: {signatures.EMPTY.remedy}")
+        if spans is not None:
+            return _packed(self._file, spans, salvage)
+        if address is not None:
+            return _flat(self._file, address)
+        if start_of(self._file, len(lime.START)) == lime.START:
+            return lime.ranges(self._file, salvage=salvage, warn=warn)
+        signatures.refuse_others(self._file, self.name, hint=_AS_IT_IS)
+        return _flat(self._file, 0)
 
 
 def _aligned(name: str, value: object) -> int:
     number = as_int(name, value)
     if number < 0 or number & PAGE_MASK:
-        raise ValueError(f"{name} {number:#x} is not the beginning of a page of {PAGE_SIZE:#x}")
+        raise ValueError(f"{name} {number:#x} must be a multiple of {PAGE_SIZE:#x}, not negative")
     return number
 
 
 def _checked(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ranges, as ints, if they are such as can be."""
+    """Return ranges as ints, after checks."""
     spans: list[tuple[int, int]] = []
     end = 0
     for pair in ranges:
         try:
             address, length = pair
         except (TypeError, ValueError):
-            raise TypeError(f"ranges= wants (address, length) pairs, not {pair!r}") from None
+            raise TypeError(f"ranges= must be (address, length) pairs, not {pair!r}") from None
         address, length = check_range(address, length)
         if (address | length) & PAGE_MASK:
-            raise ValueError(f"range {address:#x}, length {length:#x} is not whole pages")
+            raise ValueError(
+                f"range {address:#x}, length {length:#x}: both must be multiples of {PAGE_SIZE:#x}"
+            )
         if address < end:
             raise ValueError(
-                f"range at {address:#x} begins before the one before it ends, {end:#x}"
+                f"range at {address:#x} must not begin before {end:#x}, where the previous one ends"
             )
         end = address + length
         spans.append((address, length))
@@ -110,77 +120,26 @@ def _checked(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return spans
 
 
-def _flat(file: ImageFile, address: int) -> list[Run]:
+def _flat(file: ImageFile, address: int) -> list[Span]:
     if address + file.size > ADDRESS_LIMIT:
         raise ValueError(
-            f"{file.path} of {file.size:#x} bytes at {address:#x} ends beyond {ADDRESS_LIMIT:#x}, "
+            f"{file.path}: {file.size:#x} bytes at {address:#x} end beyond {ADDRESS_LIMIT:#x}, "
             "the end of a 52-bit physical address space"
         )
-    return [Run(address >> PAGE_SHIFT, file.size + PAGE_MASK >> PAGE_SHIFT, 0)]
+    return [Span(address, address + file.size, 0)]
 
 
-def _packed(file: ImageFile, spans: list[tuple[int, int]]) -> list[Run]:
-    """Return the runs of ranges that lie in a file one after the other."""
-    runs: list[Run] = []
+def _packed(file: ImageFile, spans: list[tuple[int, int]], salvage: bool) -> list[Span]:
+    """Return ranges whose bytes follow each other in a file."""
+    found: list[Span] = []
     offset = 0
     for address, length in spans:
-        if offset + length > file.size:
+        if offset + length > file.size and not salvage:
             raise CorruptImageError(
-                f"{file.path} ends at {file.size:#x}: of the range {address:#x}.."
-                f"{address + length:#x}, at {offset:#x}, {offset + length - file.size:#x} bytes "
-                "are missing"
+                f"{file.path}: range {address:#x}..{address + length:#x}, at offset {offset:#x}, "
+                f"lacks {offset + length - file.size:#x} bytes: the file ends at {file.size:#x}; "
+                f"{SALVAGE}"
             )
-        gfn, pages = address >> PAGE_SHIFT, length >> PAGE_SHIFT
-        if runs and runs[-1].gfn + runs[-1].pages == gfn:
-            last = runs.pop()
-            runs.append(Run(last.gfn, last.pages + pages, last.offset))
-        else:
-            runs.append(Run(gfn, pages, offset))
+        found += cut(Span(address, address + length, offset), file.size)
         offset += length
-    return runs
-
-
-def _lime(file: ImageFile) -> list[Run]:
-    """Return the runs of a LiME file, from its headers, one before each range."""
-    spans: list[tuple[int, int, int]] = []  # first address, end, offset
-    offset = 0
-    while offset < file.size:
-        place = f"{file.path}: LiME header {len(spans)} at {offset:#x}"
-        if len(spans) == _MAX_RANGES:
-            raise CorruptImageError(f"{place}: no more than {_MAX_RANGES} ranges are read")
-        if offset + LIME_HEADER.size > file.size:
-            raise CorruptImageError(f"{place} is cut off: the file ends at {file.size:#x}")
-        magic, version, first, last, _ = LIME_HEADER.unpack(file.read(offset, LIME_HEADER.size))
-        if magic != LIME_MAGIC or version != LIME_VERSION:
-            raise CorruptImageError(
-                f"{place} has magic {magic:#x} and version {version}: they should be "
-                f"{LIME_MAGIC:#x} and {LIME_VERSION}"
-            )
-        if not first <= last < ADDRESS_LIMIT:
-            raise CorruptImageError(f"{place} is of {first:#x}..{last:#x}, which is no range")
-        offset += LIME_HEADER.size
-        length = last + 1 - first
-        if offset + length > file.size:
-            raise CorruptImageError(
-                f"{place} is of {length:#x} bytes, and the file ends at {file.size:#x}: "
-                f"{offset + length - file.size:#x} bytes are missing"
-            )
-        spans.append((first, last + 1, offset))
-        offset += length
-    spans.sort()
-    runs = []
-    before = 0
-    for first, end, offset in spans:
-        if first < before:
-            raise CorruptImageError(
-                f"{file.path}: LiME range {first:#x}..{end:#x} at {offset:#x} overlaps another, "
-                f"which ends at {before:#x}"
-            )
-        before = end
-        gfn = first + PAGE_MASK >> PAGE_SHIFT
-        pages = (end >> PAGE_SHIFT) - gfn
-        if pages > 0:
-            runs.append(Run(gfn, pages, offset + (gfn << PAGE_SHIFT) - first))
-    if not runs:
-        raise CorruptImageError(f"{file.path}: no LiME range has a whole page")
-    return runs
+    return found

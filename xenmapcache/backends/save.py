@@ -6,84 +6,53 @@ import os
 import struct
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
 from ..address import PAGE_SHIFT, PAGE_SIZE
 from ..errors import CorruptImageError
-from ..imagefile import ImageFile
-from .image import ImageBackend, Run
-from .pageindex import GFN_LIMIT, PageIndex, is_ascending, load_index, store_index
+from ..files.image import ImageFile
+from ..files.pageindex import PageIndex, load_index, store_index
+from ..files.runs import Run
+from ..formats.xl_save import GUEST_TYPES, Progress, SaveHeader, SaveStream
+from .image import ImageBackend
 
-Progress = Callable[[int, int], object]
-
-_XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
-_XL_HEADER = struct.Struct("<32sIIII")
-"""magic, byte order, mandatory flags, optional flags, length of the optional data."""
-_BYTE_ORDER = 0x01020304
-_FLAG_JSON, _FLAG_STREAM_V2 = 1, 2
-_LIBXL_HEADER = struct.Struct(">8sII")
-_LIBXL_MAGIC = b"LibxlFmt"
-_LIBXC_HEADER = struct.Struct(">8s4sIHHI")
-_LIBXC_MARKER, _LIBXC_MAGIC = b"\xff" * 8, b"XENF"
-_DOMAIN_HEADER = struct.Struct("<IHHII")
-_RECORD = struct.Struct("<II")
-_PAGE_DATA = struct.Struct("<II")
-_BIG_ENDIAN = 1
-
-_LIBXL_END, _LIBXL_LIBXC = 0, 1
-_LIBXL_RECORDS = {0, 1, 2, 3, 4}
-_END, _PAGES, _VERIFY = 0, 1, 0xD
-_LIBXC_RECORDS = {2: {*range(0xF)}, 3: {*range(0xF), 0x10, 0x11, 0x12}}
-"""By version. 0xF only ever goes back from a receiver; libxc refuses it, too."""
-_OPTIONAL = 1 << 31
-_MAX_RECORD = 128 << 20  # as libxc
-_MAX_RECORDS = 1 << 15
-"""But for those of pages: a virtual CPU has four."""
-_PFN_MASK = (1 << 52) - 1
-_WITHOUT_DATA = {0xD, 0xE, 0xF}
-_RESERVED = {5, 6, 7, 8}
-_KINDS = {1: "pv", 2: "hvm"}
-
-_NOTES = struct.Struct("<IIII")
-_PIECE = 1 << 15
-"""Pages that are dealt with at once, at most."""
-
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\x04\x22\x4d\x18": "lz4",
-}
-_LEGACY = (b"Xen saved domain", b"LinuxGuestRecord", b"XenSavedDomain")
-_LEGACY_FORMAT = "the legacy format, of Xen 4.5 and before: restore it there, and save it anew"
+_KEPT_HEADER = struct.Struct("<IIII")
+"""A :class:`SaveHeader`, as it is kept with the index."""
+_MAX_LATE = 1 << 15
+"""Pages that wait to be merged, at most."""
 
 
 class SaveBackend(ImageBackend):
     """The backend ``"save"``: a file that ``xl save`` wrote (Xen 4.6 and later), or its stream.
 
-    An index of its pages is made when it is opened, in one pass that reads no page: the last
-    copy of a page is the one that counts. Of PV guests the addresses are pseudo-physical, and
-    page tables hold pfns where the live guest's hold mfns: ``xl save`` writes them so.
+    ``virsh save`` of a Xen guest and suspend images of XenServer and XCP-ng have that stream
+    inside, and are read, too.
+
+    Opening the file makes an index of its pages, in one pass that reads no page. The last
+    copy of a page counts. For PV guests the addresses are pseudo-physical, and page tables
+    hold pfns where the live guest's hold mfns, because ``xl save`` writes them so.
 
     Args:
         path: the file.
         progress: called as ``progress(done, total)`` in bytes, some hundred times at most.
-        keep_index: keep the index beside the file, as ``PATH.index``, and use it when the
-            file is opened the next time. It is made anew when the file has changed.
+        keep_index: keep the index next to the file, as ``PATH.index``, and use it the next
+            time. It is made again when the file has changed. That of a file which is not
+            complete is not kept.
+        salvage: open the intact part of a file that was cut off or is damaged.
 
     Attributes:
-        kind: ``"pv"`` or ``"hvm"`` (PVH guests are that, too).
+        guest_type: ``"pv"`` or ``"hvm"``; PVH guests are ``"hvm"``, too.
         xen_version: of the Xen that saved it, for example ``"4.17"``.
         stream_version: of libxc's stream, 2 or 3.
         pages: how many are in the file.
         page_size: in bytes, always 4096.
 
     Raises:
-        CorruptImageError: the file contradicts the format, is cut off, compressed, or of
-            another format; the message names the place.
-        ValueError: that is no regular file.
+        CorruptImageError: the file contradicts the format or is truncated; the message names
+            the place.
+        WrongFormatError: it is compressed, or of another known format.
+        ValueError: the path is not a regular file.
         OSError: the file cannot be opened.
     """
 
@@ -96,10 +65,12 @@ class SaveBackend(ImageBackend):
         path: str | os.PathLike[str],
         progress: Progress | None = None,
         keep_index: bool = False,
+        salvage: bool = False,
     ) -> None:
         super().__init__(ImageFile(path))
         try:
-            self._open(progress, f"{os.fsdecode(self.path)}.index" if keep_index else None)
+            kept = f"{os.fsdecode(self.path)}.index" if keep_index else None
+            self._open(progress, kept, salvage)
             if progress is not None:
                 progress(self._file.size, self._file.size)
         except BaseException:
@@ -108,30 +79,30 @@ class SaveBackend(ImageBackend):
         self.pages = len(self._index)
         self.memory_end = self._index.memory_end
 
-    def _open(self, progress: Progress | None, kept: str | None) -> None:
-        state = self._file.size, self._file.changed
+    def _open(self, progress: Progress | None, kept: str | None, salvage: bool) -> None:
+        state = self._file.size, self._file.mtime_ns
         loaded = load_index(kept, *state) if kept else None
-        if loaded is None or _NOTES.unpack(loaded[1])[0] not in _KINDS:
-            stream = _Stream(self._file, progress)
-            self._index = stream.read()
-            notes = stream.notes
-            if kept:
-                store_index(kept, *state, self._index, _NOTES.pack(*notes))
+        header = SaveHeader._make(_KEPT_HEADER.unpack(loaded[1])) if loaded else None
+        if loaded is None or header is None or header.guest_type not in GUEST_TYPES:
+            self._index, header, damage = _read(self._file, progress, salvage)
+            if damage:
+                self.warn(damage)
+            elif kept:
+                store_index(kept, *state, self._index, _KEPT_HEADER.pack(*header))
         else:
-            self._index, packed = loaded
-            notes = _NOTES.unpack(packed)
-        kind, self.stream_version, major, minor = notes
-        self.kind = _KINDS[kind]
-        self.xen_version = f"{major}.{minor}"
+            self._index = loaded[0]
+        self.guest_type = GUEST_TYPES[header.guest_type]
+        self.stream_version = header.stream_version
+        self.xen_version = f"{header.xen_major}.{header.xen_minor}"
 
     def runs(self, gfn: int, count: int) -> Iterator[Run]:
-        """Return what is there of a range of pages; see :meth:`ImageBackend.runs`."""
+        """Yield the runs of a range of pages; see :meth:`ImageBackend.runs`."""
         return self._index.runs(gfn, count)
 
     def describe(self) -> dict[str, object]:
         """Return what the headers say; see :meth:`Backend.describe`."""
         return {
-            "kind": self.kind,
+            "guest_type": self.guest_type,
             "pages": self.pages,
             "page_size": self.page_size,
             "xen_version": self.xen_version,
@@ -139,257 +110,79 @@ class SaveBackend(ImageBackend):
         }
 
 
-class _Stream:
-    """One pass through a file.
-
-    Attributes:
-        notes: the domain's kind, libxc's version, Xen's major and minor one.
-    """
-
-    def __init__(self, file: ImageFile, progress: Progress | None) -> None:
-        self._file = file
-        self._progress = progress or (lambda _done, _total: None)
-        self._shown = 0
-        self._position = 0
-        self._records = 0
-        self._pages = _Pages()
-        self._verifying = False
-        self.notes = (0, 0, 0, 0)
-
-    def read(self) -> PageIndex:
-        """Read all of it, and return the index."""
-        start = self._peek(_XL_HEADER.size)
-        if start.startswith(_XL_MAGIC):
-            self._xl_header()
-            self._libxl()
-        elif start.startswith(_LIBXL_MAGIC):
-            self._libxl()
-        elif start.startswith(_LIBXC_MARKER):
-            self._libxc()
-        else:
-            raise self._unknown(start)
-        return self._pages.index()
-
-    def _unknown(self, start: bytes) -> CorruptImageError:
-        for magic, program in _PACKED.items():
-            if start.startswith(magic):
-                return self._bad(f"is compressed by {program}: unpack it first")
-        if start.startswith(_LEGACY):
-            return self._bad(f"is of {_LEGACY_FORMAT}")
-        return self._bad(f"begins with {start[:16]!r}: that is no file of xl save")
-
-    def _xl_header(self) -> None:
-        _, order, mandatory, _, length = _XL_HEADER.unpack(self._take("xl header", _XL_HEADER.size))
-        if order != _BYTE_ORDER:
-            raise self._bad(f"has the byte order {order:#010x}: only little-endian is read", 32)
-        if not mandatory & _FLAG_STREAM_V2:
-            raise self._bad(f"is of {_LEGACY_FORMAT}", 36)
-        if mandatory & ~(_FLAG_JSON | _FLAG_STREAM_V2):
-            raise self._bad(f"has mandatory flags {mandatory:#x}, which are not known", 36)
-        self._skip("xl's configuration", length)
-
-    def _libxl(self) -> None:
-        at = self._position
-        magic, version, options = _LIBXL_HEADER.unpack(
-            self._take("libxl header", _LIBXL_HEADER.size)
-        )
-        if magic != _LIBXL_MAGIC:
-            raise self._bad(f"has {magic!r} where libxl's stream should begin", at)
-        if version != 2 or options & _BIG_ENDIAN:
-            raise self._bad(f"has a libxl stream of version {version}, options {options:#x}", at)
-        seen = False
-        while True:
-            at, kind, length = self._record("libxl")
-            if kind == _LIBXL_END:
-                if not seen:
-                    raise self._bad("ends without libxc's stream, which has the pages", at)
-                return
-            if kind == _LIBXL_LIBXC:
-                if seen:
-                    raise self._bad("has a second stream of libxc", at)
-                seen = True
-                self._libxc()
-            elif kind in _LIBXL_RECORDS or kind & _OPTIONAL:
-                self._skip(f"libxl record {kind:#x}", length + 7 & ~7)
-            else:
-                raise self._bad(f"has a libxl record of unknown type {kind:#x}", at)
-
-    def _libxc(self) -> None:
-        at = self._position
-        marker, magic, version, options, *_ = _LIBXC_HEADER.unpack(
-            self._take("libxc header", _LIBXC_HEADER.size)
-        )
-        if (marker, magic) != (_LIBXC_MARKER, _LIBXC_MAGIC):
-            raise self._bad(f"has no libxc stream there; it may be of {_LEGACY_FORMAT}", at)
-        if version not in _LIBXC_RECORDS or options & _BIG_ENDIAN:
-            raise self._bad(f"has a libxc stream of version {version}, options {options:#x}", at)
-        at = self._position
-        kind, shift, _, *xen = _DOMAIN_HEADER.unpack(
-            self._take("domain header", _DOMAIN_HEADER.size)
-        )
-        if kind not in _KINDS or shift != PAGE_SHIFT:
-            raise self._bad(f"has a domain of type {kind}, pages of 2**{shift} bytes: unknown", at)
-        self.notes = (kind, version, *xen)
-        known = _LIBXC_RECORDS[version]
-        while True:
-            at, kind, length = self._record("libxc")
-            if kind == _PAGES:
-                self._page_data(at, length)
-            elif kind == _END:
-                self._skip("record END", length + 7 & ~7)
-                return
-            elif kind in known or kind & _OPTIONAL:
-                self._verifying |= kind == _VERIFY
-                self._skip(f"libxc record {kind:#x}", length + 7 & ~7)
-            else:
-                raise self._bad(f"has a libxc record of unknown type {kind:#x}", at)
-
-    def _record(self, layer: str) -> tuple[int, int, int]:
-        """Return ``(offset, type, length)`` of the next record; the position is in its body."""
-        at = self._position
-        kind, length = _RECORD.unpack(self._take(f"{layer} record's header", _RECORD.size))
-        if length > _MAX_RECORD:
-            raise self._bad(f"has a {layer} record {kind:#x} of {length:#x} bytes: absurd", at)
-        self._records += kind != _PAGES
-        if self._records > _MAX_RECORDS:
-            raise self._bad(f"has more than {_MAX_RECORDS} records beside the pages': absurd", at)
-        if at - self._shown > self._file.size >> 8:
-            self._shown = at
-            self._progress(at, self._file.size)
-        return at, kind, length
-
-    def _page_data(self, at: int, length: int) -> None:
-        end = self._position + length
-        if end > self._file.size:
-            raise self._cut_off(f"pages of {length:#x} bytes")
-        if length < _PAGE_DATA.size:
-            raise self._bad(f"has a record of pages of {length} bytes", at)
-        count, _ = _PAGE_DATA.unpack(self._take("pages", _PAGE_DATA.size))
-        place = self._position + 8 * count
-        if not count or place > end:
-            raise self._bad(f"has a record of {count:#x} pages in {length:#x} bytes", at)
-        for first in range(0, count, _PIECE):
-            numbers = array("Q", bytes(8 * min(_PIECE, count - first)))
-            self._file.read_into(self._position, memoryview(numbers).cast("B"))
-            place = self._add(numbers, place, end)
-            self._position += 8 * len(numbers)
-        if place != end:
-            raise self._bad(f"has {count:#x} pages in {length:#x} bytes, which cannot be", at)
-        self._position = at + _RECORD.size
-        self._skip("pages", length + 7 & ~7)
-
-    def _add(self, numbers: array[int], place: int, end: int) -> int:
-        """Note pages whose data begin at a place; return where they end."""
-        # The last one is the largest: no type, no bit beyond an address.
-        if numbers[-1] < GFN_LIMIT and not self._verifying and is_ascending(numbers):
-            self._check_room(len(numbers), place, end)
-            self._pages.add(numbers, place)
-            return place + (len(numbers) << PAGE_SHIFT)
-        for position, number in enumerate(numbers):
-            kind, gfn = number >> 60, number & _PFN_MASK
-            entry = self._position + 8 * position
-            if kind in _RESERVED:
-                raise self._bad(f"has page {gfn:#x} of type {kind:#x}, which is not known", entry)
-            if gfn >= GFN_LIMIT:
-                raise self._bad(f"has pfn {gfn:#x}: no guest has an address beyond 52 bits", entry)
-            data = kind not in _WITHOUT_DATA
-            if data:
-                self._check_room(1, place, end)
-            if not self._verifying:  # what follows repeats pages for a receiver to compare
-                self._pages.put(gfn, place if data else 0)
-            place += PAGE_SIZE * data
-        return place
-
-    def _check_room(self, pages: int, place: int, end: int) -> None:
-        if place + (pages << PAGE_SHIFT) > end:
-            raise self._bad("has more pages in a record than the record has bytes for", place)
-
-    def _peek(self, length: int) -> bytes:
-        length = min(length, self._file.size - self._position)
-        return self._file.read(self._position, length) if length else b""
-
-    def _take(self, what: str, length: int) -> bytes:
-        self._skip(what, length)
-        return self._file.read(self._position - length, length)
-
-    def _skip(self, what: str, length: int) -> None:
-        if self._position + length > self._file.size:
-            raise self._cut_off(what)
-        self._position += length
-
-    def _cut_off(self, what: str) -> CorruptImageError:
-        return self._bad(
-            f"is cut off: it ends at {self._file.size:#x}, inside of {what}", self._position
-        )
-
-    def _bad(self, what: str, offset: int | None = None) -> CorruptImageError:
-        place = "" if offset is None else f" (offset {offset:#x})"
-        return CorruptImageError(f"{self._file.path} {what}{place}")
+def _read(
+    file: ImageFile, progress: Progress | None, salvage: bool
+) -> tuple[PageIndex, SaveHeader, str]:
+    """Read a stream from start to end. Return what it has, and what is missing of it."""
+    stream, pages = SaveStream(file, progress, salvage=salvage), _Pages()
+    for gfns, offset in stream.pages():
+        pages.add(gfns, offset)
+    assert stream.header is not None  # noqa: S101 - a stream without one was refused
+    index = pages.index()
+    if stream.damage and not len(index):
+        raise CorruptImageError(f"{file.path}: {stream.damage}; it has no intact page")
+    return index, stream.header, stream.damage
 
 
 class _Pages:
-    """The pages seen so far. Those that come in order are appended; others wait to be merged in."""
+    """The pages seen so far. Those in order are appended; others wait to be merged in.
+
+    A page that no longer exists keeps its place with an offset of 0 until the end: to remove
+    pages at each merge would go through all of them each time.
+    """
 
     def __init__(self) -> None:
         self._gfns, self._offsets = array("Q"), array("Q")
         self._late: dict[int, int] = {}
 
-    def add(self, gfns: array[int], place: int) -> None:
-        """Note ascending pages whose data lie one after the other."""
+    def add(self, gfns: array[int], offset: int) -> None:
+        """Note ascending pages whose data follow each other; an offset of 0 removes them."""
         if not self._gfns or gfns[0] > self._gfns[-1]:
-            self._gfns.extend(gfns)
-            end = place + (len(gfns) << PAGE_SHIFT)
-            self._offsets.extend(array("Q", range(place, end, PAGE_SIZE)))
-        else:
-            for position, gfn in enumerate(gfns):
-                self.put(gfn, place + (position << PAGE_SHIFT))
-
-    def put(self, gfn: int, place: int) -> None:
-        """Note a page, or with a place of 0 that it is no more."""
-        if not self._gfns or gfn > self._gfns[-1]:
-            if place:
+            if offset:
+                self._gfns.extend(gfns)
+                end = offset + (len(gfns) << PAGE_SHIFT)
+                self._offsets.extend(array("Q", range(offset, end, PAGE_SIZE)))
+            return
+        last = self._gfns[-1]
+        for position, gfn in enumerate(gfns):
+            place = offset + (position << PAGE_SHIFT) if offset else 0
+            if gfn <= last:
+                self._late[gfn] = place
+            elif place:
                 self._gfns.append(gfn)
                 self._offsets.append(place)
-            return
-        self._late[gfn] = place
-        if len(self._late) >= _PIECE:
+        if len(self._late) >= _MAX_LATE:
             self._merge()
 
     def _merge(self) -> None:
         """Merge what waits into the arrays: in place, from the end, to need no second pair."""
         gfns, offsets = self._gfns, self._offsets
-        fresh = []
-        gone = False
+        new = []
         for gfn, place in sorted(self._late.items()):
             position = bisect_left(gfns, gfn)
-            if position < len(gfns) and gfns[position] == gfn:
+            if gfns[position] == gfn:
                 offsets[position] = place
-                gone |= not place
             elif place:
-                fresh.append((gfn, place, position))
+                new.append((gfn, place, position))
         self._late.clear()
         end = len(gfns)
-        gfns.extend(array("Q", bytes(8 * len(fresh))))
-        offsets.extend(array("Q", bytes(8 * len(fresh))))
-        for shift in range(len(fresh), 0, -1):
-            gfn, place, position = fresh[shift - 1]
+        gfns.extend(array("Q", bytes(8 * len(new))))
+        offsets.extend(array("Q", bytes(8 * len(new))))
+        for shift in range(len(new), 0, -1):
+            gfn, place, position = new[shift - 1]
             gfns[position + shift : end + shift] = gfns[position:end]
             offsets[position + shift : end + shift] = offsets[position:end]
             gfns[position + shift - 1], offsets[position + shift - 1] = gfn, place
             end = position
-        if gone:
-            self._drop()
-
-    def _drop(self) -> None:
-        """Take out the pages that are no more."""
-        kept = 0
-        for position, place in enumerate(self._offsets):
-            if place:
-                self._gfns[kept], self._offsets[kept] = self._gfns[position], place
-                kept += 1
-        del self._gfns[kept:], self._offsets[kept:]
 
     def index(self) -> PageIndex:
         """Return the index of all pages."""
         self._merge()
+        kept = 0
+        if 0 in self._offsets:
+            for position, place in enumerate(self._offsets):
+                if place:
+                    self._gfns[kept], self._offsets[kept] = self._gfns[position], place
+                    kept += 1
+            del self._gfns[kept:], self._offsets[kept:]
         return PageIndex(self._gfns, self._offsets)

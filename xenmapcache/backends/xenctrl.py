@@ -31,5 +31,7 @@ class XenControlBackend(DomainBackend):
         self._control = Control(binding=binding, library=library)
         super().__init__(self._control, domid)
 
-    def _map_pages(self, prot: int, gfns: array[int], left: list[int]) -> tuple[int, bytes | None]:
-        return self._control.map(self.domid, prot, gfns, left=left)
+    def _map_pages(
+        self, prot: int, gfns: array[int], result_out: list[int]
+    ) -> tuple[int, bytes | None]:
+        return self._control.map(self.domid, prot, gfns, result_out=result_out)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import starmap
-from typing import Any
+from typing import Any, cast
 
 from ._cffi import ffi
 from .declarations import Library, Prototype, prototypes
-from .loader import Argument, Function
+from .interface import Argument, Function
 
 _cast, _from_buffer = ffi.cast, ffi.from_buffer
 _address = partial(_cast, "uintptr_t")
 
 # Never emptied: a function does not keep its library loaded, and one that is
-# unloaded crashes whoever still calls it. ctypes never unloads either.
+# unloaded crashes a thread that still calls it. ctypes never unloads either.
 _libraries: dict[str, Any] = {}
 
 
@@ -24,7 +26,7 @@ class CffiLoader:
     name = "cffi"
 
     def open(self, library: Library, path: str) -> dict[str, Function]:
-        """Load a library; see :class:`.loader.Loader`."""
+        """Load a library; see :class:`.interface.Loader`."""
         handle = _libraries.get(path)
         if handle is None:
             handle = _libraries[path] = ffi.dlopen(path or None)
@@ -52,9 +54,9 @@ def _bind(function: Argument, prototype: Prototype) -> Function:
     ]
     returns_pointer = prototype.result == "*"
 
-    def call(*arguments: Argument, left: list[int] | None = None) -> tuple[int, int]:
+    def call(*arguments: Argument, result_out: list[int] | None = None) -> tuple[int, int]:
         values = list(arguments)
-        held = []  # a cast does not keep the buffer behind it alive
+        held = []  # a cast does not keep its buffer alive
         for position, kind in pointers:
             pointer = values[position]
             if not isinstance(pointer, int):
@@ -62,14 +64,20 @@ def _bind(function: Argument, prototype: Prototype) -> Function:
                 held.append(pointer)
             values[position] = _cast(kind, pointer)
         ffi.errno = 0
-        if left is not None:
+        if result_out is not None:
+            # Near the recursion limit the conversion must fail before the call, not after it.
+            deque(map(int, map(_address, (ffi.NULL,))), 0)
             # All of it is C: no signal handler runs before the number is in the list.
-            left.extend(map(int, map(_address, starmap(function, (values,)))))
-            return left[-1], ffi.errno
+            result_out.extend(map(int, map(_address, starmap(function, (values,)))))
+            return result_out[-1], ffi.errno
         result = function(*values)
         errno = ffi.errno
         if returns_pointer:
             result = int(_cast("uintptr_t", result))
         return result or 0, errno
 
-    return call
+    def for_each(addresses: Iterable[int]) -> Iterator[object]:
+        return map(function, map(partial(_cast, types.args[0]), addresses))
+
+    call.for_each = for_each  # type: ignore[attr-defined] # a function takes attributes
+    return cast("Function", call)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 from itertools import starmap
-from typing import Any
+from typing import Any, cast
 
 from .declarations import Library, Prototype, prototypes
-from .loader import Argument, Function
+from .interface import Argument, Function
 
 _TYPES: dict[str, Any] = {
     "*": ctypes.c_void_p,
@@ -35,7 +36,7 @@ class CtypesLoader:
     name = "ctypes"
 
     def open(self, library: Library, path: str) -> dict[str, Function]:
-        """Load a library; see :class:`.loader.Loader`."""
+        """Load a library; see :class:`.interface.Loader`."""
         handle = ctypes.CDLL(path or None, use_errno=True)
         return {
             prototype.name: _bind(handle, prototype)
@@ -59,6 +60,14 @@ def _range(kind: str) -> tuple[int, int]:
     return (-1 << bits - 1, (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
 
+def cause_of(error: ctypes.ArgumentError) -> Exception:
+    """Return the MemoryError or RecursionError that ctypes has turned into an ArgumentError."""
+    for kind in (MemoryError, RecursionError):
+        if kind.__name__ in str(error):
+            return kind("ctypes could not convert an argument")
+    return error
+
+
 def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
     function = handle[prototype.name]
     kinds = prototype.parameters
@@ -68,7 +77,7 @@ def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
     numbers = [(position, *_range(kind)) for position, kind in enumerate(kinds) if kind != "*"]
     get_errno, set_errno = ctypes.get_errno, ctypes.set_errno
 
-    def call(*arguments: Argument, left: list[int] | None = None) -> tuple[int, int]:
+    def call(*arguments: Argument, result_out: list[int] | None = None) -> tuple[int, int]:
         values = list(arguments)
         for position in pointers:
             values[position] = _pointer(values[position])
@@ -76,11 +85,14 @@ def _bind(handle: ctypes.CDLL, prototype: Prototype) -> Function:
             if not least <= values[position] <= greatest:
                 raise OverflowError(f"integer {values[position]} does not fit {kinds[position]!r}")
         set_errno(0)
-        if left is not None:
-            # All of it is C: no signal handler runs before the number is in the list.
-            left.extend(starmap(function, (values,)))
-            return left[-1] or 0, get_errno()
-        result = function(*values)
-        return result or 0, get_errno()
+        try:
+            if result_out is not None:
+                # All of it is C: no signal handler runs before the number is in the list.
+                result_out.extend(starmap(function, (values,)))
+                return result_out[-1] or 0, get_errno()
+            return function(*values) or 0, get_errno()
+        except ctypes.ArgumentError as error:
+            raise cause_of(error) from error
 
-    return call
+    call.for_each = partial(map, function)  # type: ignore[attr-defined] # a function takes attributes
+    return cast("Function", call)

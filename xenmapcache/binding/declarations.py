@@ -25,7 +25,7 @@ class Library(NamedTuple):
         name: as people call it.
         soname: what the dynamic linker is asked for; with a ``*`` where the name
             carries Xen's release and has to be searched for; empty for libc.
-        package: Debian's package, for messages.
+        package: a distribution's package, for messages.
         includes: the C lines that bring the real declarations.
         source: our copy of them.
     """
@@ -71,7 +71,7 @@ int xenforeignmemory_resource_size(xenforeignmemory_handle *fmem, domid_t domid,
 CONTROL = Library(
     name="libxenctrl",
     soname="libxenctrl.so.*",
-    package="libxenmisc4.17 (the number is Xen's release)",
+    package="libxenmisc4.17, where 4.17 is Xen's release",
     includes="#define XC_WANT_COMPAT_MAP_FOREIGN_API\n#include <xenctrl.h>",
     source="""
 typedef struct xc_interface_core xc_interface;
@@ -81,6 +81,11 @@ int xc_interface_close(xc_interface *xch);
 void *xc_map_foreign_bulk(xc_interface *xch, uint32_t dom, int prot, const xen_pfn_t *arr,
                           int *err, unsigned num);
 int xc_domain_maximum_gpfn(xc_interface *xch, uint32_t domid, xen_pfn_t *gpfns);
+typedef struct xen_domctl_getdomaininfo xc_domaininfo_t;
+int xc_domain_getinfolist(xc_interface *xch, uint32_t first_domain, unsigned max_domains,
+                          xc_domaininfo_t *info);
+int xc_domain_pause(xc_interface *xch, uint32_t domid);
+int xc_domain_unpause(xc_interface *xch, uint32_t domid);
 """,
 )
 
@@ -184,6 +189,7 @@ LIBC = Library(
 void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset);
 int munmap(void *addr, size_t length);
 int madvise(void *addr, size_t length, int advice);
+int mprotect(void *addr, size_t length, int prot);
 FILE *fdopen(int fd, const char *mode);
 int setvbuf(FILE *stream, char *buf, int mode, size_t size);
 int fclose(FILE *stream);

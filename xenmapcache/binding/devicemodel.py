@@ -132,9 +132,10 @@ class DeviceModel(Handle):
     # --- memory -----------------------------------------------------------------
 
     def modified_memory(self, domid: int, gfn: int, count: int) -> None:
-        """Tell Xen that pages were written, after they were; without a migration it is nothing.
+        """Report written pages to Xen. Call it after the write.
 
-        By ``modified_memory_bulk``, or by ``modified_memory`` where the library is older.
+        It has no effect unless the guest is being migrated.
+        Call ``modified_memory_bulk``, or ``modified_memory`` where the library is older.
 
         Args:
             domid: the guest.

@@ -17,7 +17,7 @@ class EventChannels(Handle):
     Each method raises XenCallError when its call fails.
 
     Synchronization: one thread alone may wait and call :meth:`pending`, or it blocks on an
-    event that another one took. Everything else may be called in any thread meanwhile.
+    event that another one took. All other methods may be called in any thread.
     """
 
     declared = EVENT_CHANNEL

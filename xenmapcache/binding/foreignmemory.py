@@ -29,7 +29,7 @@ class ForeignMemory(Handle):
         *,
         address: int | None = None,
         flags: int = 0,
-        left: list[int] | None = None,
+        result_out: list[int] | None = None,
     ) -> tuple[int, bytes | None]:
         """Map pages of a domain, by ``map2``, or by ``map`` where the library is older.
 
@@ -39,7 +39,7 @@ class ForeignMemory(Handle):
             gfns: an ``array("Q")`` of frame numbers.
             address: where; a hint unless MAP_FIXED is in ``flags``.
             flags: further mmap flags.
-            left: where the host address is left, for a caller who is interrupted.
+            result_out: a list that gets the host address, for a caller that is interrupted.
 
         Returns:
             The host address, and one errno a page (0: valid) or None if all are valid.
@@ -54,10 +54,12 @@ class ForeignMemory(Handle):
         if self.supports(MAP2) or address is not None or flags:
             name = MAP2
             arguments = (domid, address, prot, flags, len(gfns), gfns, errors)
-            result, errno = self.call(MAP2, *arguments, left=left)
+            result, errno = self.call(MAP2, *arguments, result_out=result_out)
         else:
             name = MAP
-            result, errno = self.call(MAP, domid, prot, len(gfns), gfns, errors, left=left)
+            result, errno = self.call(
+                MAP, domid, prot, len(gfns), gfns, errors, result_out=result_out
+            )
         if not result:
             raise self.fail(name, domid, errno)
         return result, positive_errors(errors)
@@ -82,7 +84,7 @@ class ForeignMemory(Handle):
     def map_resource(
         self, domid: int, kind: int, identifier: int, frame: int, frames: int, prot: int
     ) -> tuple[int, int]:
-        """Map a resource of a domain that is no guest memory (an ioreq server's pages).
+        """Map a resource of a domain, such as an ioreq server's pages, which are not guest memory.
 
         Returns:
             The resource handle for :meth:`unmap_resource`, and the host address.

@@ -4,79 +4,20 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-import platform
-import re
 import sys
-import sysconfig
-import threading
 import warnings
 from array import array
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 from ..errors import BackendUnavailableError, ClosedError, UnsupportedOperationError, XenCallError
 from .declarations import Library
-from .loader import Argument, Function, Loader, get_loader
+from .hints import HINTS, permission_remedy
+from .interface import Argument
+from .library import load, xen_version
+from .loader import get_loader
+from .resource import Resource, sweep
 from .toollog import ToolLog
-
-HINTS = {
-    _errno.ENOMEM: "out of memory, of address space (ulimit -v) or of mappings "
-    "(sysctl vm.max_map_count), or the range is in use by another mapping",
-    _errno.EPERM: "no right to that domain: the handle is restricted to another one, or the "
-    "hypervisor's policy forbids it",
-    _errno.ESRCH: "there is no such domain (see xl list), or it is this one, whose own memory "
-    "cannot be mapped this way",
-    _errno.EINVAL: "the hypervisor or kernel refused the arguments",
-}
-
-
-def library_folders() -> list[Path]:
-    """Return the folders in which a shared library is looked for, first to last."""
-    named = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    multiarch = sysconfig.get_config_var("MULTIARCH") or f"{platform.machine()}-linux-gnu"
-    system = [f"/usr/lib/{multiarch}", "/usr/local/lib64", "/usr/local/lib", "/usr/lib64"]
-    return [Path(each) for each in [*named, *system, "/usr/lib", "/lib64", "/lib"] if each]
-
-
-def xen_version() -> str | None:
-    """Return the running hypervisor's version as ``4.17``, or None if there is none."""
-    try:
-        major, minor = (
-            Path("/sys/hypervisor/version", part).read_text().strip() for part in ("major", "minor")
-        )
-    except OSError:
-        return None
-    return f"{major}.{minor}"
-
-
-def find_library(library: Library) -> str:
-    """Return what to hand to the dynamic linker.
-
-    A name that carries Xen's release is searched for: the one of the hypervisor that
-    runs, or else the newest.
-
-    Raises:
-        BackendUnavailableError: none is installed.
-    """
-    if "*" not in library.soname:
-        return library.soname
-    pattern = re.compile(re.escape(library.soname).replace(r"\*", r"(\d+)\.(\d+)"))
-    running = xen_version()
-    found = []
-    for order, folder in enumerate(library_folders()):
-        for path in folder.glob(library.soname):
-            match = pattern.fullmatch(path.name)
-            if match:
-                major, minor = int(match[1]), int(match[2])
-                found.append((f"{major}.{minor}" == running, (major, minor), -order, str(path)))
-    if not found:
-        folders = ", ".join(map(str, library_folders()))
-        raise BackendUnavailableError(
-            f"{library.soname} is in none of {folders}: install Debian's package "
-            f"{library.package} or your distribution's Xen tools, or name the file with library="
-        )
-    return max(found)[-1]
 
 
 def unwritten_errors(pages: int) -> array[int]:
@@ -90,39 +31,6 @@ def positive_errors(errors: array[int]) -> bytes | None:
     The header promises an errno, the code stores it negated: both are understood.
     """
     return bytes(min(abs(error), 255) for error in errors) if any(errors) else None
-
-
-def load(
-    declared: Library, loader: Loader, library: str | None, required: Iterable[str]
-) -> tuple[str, dict[str, Function]]:
-    """Load a library.
-
-    Args:
-        declared: what is called in it.
-        loader: how.
-        library: a SONAME or path instead of the declared one.
-        required: functions that cannot be done without.
-
-    Returns:
-        What the dynamic linker was asked for, and the functions that are there.
-
-    Raises:
-        BackendUnavailableError: there is none, or it is another library.
-    """
-    path = os.fspath(library) if library else find_library(declared)
-    try:
-        functions = loader.open(declared, path)
-    except OSError as error:
-        raise BackendUnavailableError(
-            f"{path} cannot be loaded ({error}): install Debian's package "
-            f"{declared.package} or your distribution's Xen tools"
-        ) from error
-    for name in required:
-        if name not in functions:
-            raise BackendUnavailableError(
-                f"{path} has no function {name}: it is not {declared.name}"
-            )
-    return path, functions
 
 
 def failure(function: str, domid: int | None, errno: int, complaint: str = "") -> XenCallError:
@@ -141,8 +49,8 @@ class Handle:
     Raises:
         BackendUnavailableError: no library, no Xen, or no permission.
 
-    Synchronization: calls may run in parallel in any threads. ``close`` waits for
-    nobody: the last call that is under way frees the handle.
+    Synchronization: calls may run in parallel in any threads. ``close`` does not wait: each call
+    holds a reference to C's handle, and the last one closes it.
     """
 
     declared: Library
@@ -155,30 +63,30 @@ class Handle:
     """The kernel's, which brings them."""
 
     def __init__(self, *, binding: str | None = None, library: str | None = None) -> None:
-        self._gate = threading.RLock()  # reentrant: a finalizer may close during a call's entry
-        self._calls_under_way = 0
-        self._closed = True
+        self._opened: Resource | None = None
         self._pid = os.getpid()
         loader = get_loader(binding)
         self.binding = loader.name
         required = (self.open_call, self.close_call, *self.required)
         self.path, self._functions = load(self.declared, loader, library, required)
         self._log = ToolLog(loader)
-        self._pointer, errno = self._open()
-        if not self._pointer:
+        opened = Resource(self._functions[self.close_call].for_each, needs=self._log.logger)
+        _, errno = self._open(opened.pointers)
+        if not opened.pointer:
             complaint = self._log.drain()
             self._log.close()
             raise BackendUnavailableError(self._why_not(errno, complaint))
-        self._closed = False
+        self._opened = opened
 
-    def _open(self) -> tuple[int, int]:
-        return self._functions[self.open_call](self._log.pointer, 0)
+    def _open(self, result_out: list[int]) -> tuple[int, int]:
+        return self._functions[self.open_call](self._log.pointer, 0, result_out=result_out)
 
     def _why_not(self, errno: int, complaint: str) -> str:
         what = f"{self.open_call} failed ({complaint or os.strerror(errno)})"
         node = next((path for path in self.nodes if path.exists()), None)
         if errno in (_errno.EACCES, _errno.EPERM):
-            return f"{what}: no permission for {node or self.nodes[0]}: run as root in Dom0"
+            path = node or self.nodes[0]
+            return f"{what}: no permission for {path}: {permission_remedy(path, errno)}"
         lacks = "" if node else f": there is no {self.nodes[0]}"
         if xen_version() is None:
             return (
@@ -194,14 +102,14 @@ class Handle:
         return function in self._functions
 
     def call(
-        self, function: str, *arguments: Argument, left: list[int] | None = None
+        self, function: str, *arguments: Argument, result_out: list[int] | None = None
     ) -> tuple[int, int]:
         """Call a function of the library, whose first parameter is the handle.
 
         Args:
             function: its name.
             *arguments: after the handle.
-            left: see :data:`.loader.Function`.
+            result_out: see :class:`.interface.Function`.
 
         Returns:
             ``(result, errno)``.
@@ -220,21 +128,13 @@ class Handle:
                 f"this {self.declared.name} handle belongs to process {self._pid}, which forked "
                 "this one: open a backend of your own after the fork"
             )
-        with self._gate:
-            if self._closed:
-                raise ClosedError(f"this {self.declared.name} handle is closed")
-            self._calls_under_way += 1
+        opened = self._opened  # this reference keeps C's handle open during the call
+        if opened is None:
+            raise ClosedError(f"this {self.declared.name} handle is closed")
         try:
-            return target(self._pointer, *arguments, left=left)
+            return target(opened.pointer, *arguments, result_out=result_out)
         finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._gate:
-            self._calls_under_way -= 1
-            free = self._closed and not self._calls_under_way
-        if free:
-            self._free()
+            del opened  # or a traceback that is kept would keep the handle open
 
     def fail(self, function: str, domid: int | None, errno: int) -> XenCallError:
         """Return the exception for a failed call, after Xen's complaint has been logged."""
@@ -261,27 +161,25 @@ class Handle:
         return result
 
     def close(self) -> None:
-        """Close the handle. Mappings that it made live on. Idempotent, and safe after a fork."""
-        if os.getpid() != self._pid:
-            return  # the handle is the parent's, and a thread that is not here may hold the gate
-        with self._gate:
-            if self._closed:
-                return
-            self._closed = True
-            free = not self._calls_under_way
-        if free:
-            self._free()
+        """Close the handle. Mappings that it made live on. Idempotent, and safe after a fork.
 
-    def _free(self) -> None:
-        if os.getpid() == self._pid:
-            self._functions[self.close_call](self._pointer)
-            self._log.close()
+        If a call is under way in another thread, C's handle is closed when that call returns.
+        """
+        if os.getpid() != self._pid:
+            return  # the handle is the parent's
+        self._opened = None
+        self._log.close()
+        sweep()
 
     def __del__(self) -> None:
-        # At exit nothing that close() needs may be left, and the kernel closes.
-        if getattr(self, "_closed", True) or os.getpid() != self._pid or sys.is_finalizing():
+        # C's handle is closed when its last user has gone: in a garbage cycle, another object's
+        # finalizer may still use it. At exit the kernel closes it.
+        if (
+            getattr(self, "_opened", None) is None
+            or os.getpid() != self._pid
+            or sys.is_finalizing()
+        ):
             return
-        self.close()  # before the warning, which may be turned into an exception
         message = f"unclosed {self.declared.name} handle"
         warnings.warn(message, ResourceWarning, stacklevel=1, source=self)
 

@@ -1,54 +1,17 @@
-"""How a shared library becomes Python callables: the interface, and the choice of a loader.
+"""The choice of a loader, which turns the functions of a shared library into Python callables.
 
-There are two loaders with one interface: cffi (out-of-line, ABI mode: no compiler)
-and, where cffi cannot be imported or where it is asked for, ctypes.
+There are two loaders with one interface: cffi (out-of-line, ABI mode: no compiler), and ctypes
+where cffi cannot be imported or where ctypes is asked for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
 
-from .declarations import Library
+from .interface import Loader
 
 logger = logging.getLogger("xenmapcache.binding")
-
-Argument = Any
-"""A number; an address as an int; None for NULL; bytes for a ``char *``; or a writable buffer."""
-
-Function = Callable[..., tuple[int, int]]
-"""A C function. Takes :data:`Argument` values and returns ``(result, errno)``.
-
-Pointers are ints both ways and ``errno`` is the one that this call left. A number that
-does not fit its C type is an OverflowError. The interpreter lock is released while the
-function runs.
-
-``left=``, a list, gets the result before a signal handler can raise: Ctrl-C during the
-call comes when the function has returned, and what it returned would be lost.
-"""
-
-
-class Loader(Protocol):
-    """Opens shared libraries and makes their functions callable."""
-
-    name: str
-
-    def open(self, library: Library, path: str) -> dict[str, Function]:
-        """Load a library.
-
-        Args:
-            library: what it declares.
-            path: a SONAME or a path; empty for the process itself.
-
-        Returns:
-            The declared functions that the library really exports.
-
-        Raises:
-            OSError: the dynamic linker could not load it.
-        """
-        ...
 
 
 def get_loader(name: str | None = None) -> Loader:

@@ -6,7 +6,8 @@ Follows ``xentoolcore.h``, VERS_1.0.
 from __future__ import annotations
 
 from .declarations import TOOL_CORE
-from .handle import failure, load
+from .handle import failure
+from .library import load
 from .loader import get_loader
 
 RESTRICT = "xentoolcore_restrict_all"
@@ -15,9 +16,10 @@ RESTRICT = "xentoolcore_restrict_all"
 def restrict_all(domid: int, *, binding: str | None = None, library: str | None = None) -> None:
     """Let the handles of Xen's libraries that are open in this process affect one domain only.
 
-    There is no way back. It concerns all libraries that libxentoolcore knows of, whoever
-    opened them. Handles of privcmd and event channels go on working for that domain; those
-    of grants, hypercalls and xenstore work no more. What is opened later is not restricted.
+    There is no way back. It concerns all libraries that libxentoolcore knows of, by whatever
+    code they were opened. Handles of privcmd and event channels continue to work for that
+    domain; those of grants, hypercalls and xenstore stop working. Handles that are opened
+    later are not restricted.
 
     Args:
         domid: the domain.

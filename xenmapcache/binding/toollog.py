@@ -11,8 +11,9 @@ import os
 import threading
 
 from .declarations import TOOL_LOG
+from .interface import Loader
 from .libc import functions as libc_functions
-from .loader import Loader
+from .resource import Resource
 
 logger = logging.getLogger("xenmapcache.xen")
 
@@ -25,39 +26,46 @@ class ToolLog:
     """A ``xentoollog_logger`` whose lines end up in the logger ``xenmapcache.xen``.
 
     Attributes:
-        pointer: what to hand to Xen's open functions; None, which makes them write
-            to stderr, where libxentoollog is missing.
+        logger: the logger, which the handle that uses it must keep; None where libxentoollog is
+            missing.
 
-    Synchronization: any thread may drain; close it only after the handle that uses it.
+    Synchronization: any thread may drain or close.
     """
 
     def __init__(self, loader: Loader) -> None:
-        self.pointer: int | None = None
+        self.logger: Resource | None = None
         self._offset = 0
-        self._lock = threading.RLock()  # a failed call may drain while another thread closes
+        self._lock = threading.RLock()  # reentrant: a signal handler may drain during a drain
         try:
-            self._functions = loader.open(TOOL_LOG, TOOL_LOG.soname)
+            functions = loader.open(TOOL_LOG, TOOL_LOG.soname)
         except OSError as error:
             logger.debug("%s cannot be loaded (%s): Xen will write to stderr", TOOL_LOG.name, error)
             return
-        self._fd = os.memfd_create("xentoollog", os.MFD_CLOEXEC)
-        self._libc = libc_functions()
-        self._file, errno = self._libc["fdopen"](self._fd, b"a")
-        if not self._file:
-            os.close(self._fd)
-            raise OSError(errno, os.strerror(errno), "fdopen")
-        self._libc["setvbuf"](self._file, None, _IONBF, 0)
-        self.pointer, _ = self._functions["xtl_createlogger_stdiostream"](self._file, _XTL_WARN, 0)
+        libc = libc_functions()
+        stream = Resource(libc["fclose"].for_each)
+        self._fd = _open_stream(stream.pointers)
+        libc["setvbuf"](stream.pointer, None, _IONBF, 0)
+        made = Resource(functions["xtl_logger_destroy"].for_each, needs=stream)
+        functions["xtl_createlogger_stdiostream"](
+            stream.pointer, _XTL_WARN, 0, result_out=made.pointers
+        )
+        self.logger = made
+
+    @property
+    def pointer(self) -> int | None:
+        """What to hand to Xen's open functions; with None they write to stderr."""
+        return self.logger.pointer if self.logger else None
 
     def drain(self) -> str:
         """Log at DEBUG what Xen wrote since the last time, and return it on one line."""
         with self._lock:
-            if self.pointer is None:
+            used = self.logger  # this reference keeps the memfd open
+            if used is None:
                 return ""
             text = os.pread(self._fd, 1 << 16, self._offset)
             self._offset += len(text)
             if self._offset > _KEPT:
-                os.ftruncate(self._fd, 0)  # the stream appends, so it goes on at the start
+                os.ftruncate(self._fd, 0)  # the stream appends, so it continues at the start
                 self._offset = 0
         lines = [line.strip() for line in text.decode(errors="replace").splitlines()]
         for line in lines:
@@ -65,10 +73,24 @@ class ToolLog:
         return "; ".join(lines)
 
     def close(self) -> None:
-        """Free the logger and its file. Idempotent."""
-        with self._lock:
-            if self.pointer is not None:
-                self.drain()
-                self._functions["xtl_logger_destroy"](self.pointer)
-                self._libc["fclose"](self._file)
-                self.pointer = None
+        """Drain, and drop the logger: it is freed when no handle uses it. Idempotent."""
+        try:
+            self.drain()
+        finally:
+            self.logger = None
+
+
+def _open_stream(result_out: list[int]) -> int:
+    """Make a memfd and a ``FILE *`` that owns it, and return the memfd's number."""
+    fds: list[int] = []
+    try:
+        # One step of C, so that no interrupt comes between the call and the list.
+        fds.extend(map(os.memfd_create, ("xentoollog",), (os.MFD_CLOEXEC,)))
+        _, errno = libc_functions()["fdopen"](fds[0], b"a", result_out=result_out)
+        if not any(result_out):
+            raise OSError(errno, os.strerror(errno), "fdopen")
+    except BaseException:
+        if fds and not any(result_out):
+            os.close(fds[0])
+        raise
+    return fds[0]

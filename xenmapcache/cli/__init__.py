@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TextIO
 
 from ..errors import XenMapCacheError
-from .parser import ERROR, CommandError, make_parser
+from .arguments import ERROR, CommandError
+from .output import print_error
+from .parser import make_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,30 +23,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default this process's.
 
     Returns:
-        The exit status: what the command says; 2 for an error, which is one line on stderr;
-        130 when it was interrupted, 141 when who reads the output has gone.
+        The exit status: what the command returns; 2 for an error, which is one line on
+        stderr; 130 if it was interrupted; 141 if the reader closed the pipe.
 
     Raises:
-        SystemExit: after ``--help`` and ``--version``; with status 2 for wrong usage, or
-            where rich is needed and missing.
+        SystemExit: after ``--help`` and ``--version``; with status 2 for wrong usage, or if
+            rich is needed and missing.
     """
-    _open_closed_streams()
-    parser = make_parser()
-    options = parser.parse_args(arguments)
-    module, _, function = options.run.partition(":")
-    if options.tables and not options.json:
-        try:
-            import_module("rich")
-        except ImportError:
-            parser.exit(
-                ERROR,
-                "xenmapcache: error: tables need rich: pip install xenmapcache[cli], "
-                "or use --json\n",
-            )
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status: int = getattr(import_module(f".{module}", __name__), function)(options)
+        _open_closed_streams()
+        parser = make_parser()
+        options = parser.parse_args(arguments)
+        if options.tables and not options.json:
+            try:
+                import_module("rich")
+            except ImportError:
+                parser.exit(
+                    ERROR,
+                    "xenmapcache: error: tables need rich: pip install xenmapcache[cli], "
+                    "or use --json\n",
+                )
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        status: int = import_module(f".{options.command}", __name__).run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (XenMapCacheError, CommandError, OSError, MemoryError) as error:
         try:
-            print(f"xenmapcache: error: {_one_line(error)}", file=sys.stderr)
+            print_error(_one_line(error))
         except OSError:
             _discard(sys.stderr)
         _discard(sys.stdout)
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Open standard streams that are closed, or a file would take the place of one of them."""
+    """Open standard streams that are closed; otherwise a file could take their numbers."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -76,17 +77,15 @@ def _open_closed_streams() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    from .output import printable  # which needs more than parsing does
-
     text = str(error)
     if isinstance(error, OSError) and not isinstance(error, XenMapCacheError) and error.strerror:
         place = "" if error.filename is None else f"{error.filename}: "
         text = f"{place}{error.strerror}"
-    return printable(text.replace("\n", " ")) or "out of memory"
+    return text.replace("\n", " ") or "out of memory"
 
 
 def _discard(stream: TextIO) -> None:
-    """Let what is still buffered go nowhere, or the interpreter complains of it at exit."""
+    """Discard what is still buffered, because the interpreter would report it at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         stream.flush()
     with contextlib.suppress(OSError, ValueError, AttributeError):

@@ -3,55 +3,139 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from ..address import PAGE_SHIFT, check_range
-from ..atomicfile import new_file
+from ..backend import Backend
 from ..cache import MapCache
-from .output import Report, print_json, progress, size
-from .parser import CommandError
-from .session import extent, opened, present, refusals, views
+from ..errors import XenMapCacheError
+from ..files.atomic import new_file
+from ..source import LIVE
+from .arguments import FILES, CommandError, Commands, add_command, add_range, add_source
+from .ending import Ending
+from .output import Report, print_json, print_line, progress, size
+from .sources import address_range, open_cache, opening, present, usage_errors, views
+
+_WRITERS = {"coredump": "write_coredump", "lime": "write_lime", "vmcore": "write_vmcore"}
+"""The formats besides raw: the module of ``writers``, and its function."""
+
+
+def prepare_parser(commands: Commands) -> None:
+    """Add the command and its arguments."""
+    parser = add_command(
+        commands,
+        "dump",
+        "copy memory to a file",
+        "Copy memory to a file. The file appears when the copy is complete. Only its owner can\n"
+        "read it. Formats:\n"
+        "  raw       an address is an offset from --start; holes take no room and read as zeros\n"
+        "  vmcore    an ELF core for drgn, crash, makedumpfile, gdb and Volatility\n"
+        "  lime      for Volatility and other forensic tools\n"
+        "  coredump  as xl dump-core writes it\n"
+        "All but raw keep holes apart from zeros. A guest that runs changes its memory during the\n"
+        "copy: --pause gives a consistent dump. If the command is killed by SIGKILL, the guest\n"
+        "stays paused until you run xl unpause.",
+        "  xenmapcache dump xen:web -o web.vmcore --format vmcore --pause\n"
+        "  xenmapcache dump guest.save -o guest.raw\n"
+        "  xenmapcache dump guest.core -o low.raw --length 1MiB\n"
+        "exit status: 0, 2 for an error, 130 when interrupted",
+    )
+    add_source(parser)
+    output = parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="output file; an existing file is replaced",
+    )
+    output.complete = FILES  # type: ignore[attr-defined] # shtab's way
+    parser.add_argument(
+        "--format", choices=["raw", *_WRITERS], default="raw", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pause", action="store_true", help="pause a live guest during the copy, and no longer"
+    )
+    add_range(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the file. Returns the exit status."""
     path: str = options.output
     if Path(path).exists() and not Path(path).is_file():
-        raise CommandError(f"{path} is no regular file: write to a file, and copy it from there")
-    if options.format == "coredump" and options.start:
-        raise CommandError("a coredump begins at address 0: use --format raw with --start")
-    with opened(options.source) as cache, _terminated():
-        start, end = extent(options.start, options.length, cache)
+        raise CommandError(f"{path} is not a regular file; write to a file, and copy that one")
+    if options.format != "raw" and options.start:
+        raise CommandError(
+            f"a {options.format} file begins at address 0; use --format raw with --start"
+        )
+    with open_cache(options.source, **opening(options)) as cache, Ending() as ending:
+        live = cache.backend.name in (*LIVE, "mock")
+        if options.pause and not live:
+            raise CommandError(f"{options.source} is not a live guest; leave out --pause")
+        start, end = address_range(options.start, options.length, cache)
         began = time.monotonic()
         with progress(f"dumping {options.source}") as report:
-            if options.format == "raw":
-                pages = _write_raw(cache, start, end, path, report)
-            else:
-                from ..coredump_writer import write_coredump
 
-                with refusals():
-                    pages = write_coredump(cache, path, length=end, progress=report)
+            def checked(done: int, total: int) -> None:
+                ending.check()
+                report(done, total)
+
+            def write() -> int:
+                return _write(options.format, cache, start, end, path, checked)
+
+            if options.pause:
+                backend = cache.backend
+                pages = ending.run_between(backend.pause, write, lambda: _unpause(backend))
+            else:
+                pages = write()
         seconds = time.monotonic() - began
+    _report(options, pages, seconds, live=live)
+    return 0
+
+
+def _write(form: str, cache: MapCache, start: int, end: int, path: str, report: Report) -> int:
+    """Write the file; return the number of pages."""
+    if form == "raw":
+        return _write_raw(cache, start, end, path, report)
+    module = import_module(f"..writers.{form}", __package__)
+    write: Callable[..., int] = getattr(module, _WRITERS[form])
+    with usage_errors():
+        return write(cache, path, length=end, progress=report)
+
+
+def _unpause(backend: Backend) -> None:
+    try:
+        backend.unpause()
+    except XenMapCacheError as error:
+        domid = getattr(backend, "domid", "")
+        raise CommandError(f"the guest is still paused: {error}; run xl unpause {domid}") from error
+
+
+def _report(options: argparse.Namespace, pages: int, seconds: float, *, live: bool) -> None:
+    """Print what was written, on a terminal or as JSON."""
+    path: str = options.output
     if options.json:
         facts = {"file": path, "format": options.format, "pages": pages, "seconds": seconds}
-        print_json(facts)
+        print_json(facts | ({"paused": options.pause} if live else {}))
     elif sys.stdout.isatty():
         total = pages << PAGE_SHIFT
         rate = size(int(total / max(seconds, 1e-6)))
-        print(f"{path}: {pages} pages, {size(total)} in {seconds:.1f} s, {rate}/s")
-    return 0
+        print_line(f"{path}: {pages} pages, {size(total)} in {seconds:.1f} s, {rate}/s")
+        if live and not options.pause:
+            print_line(
+                f"the guest ran during these {seconds:.1f} s, so pages are of different moments; "
+                "--pause gives a consistent dump"
+            )
 
 
 def _write_raw(cache: MapCache, start: int, end: int, path: str, report: Report) -> int:
     """Write a sparse file in which an address is an offset; return the number of pages."""
     written = 0
-    with refusals():
+    with usage_errors():
         check_range(start, end - start, empty=True)
     with new_file(path) as fd:
         os.ftruncate(fd, end - start)
@@ -65,18 +149,3 @@ def _write_raw(cache: MapCache, start: int, end: int, path: str, report: Report)
                 del view
         report(end - start, end - start)
     return written + (1 << PAGE_SHIFT) - 1 >> PAGE_SHIFT
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that it cleans up."""
-
-    def stop(number: int, _: object) -> None:
-        sys.exit(128 + number)
-
-    before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

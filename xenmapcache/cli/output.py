@@ -1,20 +1,25 @@
-"""What commands print: sections, text and tables; coloured on a terminal, plain ASCII elsewhere."""
+"""Everything that the command prints: lines, JSON, sections and tables.
+
+No other module of the command writes to a terminal. All text is escaped here, because names of
+files and domains, and what lies in a guest, may contain escape sequences.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from ..escape import printable, printable_lines
 
 if TYPE_CHECKING:
     from rich.console import JustifyMethod, RenderableType
     from rich.text import Text
 
 Report = Callable[[int, int], object]
-"""Told how much is done, and of how much, in bytes."""
+"""Called with the number of bytes that are done, and of all bytes."""
 
 _STYLES = {
     "ok": "green",
@@ -30,14 +35,66 @@ _TEXT_WIDTH = 88
 _TABLE_WIDTH = 1000
 
 
+def print_line(text: str) -> None:
+    """Print a line on stdout."""
+    sys.stdout.write(f"{printable(text)}\n")
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print several lines on stdout, which takes less time than one after the other."""
+    if lines:
+        text = "\n".join(lines)
+        if text.count("\n") >= len(lines):
+            text = "\n".join(map(printable, lines))
+        print_part(f"{text}\n")
+
+
+def print_part(text: str) -> None:
+    """Print a part of a line, or several lines, on stdout."""
+    # A look at all lines together mostly says that nothing is to be escaped, except for tabs.
+    escaped = text.replace("\t", r"\t")
+    if not escaped.replace("\n", "").isprintable():
+        escaped = printable_lines(text)
+    sys.stdout.write(escaped)
+
+
+def print_bytes(data: bytes | memoryview) -> None:
+    """Write bytes to stdout as they are; only for a user who asked for them."""
+    sys.stdout.buffer.write(data)
+
+
+def flush() -> None:
+    """Hand to the reader what was printed so far."""
+    sys.stdout.flush()
+
+
+def print_error(text: str) -> None:
+    """Print an error as one line on stderr."""
+    print(f"xenmapcache: error: {printable(text)}", file=sys.stderr)
+
+
+def print_note(text: str) -> None:
+    """Print what a user should know of the output, as one line on stderr."""
+    print(f"xenmapcache: note: {printable(text)}", file=sys.stderr)
+
+
 def print_json(value: object) -> None:
-    """Print one JSON document. Needs nothing but Python."""
-    print(json.dumps(value, indent=2))
+    """Print one JSON document, whose characters are all ASCII. Needs nothing but Python."""
+    from json import dumps
+
+    print(dumps(value, indent=2))
 
 
-def printable(text: str) -> str:
-    """Return text with what is not printable escaped: terminals obey what a file may hold."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+def print_json_line(value: object) -> None:
+    """Print one JSON document as a line."""
+    from json import dumps
+
+    sys.stdout.write(f"{dumps(value)}\n")
+
+
+def place(address: int, name: str = "address") -> dict[str, object]:
+    """Return an address as JSON has it: a number, and in hex as people write it."""
+    return {name: address, f"{name}_hex": f"{address:#x}"}
 
 
 def size(count: int) -> str:
@@ -51,7 +108,7 @@ def size(count: int) -> str:
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """Show a bar with the rate and the time that is left, if stderr is a terminal."""
+    """Show a bar with the rate and the time that remains, if stderr is a terminal."""
     try:
         if not sys.stderr.isatty():
             raise ImportError
@@ -75,12 +132,12 @@ def progress(title: str) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task(title, total=None)
+        bar = bars.add_task(printable(title), total=None)
         yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
 class Output:
-    """Standard output through rich. Tables keep their columns however it is read.
+    """Standard output through rich. Tables keep their columns on terminals and in files.
 
     Raises:
         ImportError: rich is not installed.
@@ -98,17 +155,17 @@ class Output:
         """Begin a section."""
         from rich.text import Text
 
-        self._print(Text(f"\n{title}", "bold cyan"), _TEXT_WIDTH)
+        self._print(Text(f"\n{printable(title)}", "bold cyan"), _TEXT_WIDTH)
 
     def text(self, text: str, style: str = "") -> None:
         """Print a paragraph."""
         from rich.padding import Padding
         from rich.text import Text
 
-        self._print(Padding(Text(text, style), (0, 0, 0, 2)), _TEXT_WIDTH)
+        self._print(Padding(Text(printable_lines(text), style), (0, 0, 0, 2)), _TEXT_WIDTH)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table; a column of numbers is set right. Known words are coloured.
+        """Print a table. A column of numbers is aligned right; known words are coloured.
 
         Args:
             header: of each column; all empty for none.
@@ -129,7 +186,7 @@ class Output:
         for title, cells in zip(header, zip(*rows, strict=True), strict=True):
             justify: JustifyMethod = "right" if all(map(_NUMBER.match, cells)) else "left"
             # On a narrow terminal a long word is broken: cut off, half an address would be lost.
-            table.add_column(title, justify=justify, overflow="fold")
+            table.add_column(printable(title), justify=justify, overflow="fold")
         for row in rows:
             table.add_row(*map(_cell, row))
         self._print(Padding(table, (1 if any(header) else 0, 0, 0, 2)), _TABLE_WIDTH)
@@ -137,7 +194,7 @@ class Output:
     def _print(self, content: RenderableType, plain_width: int) -> None:
         if not self._terminal:
             self._console.width = plain_width
-        # Rendered first and written here, so that a pipe which closes is main()'s to see.
+        # Rendered first and written here, so that main() sees a pipe that closes.
         with self._console.capture() as capture:
             self._console.print(content)
         rendered = capture.get()
@@ -149,6 +206,6 @@ class Output:
 def _cell(text: str) -> Text:
     from rich.text import Text
 
-    cell = Text(text, _STYLES.get(text, ""))
+    cell = Text(printable_lines(text), _STYLES.get(text, ""))
     cell.highlight_regex(r"(?m)^-> .*$", "yellow")
     return cell

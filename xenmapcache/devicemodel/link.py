@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from ..ioreq import RequestKind
 
 
-class Link(Protocol):
+class HypervisorLink(Protocol):
     """An ioreq server as the hypervisor keeps it, seen from its device model.
 
     Synchronization: for one thread at a time, but that any may raise an interrupt.
@@ -16,6 +16,14 @@ class Link(Protocol):
     @property
     def id(self) -> int:
         """Its number in the domain."""
+
+    @property
+    def guest_type(self) -> str | None:
+        """``"hvm"``, ``"pvh"`` or ``"pv"``, as the toolstack says; None if it says nothing."""
+
+    @property
+    def paused(self) -> bool | None:
+        """Whether the domain is paused, so that no vCPU takes its answer; None if unknown."""
 
     @property
     def page(self) -> memoryview:
@@ -29,7 +37,7 @@ class Link(Protocol):
         """Get requests from now on; after it each vCPU's slot has its event channel."""
 
     def disable(self) -> None:
-        """Get no more requests. Those that were sent still wait for their answers."""
+        """Get no further requests. Those that were sent still wait for their answers."""
 
     def buffered_port(self) -> int:
         """Return the event channel of the ring, for :meth:`bind`."""
@@ -67,8 +75,15 @@ class Link(Protocol):
     def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
         """Set the level of a PCI function's interrupt pin."""
 
-    def close(self) -> None:
-        """Destroy the server and let go of its pages and channels."""
+    def close(self, *, unmap: bool = True) -> None:
+        """Destroy the server and release its channels, and its pages unless told otherwise.
+
+        Without ``unmap`` the pages stay readable and writable, for a thread that may still
+        look at them, until :meth:`unmap` is called.
+        """
+
+    def unmap(self) -> None:
+        """Release the pages that :meth:`close` has kept."""
 
 
 @runtime_checkable
@@ -79,5 +94,5 @@ class IoreqDomain(Protocol):
     def domid(self) -> int:
         """Its number."""
 
-    def open_ioreq_server(self, *, buffered: bool) -> Link:
+    def open_ioreq_server(self, *, buffered: bool, recover: bool) -> HypervisorLink:
         """Create one."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
-from operator import attrgetter, index
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
-from ..ioreq import RequestKind
+from ..ioreq import BUS_OFFSET, RequestKind, bdf_text
 
 Read = Callable[[int, int], int]
 Write = Callable[[int, int, int], object]
 ReadT = TypeVar("ReadT", bound=Read)
 WriteT = TypeVar("WriteT", bound=Write)
-Handler = TypeVar("Handler")
+HandlerT = TypeVar("HandlerT")
+Handler = Read | Write
 
 _start = attrgetter("start")
 
@@ -63,7 +64,7 @@ class Region:
     Synchronization: handlers run one at a time, in the thread that serves.
     """
 
-    __slots__ = ("_handle_read", "_handle_write", "_release", "kind", "length", "start")
+    __slots__ = ("_release", "kind", "length", "read_handler", "start", "write_handler")
 
     def __init__(
         self,
@@ -77,14 +78,16 @@ class Region:
         self.start = start
         self.length = length
         self._release = release
-        self._handle_read: Read | None = getattr(device, "read", None)
-        self._handle_write: Write | None = getattr(device, "write", None)
-        if device is not None and self._handle_read is None and self._handle_write is None:
+        self.read_handler: Read | None = getattr(device, "read", None)
+        self.write_handler: Write | None = getattr(device, "write", None)
+        if device is not None and self.read_handler is None and self.write_handler is None:
             raise TypeError(
                 f"device {device!r} has neither read(offset, size) nor write(offset, size, value)"
             )
 
     def __repr__(self) -> str:
+        if self.kind is RequestKind.PCI_CONFIG:
+            return f"<PCI_CONFIG region {bdf_text(self.start >> BUS_OFFSET)}>"
         return f"<{self.kind.name} region {self.start:#x}..{self.end:#x}>"
 
     @property
@@ -92,14 +95,22 @@ class Region:
         """One past the range."""
         return self.start + self.length
 
+    @property
+    def xen_range(self) -> tuple[int, int]:
+        """What Xen is told: the first and last address, or a PCI function's number twice."""
+        if self.kind is RequestKind.PCI_CONFIG:
+            bdf = self.start >> BUS_OFFSET
+            return bdf, bdf
+        return self.start, self.end - 1
+
     def read(self, handler: ReadT) -> ReadT:
         """Have ``handler(offset, size) -> int`` called for reads; a decorator."""
-        self._handle_read = _callable(handler)
+        self.read_handler = _callable(handler)
         return handler
 
     def write(self, handler: WriteT) -> WriteT:
         """Have ``handler(offset, size, value)`` called for writes; a decorator."""
-        self._handle_write = _callable(handler)
+        self.write_handler = _callable(handler)
         return handler
 
     def release(self) -> None:
@@ -111,40 +122,21 @@ class Region:
         """
         self._release(self)
 
-    def do_read(self, offset: int, size: int) -> int:
-        """Return what the device answers.
 
-        Raises:
-            TypeError, ValueError: that is no number of so many bytes.
-            Exception: what the handler raised.
-        """
-        if self._handle_read is None:
-            return (1 << 8 * size) - 1
-        value = index(self._handle_read(offset, size))
-        if value >> 8 * size:  # -1 of a negative number
-            raise ValueError(f"the handler returned {value:#x}, which does not fit {size} bytes")
-        return value
-
-    def do_write(self, offset: int, size: int, value: int) -> None:
-        """Hand what was written to the device; raises what the handler raises."""
-        if self._handle_write is not None:
-            self._handle_write(offset, size, value)
-
-
-def _callable(handler: Handler) -> Handler:
+def _callable(handler: HandlerT) -> HandlerT:
     if not callable(handler):
         raise TypeError(f"handler {handler!r} cannot be called")
     return handler
 
 
-class Regions:
+class RegionTable:
     """All regions of a server, found by address.
 
     Synchronization: changed under the server's lock only.
     """
 
     def __init__(self) -> None:
-        self._sorted: dict[RequestKind, list[Region]] = {
+        self._sorted: dict[int, list[Region]] = {
             RequestKind.PORT: [],
             RequestKind.MMIO: [],
             RequestKind.PCI_CONFIG: [],
@@ -165,18 +157,24 @@ class Regions:
                 raise ValueError(f"{region!r} overlaps {other!r}, which this server has claimed")
         insort(regions, region, key=_start)
 
+    def clear(self) -> None:
+        """Forget all regions."""
+        for regions in self._sorted.values():
+            regions.clear()
+
+    def holds(self, region: Region) -> bool:
+        """Return whether a region is there."""
+        return region in self._sorted[region.kind]
+
     def remove(self, region: Region) -> None:
         """Forget a region.
 
         Raises:
             ValueError: it is not there.
         """
-        try:
-            self._sorted[region.kind].remove(region)
-        except ValueError:
-            raise ValueError(f"{region!r} was given back before") from None
+        self._sorted[region.kind].remove(region)
 
-    def find(self, kind: RequestKind, address: int, size: int) -> Region | None:
+    def find(self, kind: int, address: int, size: int) -> Region | None:
         """Return the region that holds the whole of an access; None if there is none."""
         regions = self._sorted[kind]
         position = bisect_right(regions, address, key=_start)

@@ -3,83 +3,67 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
-import logging
-import os
-import select
-import signal
-import sys
-import threading
-import time
-import weakref
-from collections.abc import Callable, Container, Iterator
-from types import FrameType
-from typing import TYPE_CHECKING, Self, TypeVar
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from operator import call
+from typing import Self, TypeVar
 
 from ..address import as_int, check_range
 from ..cache import MapCache
 from ..errors import ClosedError
-from ..ioreq import (
-    BUS_OFFSET,
-    SLOT_SIZE,
-    Request,
-    RequestKind,
-    State,
-    answer,
-    bdf_number,
-    decode,
-    next_buffered,
-    parse_bdf,
-    port_of,
-    set_state,
-    state_of,
-    take_buffered,
-)
-from .link import IoreqDomain, Link
-from .regions import Device, Region, Regions
-
-if TYPE_CHECKING:
-    import asyncio
-
-logger = logging.getLogger("xenmapcache.devicemodel")
+from ..ioreq import BUS_OFFSET, RequestKind, bdf_number, parse_bdf
+from ..stream import Observation, Observer, announce
+from . import claims, loops
+from .connection import Connection
+from .dispatch import Dispatcher
+from .ending import Ending
+from .gate import Gate, Transfer
+from .link import HypervisorLink, IoreqDomain
+from .opening import agreed_type, check_options, check_pair, connect, no_interrupt_lines
+from .regions import Device, Region, RegionTable
+from .report import Tally
+from .runtime import Runtime
 
 Callback = TypeVar("Callback", bound=Callable[[], object])
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PORTS = 1 << 16
 _PCI_CONFIG_SIZE = 4096
 _ISA_IRQS, _PINS = 16, 4
-_PATIENCE = 0.1
-"""How long a vCPU may take, in seconds, to see its last answer. A paused one does not."""
 
 
 class IoreqServer:
-    """An ioreq server of a domain, and the devices behind it. Also a context manager.
+    """An ioreq server of a domain, and the devices that it serves. Also a context manager.
 
-    Making one only describes it. It goes live with ``with server:`` (or :meth:`open`):
-    created, its page mapped, enabled, an event channel bound for every vCPU, and what was
-    claimed is claimed. Leaving answers all that is pending and destroys it.
+    The constructor only describes the server. It goes live with ``with server:`` (or
+    :meth:`open`): the server is created, its page mapped and enabled, an event channel is bound
+    for every vCPU, and the regions are claimed. The end of the block answers all that is
+    pending and destroys the server.
 
-    Every request is answered: a handler that raises is logged with its request, its read
-    gives all ones, and the server goes on. INVALIDATE, which Xen sends when the guest gives
-    up memory, is answered after the callbacks of :meth:`on_quiesce` and then
-    ``cache.invalidate()`` have returned. Follows ``xendevicemodel.h`` and ``hvm/ioreq.h``.
+    Every request is answered. If a handler raises, its request is logged, a read gives all ones,
+    and the server continues. Xen sends INVALIDATE when the guest gives up memory. The answer
+    follows after the callbacks of :meth:`on_quiesce` and ``cache.invalidate()`` have returned.
+    Follows ``xendevicemodel.h`` and ``hvm/ioreq.h``.
 
     Args:
         domain: a domid, for root in Dom0 on x86; or a :class:`MockDomain`.
         cache: of that domain's memory. It stays yours to close, after the server.
         buffered: take buffered requests too (Xen sends some for a standard VGA).
-        restrict: once it is open, give up this process's rights to all other domains, for
-            good (``xentoolcore_restrict_all``). Open everything else before.
+        restrict: once it is open, give up this process's rights to all other domains
+            permanently (``xentoolcore_restrict_all``). Open everything else before.
         recover: first clear away ioreq servers of the domain whose process has died without
-            destroying them: their vCPUs go on, reading all ones. Only where no other
+            destroying them. Their vCPUs continue and read all ones. Use it only where no other
             device model of this domain starts at the same moment.
-        binding: ``"cffi"`` or ``"ctypes"``; None takes cffi if it is there.
+        guest_type: ``"hvm"``, ``"pvh"`` or ``"pv"``, if Xen's toolstack does not tell.
+        quiesce_timeout: how long :meth:`close`, or a signal, waits for a handler or callback that
+            runs, in seconds. Then the server is closed without it.
+        answer_timeout: how long :meth:`close` and ``recover`` wait until the vCPUs of a paused
+            domain have taken their answers, in seconds.
+        binding: ``"cffi"`` or ``"ctypes"``; None takes cffi if it is installed.
 
     Attributes:
-        requests: how many requests were answered, INVALIDATE included.
-        invalidations: how many of them were INVALIDATE.
-        failures: how many could not be carried out as the guest asked; each was logged.
+        domid: the domain's number.
+        cache: as given.
 
     Synchronization: claims, interrupts, ``stop`` and ``close`` may be called in any thread.
     Handlers and callbacks run one at a time, in the thread that serves.
@@ -93,50 +77,75 @@ class IoreqServer:
         buffered: bool = False,
         restrict: bool = False,
         recover: bool = False,
+        guest_type: str | None = None,
+        quiesce_timeout: float = 10.0,
+        answer_timeout: float = 5.0,
         binding: str | None = None,
     ) -> None:
-        if isinstance(domain, bool) or not isinstance(domain, int | IoreqDomain):
-            raise TypeError(f"domain must be a domid or a MockDomain, not {domain!r}")
-        if not isinstance(cache, MapCache):
-            raise TypeError(f"cache must be a MapCache, not {type(cache).__name__}")
-        domid = domain if isinstance(domain, int) else domain.domid
-        mapped = getattr(cache.backend, "domid", domid)
-        mock = getattr(cache.backend, "domain", domain)  # two may have one number
-        if mapped != domid or mock is not domain:
-            raise ValueError(f"the cache maps domain {mapped}, the server is for domain {domid}")
-        self.domid = domid
+        check_pair(domain, cache)
+        check_options(guest_type, quiesce_timeout, answer_timeout)
+        self.domid = domain if isinstance(domain, int) else domain.domid
         self.cache = cache
-        self.requests = 0
-        self.invalidations = 0
-        self.failures = 0
-        self._domain = domain
-        self._buffered = buffered
         self._restrict = restrict
-        self._recover = recover
-        self._binding = binding
-        self._regions = Regions()
-        self._quiesce: list[Callable[[], object]] = []
-        self._link: Link | None = None
-        self._closed = False
-        self._pid = os.getpid()
-        self._vcpus: dict[int, int] = {}  # by local port
-        self._ring_port = -1
-        self._interrupted = False
-        self._serving: set[int] = set()  # vCPUs whose handler runs: it may serve others
-        self._lock = threading.RLock()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        weakref.finalize(self, os.close, self._wake)
+        self._stated_type = guest_type
+        self._guest_type: str | None = None
+        self._connect = partial(
+            connect, domain, buffered, recover=recover, binding=binding, timeout=answer_timeout
+        )
+        self._tally = Tally()
+        self._dispatcher = Dispatcher(RegionTable(), cache)
+        self._gate = Gate()
+        self._runtime = Runtime(
+            f"IoreqServer of domain {self.domid}",
+            self._dispatcher,
+            quiesce_timeout,
+            partial(Ending, self.domid, cache, answer_timeout),
+            cache.stream,
+        )
+        announce(self.observe)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open" if self._link else "not open"
-        return f"<IoreqServer of domain {self.domid}, {state}>"
+        return repr(self._runtime)
 
-    # --- life -----------------------------------------------------------------------
+    # --- what it has done -------------------------------------------------------------
 
     @property
     def id(self) -> int:
         """Xen's number of the server; ClosedError if it is not open."""
-        return self._open_link().id
+        return self._runtime.open_connection().link.id
+
+    @property
+    def requests(self) -> int:
+        """How many requests were answered, INVALIDATE included."""
+        return self._tally.requests
+
+    @property
+    def invalidations(self) -> int:
+        """How many of them were INVALIDATE."""
+        return self._dispatcher.invalidations
+
+    @property
+    def failures(self) -> int:
+        """How many requests and callbacks failed. The log has them, or their number."""
+        return self._tally.failures
+
+    @property
+    def lost_answers(self) -> int:
+        """How many answers no vCPU took before the server was destroyed."""
+        return self._tally.lost_answers
+
+    def observe(self, observer: Observer) -> Observation:
+        """Have a function called with each RequestHandled and Quiesced of this server.
+
+        It is called between rounds, when the server's lock is free; all else is as of
+        :meth:`MapCache.observe`, which tells of the cache.
+
+        Raises:
+            TypeError: it cannot be called.
+        """
+        return self._dispatcher.stream.attach(observer)
+
+    # --- life -----------------------------------------------------------------------
 
     def open(self) -> None:
         """Go live; on an error nothing is left behind.
@@ -146,140 +155,64 @@ class IoreqServer:
             UnsupportedOperationError: not on x86, or Xen's libraries are older than 4.11.
             XenCallError: Xen refused; for example the domain has eight servers, or is a PV guest.
             ClosedError: it was opened before.
+            ValueError: the toolstack contradicts ``guest_type``.
         """
-        with self._lock:
-            if self._closed or self._link is not None:
-                raise ClosedError(f"{self!r}: make another one to open it again")
-            self._link = link = self._connect()
-            # Without it an exit that nobody planned would leave vCPUs stuck for ever.
-            atexit.register(self.close)
+        runtime = self._runtime
+        with runtime.lock:
+            if runtime.closed or runtime.connection is not None:
+                raise ClosedError(f"{self!r}: it opens once; make another server")
+            links: list[HypervisorLink] = []
             try:
-                link.enable()
-                # Until now nobody has told the cache what the guest gave up.
-                self.cache.invalidate()
-                for vcpu, port in self._unbound(link):
-                    self._vcpus[link.bind(port)] = vcpu
-                if link.ring is not None:
-                    self._ring_port = link.bind(link.buffered_port())
-                for region in self._regions:
-                    link.claim(region.kind, *_ends(region))
-                if self._restrict:
-                    link.restrict()
-            except BaseException:
-                self.close()
+                # One step: no interrupt comes between the making of the link and its keeping.
+                links.extend(map(call, (self._connect,)))
+                self._go_live(links[0])
+            except BaseException as error:
+                if runtime.is_closed() and isinstance(error, Exception):  # by a signal handler
+                    raise ClosedError(f"{self!r}: it was closed while it opened") from error
+                if runtime.is_open():
+                    self.close()
+                elif links:
+                    links[0].close()
                 raise
 
-    def _connect(self) -> Link:
-        if not isinstance(self._domain, int):
-            return self._domain.open_ioreq_server(buffered=self._buffered)
-        from .xen import XenLink
-
-        return XenLink(
-            self._domain, buffered=self._buffered, recover=self._recover, binding=self._binding
+    def _go_live(self, link: HypervisorLink) -> None:
+        runtime, regions = self._runtime, self._dispatcher.regions
+        connection = Connection(
+            link, self._dispatcher, self._tally, self.domid, self.cache, runtime.give_up
         )
-
-    def _unbound(self, link: Link) -> list[tuple[int, int]]:
-        """Return ``(vCPU, event channel)`` of those that are not connected."""
-        bound = set(self._vcpus.values())
-        return [
-            (vcpu, port)
-            for vcpu in range(len(link.page) // SLOT_SIZE)
-            if vcpu not in bound and (port := port_of(link.page, vcpu))
-        ]
+        runtime.connection = connection
+        # Without it an unplanned exit would leave vCPUs blocked for ever.
+        atexit.register(runtime.close)
+        self._guest_type = agreed_type(self.domid, link.guest_type, self._stated_type)
+        link.enable()
+        # Until now nobody has told the cache what the guest gave up.
+        self.cache.invalidate()
+        connection.bind()
+        connection.bind_ring()
+        for region in list(regions):  # a signal handler may close the server
+            link.claim(region.kind, *region.xen_range)
+        if self._restrict:
+            link.restrict()
+        if connection.closed:
+            raise ClosedError(f"{self!r}: it was closed while it opened")
 
     def close(self) -> None:
-        """Get no more requests, carry out those that wait, and destroy the server. Idempotent.
+        """Get no further requests, carry out those that wait, and destroy the server. Idempotent.
 
-        The callbacks of :meth:`on_quiesce` are called, too: after it nobody tells the cache what
-        the guest gives up. A handler may call it; :meth:`stop` is kinder. SIGINT and SIGTERM
+        The callbacks of :meth:`on_quiesce` are called a last time, because no INVALIDATE reaches
+        the cache afterwards. A handler may call it; :meth:`stop` is kinder. SIGINT and SIGTERM
         wait until it is done.
+
+        If a handler or callback runs in another thread for longer than ``quiesce_timeout``, the
+        server is closed without it: mappings are dropped, each vCPU reads all ones, and the log
+        names what still runs.
 
         Raises:
             XenCallError: Xen failed; the server is closed all the same.
         """
-        if os.getpid() != self._pid:
-            return  # the server is the parent's
-        with self._lock, _signals(self._wake) as caught:
-            link = self._link
-            if link is None:
-                self._closed = True
-            else:
-                self._close(link)
-        for number in caught:
-            os.kill(self._pid, number)
-
-    def _close(self, link: Link) -> None:
-        errors: list[Exception] = []
-        try:
-            for step in (
-                link.disable,
-                lambda: self._bind_rest(link),
-                lambda: self._settle(link, errors, set()),
-                lambda: self._drain(link),
-                self._call_quiesce,
-            ):
-                try:
-                    if self._link is link:  # or a handler has closed it
-                        step()
-                except Exception as error:
-                    errors.append(error)
-        finally:
-            if self._link is link:
-                self._destroy(link, errors)
-        if errors:
-            raise errors[0]
-
-    def _bind_rest(self, link: Link) -> None:
-        """Connect to who waits, after an :meth:`open` that failed before it was connected."""
-        for vcpu, port in self._unbound(link):
-            self._vcpus[link.bind(port)] = vcpu
-
-    def _settle(self, link: Link, errors: list[Exception], but: Container[int]) -> None:
-        """Look at every vCPU but some, whether there was an event or not, and let it go on."""
-        for port, vcpu in list(self._vcpus.items()):
-            try:
-                if self._link is link and vcpu not in but:
-                    self._serve(link, port, vcpu)
-                if self._link is link and vcpu not in but:
-                    self._answer_anyway(link, port, vcpu)
-            except Exception as error:
-                errors.append(error)
-
-    def _answer_anyway(self, link: Link, port: int, vcpu: int) -> None:
-        """Answer what a handler that was interrupted, or closes, has left."""
-        state = state_of(link.page, vcpu)
-        if state in (State.READY, State.INPROCESS):
-            request = decode(link.page, vcpu)
-            if request.kind == RequestKind.INVALIDATE:
-                self.cache.invalidate()
-            self._fail(request, "it was given up before it was carried out")
-            answer(link.page, vcpu, _nothing(request))
-        if state:
-            link.notify(port)  # it may have been answered, and not told
-
-    def _destroy(self, link: Link, errors: list[Exception]) -> None:
-        """Destroy the server, after an answer to whoever still waits: who is closing, say."""
-        try:
-            for port, vcpu in self._vcpus.items():
-                try:
-                    self._answer_anyway(link, port, vcpu)
-                except Exception as error:
-                    errors.append(error)
-            # Destroyed before it looks, a vCPU would not find its answer.
-            end = time.monotonic() + _PATIENCE
-            while time.monotonic() < end and any(
-                state_of(link.page, vcpu) == State.RESPONSE_READY for vcpu in self._vcpus.values()
-            ):
-                time.sleep(0.001)
-        finally:
-            self._closed = True
-            try:
-                link.close()
-            finally:
-                self._link = None
-                self._regions = Regions()  # which know this server: a cycle
-                os.eventfd_write(self._wake, 1)
-                atexit.unregister(self.close)
+        # A callback may wait for a transfer that waits for resume().
+        self._gate.end()
+        self._runtime.close()
 
     def __enter__(self) -> Self:
         self.open()
@@ -288,17 +221,10 @@ class IoreqServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_link(self) -> Link:
-        if os.getpid() != self._pid:
-            raise ClosedError(f"this ioreq server belongs to process {self._pid}, which forked")
-        if self._link is None:
-            raise ClosedError(f"{self!r}: use it inside `with server:`")
-        return self._link
-
     # --- what it answers for ----------------------------------------------------------
 
     def claim_ports(self, first: int, count: int, device: Device | None = None) -> Region:
-        """Answer for ports ``first .. first + count``.
+        """Answer for ports, from ``first`` up to and without ``first + count``.
 
         Args:
             first: the first port.
@@ -307,17 +233,19 @@ class IoreqServer:
                 give the region its handlers with its decorators.
 
         Raises:
-            ValueError: those are no ports, or some are claimed by this server.
+            ValueError: ports outside of 0..0xffff, or some are claimed by this server.
             TypeError: a device without either method.
             XenCallError: Xen refused.
         """
         first, count = as_int("first", first), as_int("count", count)
-        if not (first >= 0 < count and first + count <= _PORTS):
+        if count < 1:
+            raise ValueError(f"count must be at least 1 port, not {count}")
+        if not 0 <= first <= first + count <= _PORTS:
             raise ValueError(f"ports {first:#x}..{first + count:#x} are not within 0..{_PORTS:#x}")
         return self._claim(RequestKind.PORT, first, count, device)
 
     def claim_mmio(self, address: int, length: int, device: Device | None = None) -> Region:
-        """Answer for accesses to guest-physical addresses where there is no memory.
+        """Answer for accesses to guest-physical addresses without RAM.
 
         Args:
             address: the first byte.
@@ -345,43 +273,81 @@ class IoreqServer:
 
     def _claim(self, kind: RequestKind, start: int, length: int, device: object) -> Region:
         region = Region(kind, start, length, device, self._release)
-        with self._lock:
-            if self._closed:
-                raise ClosedError(f"{self!r} can claim no more")
-            self._regions.add(region)
-            if self._link is not None:
-                try:
-                    self._link.claim(kind, *_ends(region))
-                except BaseException:
-                    self._regions.remove(region)
-                    raise
+        claims.claim(self._runtime, self._dispatcher.regions, region)
         return region
 
     def _release(self, region: Region) -> None:
-        with self._lock:
-            self._regions.remove(region)
-            if self._link is not None:
-                try:
-                    self._link.unclaim(region.kind, *_ends(region))
-                except BaseException:
-                    self._regions.add(region)
-                    raise
+        claims.release(self._runtime, self._dispatcher.regions, region)
 
     def on_quiesce(self, callback: Callback) -> Callback:
         """Have ``callback()`` called before an INVALIDATE drops the mappings; a decorator.
 
         It is the last moment for DMA that is under way: finish it, and release its leases.
-        The guest's vCPU waits, so be quick. One that raises is logged. It is called by
-        :meth:`close`, too. It must not wait for a thread that claims, releases or closes:
-        those wait for it.
+        The guest's vCPU waits, so be quick. If it raises, that is logged. :meth:`close` and
+        :meth:`suspend` call it, too. It must not wait for a thread that claims, releases,
+        resumes or closes, because those wait for it; nor, while the server is
+        :attr:`suspended`, for a transfer.
+
+        It may be ``async def``. Only :meth:`serve_async` can await it: it does so for each
+        INVALIDATE and at its own end, and handles no other request until then.
 
         Raises:
             TypeError: it cannot be called.
         """
         if not callable(callback):
             raise TypeError(f"callback {callback!r} cannot be called")
-        self._quiesce.append(callback)
+        self._dispatcher.callbacks.append(callback)
         return callback
+
+    # --- saving the guest -----------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Prepare for ``xl save``: finish transfers, and hold new ones back.
+
+        Call it before the guest is saved. The callbacks of :meth:`on_quiesce` are called, and
+        :meth:`transfer` lets nobody through until :meth:`resume`. Requests are answered as
+        before, because the guest has to run until it has suspended itself.
+
+        Raises:
+            TimeoutError: a transfer is still under way after ``quiesce_timeout`` seconds.
+            ClosedError: the server is not open.
+        """
+        self._runtime.check_sync("suspend")
+        connection = self._runtime.open_connection()
+        with self._runtime.lock:  # no INVALIDATE waits now for what will wait at the gate
+            connection.quiesce()
+            self._gate.shut(0)
+        self._runtime.deliver()
+        timeout = self._runtime.quiesce_timeout
+        if busy := self._gate.shut(timeout):
+            raise TimeoutError(
+                f"{self!r}: {busy} transfers are still under way after {timeout} s; "
+                "call resume(), or wait and call suspend() again"
+            )
+        self.cache.invalidate()
+
+    def resume(self) -> None:
+        """Let transfers through again, after ``xl save -c`` or a save that failed."""
+        with self._runtime.lock:  # not in the middle of an INVALIDATE
+            self.cache.invalidate()
+            self._gate.open()
+
+    @property
+    def suspended(self) -> bool:
+        """Whether transfers are held back: from :meth:`suspend` to :meth:`resume`.
+
+        A callback of :meth:`on_quiesce` asks it, because it must not wait for a transfer that
+        is held back. If the server is closed in between, it stays so.
+        """
+        return self._gate.is_shut
+
+    def transfer(self) -> AbstractContextManager[None]:
+        """Return a context manager for a transfer in a thread of its own.
+
+        It waits while the guest is saved. Take leases inside of it, and only there. Entering it
+        raises ClosedError if the server is closed before ``resume``.
+        """
+        return Transfer(self._gate)
 
     # --- interrupts -------------------------------------------------------------------
 
@@ -389,34 +355,58 @@ class IoreqServer:
         """Raise a message-signalled interrupt, as the guest has programmed it.
 
         Raises:
-            ValueError: that is no address, or no data of 4 bytes.
+            ValueError: the address does not fit 64 bits, or the data 32 bits.
             XenCallError: Xen refused.
             ClosedError: the server is not open.
         """
-        if as_int("address", address) >> 64 or as_int("data", data) >> 32:
-            raise ValueError(f"no message: address {address:#x}, data {data:#x}")
-        self._open_link().inject_msi(address, data)
+        if as_int("address", address) >> 64:
+            raise ValueError(f"MSI address {address:#x} does not fit 64 bits")
+        if as_int("data", data) >> 32:
+            raise ValueError(f"MSI data {data:#x} does not fit 32 bits")
+        self._runtime.open_connection().link.inject_msi(address, data)
 
     def set_isa_irq(self, irq: int, level: bool) -> None:
-        """Set the level of an ISA interrupt line, 0 to 15 (HVM guests); as :meth:`inject_msi`."""
+        """Set the level of an ISA interrupt line, 0 to 15, of an HVM guest.
+
+        Raises:
+            ValueError: there is no such line.
+            UnsupportedOperationError: the guest is not HVM, or nobody says what it is.
+            XenCallError, ClosedError: as :meth:`inject_msi`.
+        """
         if not 0 <= as_int("irq", irq) < _ISA_IRQS:
             raise ValueError(f"irq {irq} is not in 0..{_ISA_IRQS - 1}")
-        self._open_link().set_isa_irq(irq, level)
+        self._link_with_lines().set_isa_irq(irq, level)
 
     def set_pci_intx(self, bdf: str, pin: int, level: bool) -> None:
-        """Set a PCI function's interrupt pin, 0 (INTA) to 3 (HVM guests); as :meth:`inject_msi`."""
+        """Set a PCI function's interrupt pin, 0 (INTA) to 3, of an HVM guest.
+
+        Raises:
+            ValueError: there is no such pin, or ``bdf`` names no PCI function.
+            UnsupportedOperationError, XenCallError, ClosedError: as :meth:`set_isa_irq`.
+        """
         if not 0 <= as_int("pin", pin) < _PINS:
             raise ValueError(f"pin {pin} is not in 0..{_PINS - 1}")
-        self._open_link().set_pci_intx(parse_bdf(bdf), pin, level)
+        function = parse_bdf(bdf)
+        self._link_with_lines().set_pci_intx(function, pin, level)
+
+    def _link_with_lines(self) -> HypervisorLink:
+        """Return the link of an HVM guest; no other guest has interrupt lines."""
+        connection = self._runtime.open_connection()
+        if self._guest_type == "hvm":
+            return connection.link
+        raise no_interrupt_lines(self.domid, self._guest_type)
 
     # --- serving ----------------------------------------------------------------------
 
     def fileno(self) -> int:
         """Return what becomes readable when :meth:`process_pending` has something to do."""
-        return self._open_link().fileno()
+        return self._runtime.fileno()
 
     def process_pending(self) -> int:
-        """Answer what is there, without waiting; so many events at most as there are channels.
+        """Do one round without waiting: answer what is pending.
+
+        One round handles at most one request of each vCPU, and the buffered requests that
+        were in the ring when it began.
 
         Returns:
             How many requests were answered.
@@ -424,319 +414,51 @@ class IoreqServer:
         Raises:
             XenCallError: Xen failed; for example the domain is gone.
             ClosedError: the server is not open.
+            TypeError: a callback of :meth:`on_quiesce` is ``async def``.
         """
-        self._open_link()  # before a lock that a parent's thread may have held at the fork
-        answered = self.requests
-        with self._lock:
-            link = self._open_link()
-            try:
-                if self._interrupted:  # its event is gone
-                    self._drain(link)
-                    errors: list[Exception] = []
-                    self._settle(link, errors, self._serving)
-                    if errors:
-                        raise errors[0]
-                    self._interrupted = False
-                # A guest that never stops must not keep a foreign loop from its other work.
-                for _ in range(len(self._vcpus) + 1):
-                    port = link.pending() if self._link is link else None  # or a handler closed it
-                    if port is None:
-                        break
-                    # Before the slot is looked at: what comes after that is a new event.
-                    link.unmask(port)
-                    if port == self._ring_port:
-                        self._drain(link)
-                    elif port in self._vcpus:
-                        self._serve(link, port, self._vcpus[port])
-            except BaseException:
-                self._interrupted = True
-                raise
-            return self.requests - answered
+        self._runtime.check_sync("process_pending")
+        self._runtime.open_connection()
+        answered = self._runtime.round()
+        if answered is None:
+            self._runtime.open_connection()
+        return answered or 0
 
     def serve_forever(self) -> int | None:
         """Answer requests until :meth:`stop` or :meth:`close`, or SIGINT or SIGTERM.
 
-        In the main thread the two signals end it between two requests; a second one
-        interrupts the handler that does not return.
+        In the main thread the two signals end it between two rounds. A second one interrupts
+        a handler that does not return. If that does not help either, the server is closed
+        after ``quiesce_timeout`` seconds, as :meth:`close` does.
 
         Returns:
             The signal's number, or None if no signal ended it.
 
         Raises:
-            XenMapCacheError: as :meth:`process_pending`.
+            XenMapCacheError, TypeError: as :meth:`process_pending`.
         """
-        with _signals(self._wake) as caught:
-            poller = select.poll()
-            poller.register(self._wake, select.POLLIN)
-            poller.register(self.fileno(), select.POLLIN)
-            while True:
-                events = poller.poll()
-                if self._closed or any(fd == self._wake for fd, _ in events):
-                    self._awake()
-                    return caught[0] if caught else None
-                self.process_pending()
+        self._runtime.check_sync("serve_forever")
+        return loops.serve_forever(self._runtime)
 
-    def stop(self) -> None:
-        """End :meth:`serve_forever` or :meth:`serve_async`, or the next one. From any thread."""
-        if os.getpid() == self._pid:  # a forked child has the same descriptor
-            os.eventfd_write(self._wake, 1)
-
-    def _awake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake)
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[Self]:
+    def serving(self) -> AbstractContextManager[Self]:
         """Serve in a thread of its own for a ``with`` block.
 
         Raises:
+            ClosedError: at the start, the server is not open.
             XenMapCacheError: at the end, what ended that thread.
+            TypeError: as :meth:`process_pending`.
         """
-        ended: list[BaseException] = []
+        self._runtime.check_sync("serving")
+        return loops.ServingThread(self, self._runtime)
 
-        def serve() -> None:
-            try:
-                self.serve_forever()
-            except BaseException as error:
-                ended.append(error)
-
-        thread = threading.Thread(target=serve, name=f"ioreq server of domain {self.domid}")
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.stop()
-            thread.join()
-            self._awake()  # where it had ended before
-            if ended:
-                raise ended[0]
-
-    async def serve_async(self) -> None:
+    async def serve_async(self) -> int | None:
         """Answer requests in the running event loop until :meth:`stop`, SIGTERM, or cancelled.
 
         Handlers run in the loop's thread, between other callbacks.
 
-        Raises:
-            XenMapCacheError: as :meth:`process_pending`.
+        Returns, raises: as :meth:`serve_forever`.
         """
-        import asyncio
+        return await loops.serve_async(self._runtime)
 
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-
-        def serve() -> None:
-            try:
-                if not self._closed:
-                    self.process_pending()
-            except BaseException as error:
-                if done.done() or not isinstance(error, Exception):
-                    raise
-                done.set_exception(error)
-
-        def end() -> None:
-            self._awake()
-            if not done.done():
-                done.set_result(None)
-
-        # One of its own: a number that close() gives back may soon be another server's.
-        fd = os.dup(self.fileno())
-        with contextlib.ExitStack() as stack:
-            stack.callback(os.close, fd)
-            loop.add_reader(fd, serve)
-            stack.callback(loop.remove_reader, fd)
-            loop.add_reader(self._wake, end)
-            stack.callback(loop.remove_reader, self._wake)
-            stack.enter_context(_sigterm_in(loop, end))
-            await done
-
-    # --- requests ---------------------------------------------------------------------
-
-    def _serve(self, link: Link, port: int, vcpu: int) -> None:
-        """Answer a vCPU's request, whatever happens; events without one are passed over."""
-        page = link.page
-        if state_of(page, vcpu) != State.READY:
-            return
-        # What the vCPU wrote before comes before. Should that be interrupted, the request waits
-        # on; a handler may have served it, or closed the server.
-        self._drain(link)
-        if self._link is not link or state_of(page, vcpu) != State.READY:
-            return
-        request = decode(page, vcpu)
-        set_state(page, vcpu, State.INPROCESS)
-        data = _nothing(request)
-        self._serving.add(vcpu)
-        try:
-            data = self._perform(request)
-        except Exception:
-            self._fail(request, "failed")
-        finally:
-            self._serving.discard(vcpu)
-            if self._link is link:  # or the handler has closed it, with an answer
-                self.requests += 1
-                answer(page, vcpu, data)
-                link.notify(port)
-
-    def _drain(self, link: Link) -> None:
-        """Carry out the buffered requests."""
-        ring = link.ring
-        while ring is not None and self._link is link:
-            request = next_buffered(ring)
-            if request is None:
-                return
-            take_buffered(ring, request)  # before its handler, which may serve or close
-            self.requests += 1
-            try:
-                self._perform(request)
-            except Exception:
-                self._fail(request, "failed")
-
-    def _fail(self, request: Request, what: str) -> None:
-        """Count and log what was not done, with the exception that is being handled."""
-        self.failures += 1
-        handled = sys.exc_info()[0] is not None
-        logger.error("domain %d: %s: %s", self.domid, request, what, exc_info=handled)
-
-    def _perform(self, request: Request) -> int:
-        """Carry out a request and return its data."""
-        kind = request.kind
-        if kind == RequestKind.INVALIDATE:
-            self._invalidate()
-            return request.data
-        if kind == RequestKind.TIMEOFFSET:
-            return request.data
-        if kind not in (RequestKind.PORT, RequestKind.MMIO, RequestKind.PCI_CONFIG):
-            raise ValueError("a kind of request that this package does not know")
-        if request.size not in (1, 2, 4, 8):
-            raise ValueError(f"size {request.size} is none of 1, 2, 4, 8")
-        if request.is_pointer:
-            self._move(request)
-            return request.data
-        data = request.data
-        for number in range(request.items):
-            data = self._access(request, number, data)
-        return data
-
-    def _access(self, request: Request, number: int, data: int) -> int:
-        """Do one item of a request; return what was read, or what was written."""
-        kind, size = RequestKind(request.kind), request.size
-        address = request.address
-        if number and kind is RequestKind.MMIO:  # a port stays where it is
-            address += -number * size if request.is_backward else number * size
-        region = self._regions.find(kind, address, size)
-        if region is None:
-            raise LookupError(f"no region of this server holds {size} bytes at {address:#x}")
-        if request.is_read:
-            return region.do_read(address - region.start, size)
-        region.do_write(address - region.start, size, data & request.all_ones)
-        return data
-
-    def _move(self, request: Request) -> None:
-        """Move data between a device and guest memory, through the cache."""
-        size, length = request.size, request.size * request.items
-        low = request.data - (length - size if request.is_backward else 0)
-        places = range(0, length, size)
-        if request.is_backward:
-            places = places[::-1]
-        if not request.is_read:
-            block = self.cache.read(low, length)
-            for number, place in enumerate(places):
-                value = int.from_bytes(block[place : place + size], "little")
-                self._access(request, number, value)
-            return
-        # A handler that raises leaves all ones where it and those after it would have come.
-        items = bytearray(b"\xff" * length)
-        try:
-            for number, place in enumerate(places):
-                value = self._access(request, number, 0)
-                items[place : place + size] = value.to_bytes(size, "little")
-        finally:
-            self.cache.write(low, items)
-
-    def _invalidate(self) -> None:
-        self.invalidations += 1
-        try:
-            self._call_quiesce()
-        finally:
-            self.cache.invalidate()
-
-    def _call_quiesce(self) -> None:
-        for callback in self._quiesce:
-            try:
-                callback()
-            except Exception:
-                self.failures += 1
-                logger.exception("domain %d: on_quiesce: %r failed", self.domid, callback)
-
-
-def _nothing(request: Request) -> int:
-    """Return the data of an answer where nothing could be done."""
-    return request.all_ones if request.is_read and not request.is_pointer else request.data
-
-
-def _ends(region: Region) -> tuple[int, int]:
-    """Return what Xen is told of a region: its first and last, or a PCI function's number."""
-    if region.kind is RequestKind.PCI_CONFIG:
-        bdf = region.start >> BUS_OFFSET
-        return bdf, bdf
-    return region.start, region.end - 1
-
-
-def _is_default(number: signal.Signals) -> bool:
-    """Tell whether this thread may handle a signal that nobody handles yet."""
-    return threading.current_thread() is threading.main_thread() and signal.getsignal(number) in (
-        signal.SIG_DFL,
-        signal.default_int_handler,
-    )
-
-
-@contextlib.contextmanager
-def _signals(wake: int) -> Iterator[list[int]]:
-    """Have signals that nobody handles wake a descriptor; yields those that came."""
-    caught: list[int] = []
-
-    pid = os.getpid()
-
-    def handle(number: int, _: FrameType | None) -> None:
-        # Forked off by a handler: nobody handles it here.
-        if os.getpid() != pid:  # pragma: no cover - ends a process that then cannot tell; tested
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
-        if caught:
-            raise KeyboardInterrupt(f"{signal.Signals(number).name} came twice")
-        caught.append(number)
-        os.eventfd_write(wake, 1)
-
-    before = {number: signal.signal(number, handle) for number in _SIGNALS if _is_default(number)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_ending: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-
-
-@contextlib.contextmanager
-def _sigterm_in(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> Iterator[None]:
-    """Have SIGTERM end this one and all others of an event loop, if nobody handles it."""
-    if loop not in _ending and not _is_default(signal.SIGTERM):
-        yield
-        return
-    ends = _ending.setdefault(loop, [])
-
-    def end_all() -> None:
-        for each in list(ends):
-            each()
-
-    if not ends:
-        loop.add_signal_handler(signal.SIGTERM, end_all)
-    ends.append(end)
-    try:
-        yield
-    finally:
-        ends.remove(end)
-        if not ends:
-            del _ending[loop]
-            loop.remove_signal_handler(signal.SIGTERM)
+    def stop(self) -> None:
+        """End :meth:`serve_forever` or :meth:`serve_async`, or the next one. From any thread."""
+        self._runtime.wake()

@@ -6,7 +6,10 @@ was ballooned in again has a new frame, so that DMA through a stale mapping is r
 lost. All of it can be seen from the guest's side.
 """
 
-from .domain import PAGES_PER_INVALIDATE, Call, MockDomain
+from .domain import PAGES_PER_INVALIDATE, MockDomain
+from .faults import Call
 from .hypervisor import MockHypervisor
+from .saving import MockImage
+from .vcpu import Vcpu
 
-__all__ = ["PAGES_PER_INVALIDATE", "Call", "MockDomain", "MockHypervisor"]
+__all__ = ["PAGES_PER_INVALIDATE", "Call", "MockDomain", "MockHypervisor", "MockImage", "Vcpu"]

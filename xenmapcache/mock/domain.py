@@ -1,101 +1,129 @@
-"""A mock guest: its p2m, its memory seen from inside, ballooning, and faults on demand."""
+"""MockDomain: a mock guest, seen from inside, from its device models, and by its tester."""
 
 from __future__ import annotations
 
 import errno as _errno
 import os
-import threading
-import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from ..address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, check_range, page_span
-from ..binding import libc
-from ..errors import FaultError, MappingLostError, XenCallError
-from ..mapping import Mapping
-from .instructions import Instructions
+from .. import mapping as _mapping
+from ..address import PAGE_SHIFT, as_int
+from ..errors import MappingLostError, XenCallError
+from ..mapping import LiveMapping, Mapping, PageErrors
+from .faults import Call, FaultPlan
+from .frames import Frames
+from .ioreq_server import MAX_VCPUS, MockIoreqServer
+from .p2m import P2m, lose, merged, whole_pages
+from .saving import MockImage
+from .vcpu import HasVcpus, Vcpu
+from .waiting import Gate
 
 if TYPE_CHECKING:
-    from .hypervisor import MockHypervisor
     from .kernel import LoadedElf
 
-_ABSENT = -1
-_IOREQ_CALLS = ("create_ioreq_server", "claim", "bind")
-_CALLS = ("map", "remap", "mark_dirty", *_IOREQ_CALLS)
-_LOG_LENGTH = 1 << 16
+TYPES = ("hvm", "pvh", "pv")
+"""What :meth:`.MockHypervisor.create_domain` can create."""
+
+MAX_IOREQ_SERVERS = 8
+"""Xen allows a domain this many."""
 
 PAGES_PER_INVALIDATE = 84
 """How many pages a guest gives up between two INVALIDATE requests, as seen on Xen 4.17."""
 
 
-class Call(NamedTuple):
-    """A call that the mock received. ``errno`` is 0 if it succeeded; gfn is None for an unmap."""
-
-    name: str
-    gfn: int | None
-    pages: int
-    errno: int
-
-
-class _ArmedFault:
-    def __init__(
-        self, call: str, errno: int, nth: int, gfn: int | None, delay: float, repeat: bool
-    ) -> None:
-        self.call, self.errno, self.gfn = call, errno, gfn
-        self.delay, self.repeat = delay, repeat
-        self.calls_to_pass = nth - 1
-
-
-class MockDomain(Instructions):
-    """A guest. Make it with :meth:`MockHypervisor.create_domain`.
+class MockDomain(HasVcpus):
+    """A guest. Make it with :meth:`.MockHypervisor.create_domain`.
 
     Attributes:
         domid: its number.
-        vcpus: how many it has.
+        type: ``"hvm"``, ``"pvh"`` or ``"pv"``. As on Xen, memory of a PV guest cannot be mapped by
+            frame number, and it has no ioreq servers.
+        vcpus: how many vCPUs it has.
+        vcpu: the vCPUs; ``guest.vcpu[1].port_in(0x700)``. The methods of :class:`.Vcpu` are methods
+            of the domain, too, with an argument ``vcpu=``.
+        vcpu_timeout: how long a vCPU waits for a device model before TimeoutError, in seconds.
+            A real one waits for ever.
+        ioreq_servers: the ioreq servers, by id.
         interrupts: what device models raised, in order, as ``(kind, details)``.
-        patience: how long a vCPU waits for a device model before TimeoutError, in seconds.
-        dirty: frame numbers that were reported as written, until you clear it.
-        invalidations: how many INVALIDATE requests it has sent.
+        crashed: why Xen would have ended the guest, or an empty string.
+        dirty_gfns: frame numbers that were reported as written, until you clear the set.
+        invalidations: how many INVALIDATE requests the guest has sent.
+        p2m: which frame is at which guest frame number.
+        faults: the injected faults, and the log of calls.
+        gate: closed while the domain is paused or suspended.
 
-    Synchronization: all methods may be called in any threads. Listeners run in the
-    thread that balloons, which waits for them as a vCPU waits for its device model.
+    Synchronization: all methods may be called in any threads and signal handlers. Listeners run
+    in the thread that balloons, which waits for them as a vCPU waits for its device model. In
+    a forked child all that needs the guest raises ClosedError.
     """
 
     def __init__(
         self,
-        hypervisor: MockHypervisor,
+        frames: Frames,
         domid: int,
         pages: int,
         holes: Iterable[tuple[int, int]],
+        *,
         vcpus: int,
+        type: str,  # noqa: A002 - the word that xl uses
     ) -> None:
-        super().__init__(domid, vcpus)
-        self._calls: deque[tuple[str, int | None, int, int]] = deque(maxlen=_LOG_LENGTH)
-        self.dirty: set[int] = set()
+        vcpus = as_int("vcpus", vcpus)
+        if not 1 <= vcpus <= MAX_VCPUS:
+            raise ValueError(f"vcpus must be 1 to {MAX_VCPUS}, not {vcpus}")
+        if type not in TYPES:
+            raise ValueError(f"type must be one of {TYPES}, not {type!r}")
+        self.domid = domid
+        self.type = type
+        self.vcpus = vcpus
+        self.vcpu_timeout = 10.0
+        self.ioreq_servers: dict[int, MockIoreqServer] = {}
+        self.interrupts: list[tuple[str, tuple[int, ...]]] = []
+        self.crashed = ""
+        self.dirty_gfns: set[int] = set()
         self.invalidations = 0
-        self._hypervisor = hypervisor
-        self._lock = threading.RLock()
-        self._listeners: list[Callable[[], object]] = []
-        self._faults: list[_ArmedFault] = []
-        self._destroyed = False
-        self._mapped: set[int] = set()  # host addresses; a number would not count in two threads
-        first = hypervisor.allocate(pages)
-        self._p2m = array("q", range(first, first + pages))
+        self.faults = FaultPlan(domid)
+        self.gate = Gate()
+        self.p2m = P2m(frames, domid, pages)
         for address, length in holes:
-            gfn, count = self._pages(address, length)
-            self._p2m[gfn : gfn + count] = array("q", [_ABSENT]) * count
+            self.p2m.remove(*self._pages(address, length))
+        self.vcpu = tuple(Vcpu(self, number) for number in range(vcpus))
+        self._listeners: list[Callable[[], object]] = []
+        self._destroyed = False
+        self._invalidate_due = False
+        self._records: dict[LiveMapping, None] = {}
+        self._unmapped: deque[LiveMapping] = deque()  # hints: a finalizer may lose one
+        self._hints = (self._unmapped,)
+
+    def __repr__(self) -> str:
+        return f"<MockDomain {self.domid}, {self.type}, {self.memory_end:#x} bytes, {self.state}>"
 
     @property
     def calls(self) -> tuple[Call, ...]:
         """The last 65,536 calls about it, in order."""
-        return tuple(map(Call._make, self._calls.copy()))
+        _mapping.sweep()
+        self._note_unmaps()
+        return self.faults.calls
 
     @property
     def memory_end(self) -> int:
         """One past the highest guest address that can be there, in bytes."""
-        return len(self._p2m) << PAGE_SHIFT
+        return self.p2m.end << PAGE_SHIFT
+
+    @property
+    def state(self) -> str:
+        """``"running"``, ``"paused"``, ``"suspended"``, ``"dying"`` or ``"gone"``.
+
+        A domain that was destroyed is dying for as long as its memory is mapped; then it is gone.
+        """
+        if self._destroyed:
+            return "dying" if self.mapped_pieces else "gone"
+        for reason in ("suspended", "paused"):
+            if reason in self.gate.reasons:
+                return reason
+        return "running"
 
     # --- the guest's side -------------------------------------------------------
 
@@ -105,8 +133,7 @@ class MockDomain(Instructions):
         Raises:
             FaultError: a page is not there.
         """
-        spans = self._spans(address, length)
-        return b"".join(os.pread(self._hypervisor.fd, size, offset) for offset, size in spans)
+        return self.p2m.read(address, length)
 
     def write(self, address: int, data: bytes) -> None:
         """Write as the guest does.
@@ -114,10 +141,7 @@ class MockDomain(Instructions):
         Raises:
             FaultError: a page is not there; nothing has changed.
         """
-        position = 0
-        for offset, size in self._spans(address, len(data)):
-            os.pwrite(self._hypervisor.fd, data[position : position + size], offset)
-            position += size
+        self.p2m.write(address, data)
 
     def load_elf(self, path: str | os.PathLike[str]) -> LoadedElf:
         """Put an ELF kernel's segments at their physical addresses. Nothing is run.
@@ -131,15 +155,15 @@ class MockDomain(Instructions):
         Raises:
             FaultError: a segment lies where there is no memory; nothing has changed.
             BackendUnavailableError: pyelftools is not installed.
-            CorruptImageError: that is no ELF file to load, or it contradicts the format.
-            OSError, ValueError: it cannot be opened, or is no regular file.
+            CorruptImageError: the file is not an ELF file to load, or contradicts the format.
+            OSError, ValueError: it cannot be opened, or is not a regular file.
         """
-        from .kernel import KernelFile  # what reads files is not needed by most
+        from .kernel import KernelFile  # most users need nothing that reads files
 
         with KernelFile(path) as kernel:
             symbols = kernel.loaded()
             for segment in kernel.segments:
-                self._spans(segment.physical, segment.memory_size)
+                self.p2m.pieces(segment.physical, segment.memory_size)
             for segment in kernel.segments:
                 for address, data in kernel.content(segment):
                     self.write(address, data)
@@ -148,8 +172,9 @@ class MockDomain(Instructions):
     def balloon_out(self, address: int, length: int, *, vcpu: int = 0) -> None:
         """Give pages up, as a guest's balloon driver does, with Xen's burst of INVALIDATEs.
 
-        Pages that are not there are passed over. Every ioreq server and every listener
-        is asked after each 84 pages, and for what remains.
+        Absent pages are skipped. Every ioreq server and every listener
+        is asked after each 84 pages, and for what remains. If that is interrupted, the next
+        call sends the INVALIDATE that is due.
 
         Args:
             address: guest-physical, page-aligned.
@@ -157,19 +182,20 @@ class MockDomain(Instructions):
             vcpu: which one does it, and waits.
 
         Raises:
-            TimeoutError: a device model has not answered in :attr:`patience` seconds.
+            TimeoutError: a device model has not answered in :attr:`vcpu_timeout` seconds.
         """
-        gfn, count = self._pages(address, length)
         pending = 0
-        for page in range(gfn, gfn + count):
-            with self._lock:
-                present = self._p2m[page] != _ABSENT
-                self._p2m[page] = _ABSENT
-            pending += present
-            if pending == PAGES_PER_INVALIDATE:
-                self.send_invalidate(vcpu=vcpu)
-                pending = 0
-        if pending:
+        for gfn, _, count in self.p2m.runs(*self._pages(address, length)):
+            first, end = gfn, gfn + count
+            while first < end:
+                part = min(end - first, PAGES_PER_INVALIDATE - pending)
+                self._invalidate_due = True
+                pending += self.p2m.remove(first, part)
+                first += part
+                if pending == PAGES_PER_INVALIDATE:
+                    self.send_invalidate(vcpu=vcpu)
+                    pending = 0
+        if pending or self._invalidate_due:
             self.send_invalidate(vcpu=vcpu)
 
     def balloon_in(self, address: int, length: int) -> None:
@@ -179,23 +205,21 @@ class MockDomain(Instructions):
             address: guest-physical, page-aligned; may lie beyond the end.
             length: in bytes, whole pages.
         """
-        gfn, count = self._pages(address, length, grow=True)
-        with self._lock:
-            for page in range(gfn, gfn + count):
-                if self._p2m[page] == _ABSENT:
-                    self._p2m[page] = self._hypervisor.allocate(1)
+        self.p2m.add(*whole_pages(address, length))
 
     def send_invalidate(self, *, vcpu: int = 0) -> None:
         """Ask every ioreq server and listener to drop its mappings, and wait for them.
 
         Raises:
-            TimeoutError: a device model has not answered in :attr:`patience` seconds.
+            TimeoutError: a device model has not answered in :attr:`vcpu_timeout` seconds.
         """
+        each = self.vcpu_at(vcpu)
         self.invalidations += 1
         # Servers first: their callbacks may have DMA to finish in a cache that listens too.
-        self._broadcast_invalidate(vcpu)
+        each.send_invalidate()
         for listener in list(self._listeners):
             listener()
+        self._invalidate_due = False
 
     def destroy(self) -> None:
         """End the domain. Its memory lives on where it is mapped.
@@ -206,7 +230,42 @@ class MockDomain(Instructions):
         self._destroyed = True
         for server in list(self.ioreq_servers.values()):
             server.destroy()
-        self._p2m = array("q")
+        self.p2m.clear()
+
+    # --- the toolstack's side ---------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """Whether its vCPUs stand still: the domain is paused or suspended."""
+        return bool(self.gate.reasons)
+
+    def pause(self) -> None:
+        """Stop the vCPUs, as ``xl pause``. Idempotent.
+
+        A vCPU that waits for a device model does not take its answer before :meth:`unpause`. If the
+        ioreq server is destroyed before that, the vCPU goes on without the answer. :meth:`read` and
+        :meth:`write` work as before: they are the tester's, not instructions of a vCPU.
+        """
+        self.gate.close("paused")
+
+    def unpause(self) -> None:
+        """Let the vCPUs go on, as ``xl unpause``."""
+        self.gate.open("paused")
+
+    def suspend(self) -> MockImage:
+        """Stop the vCPUs, as ``xl save`` does before it copies the memory.
+
+        Returns:
+            The image, still empty: its method :meth:`~.MockImage.send` copies pages. Whatever a
+            device model writes during that is in the image only if its page is sent later.
+        """
+        self.p2m.frames.check_process()
+        self.gate.close("suspended")
+        return MockImage(self.p2m, self.dirty_gfns, type=self.type, vcpus=self.vcpus)
+
+    def resume(self) -> None:
+        """Let the vCPUs of a suspended domain go on, as after ``xl save -c``."""
+        self.gate.open("suspended")
 
     # --- the tester's side ------------------------------------------------------
 
@@ -217,7 +276,7 @@ class MockDomain(Instructions):
         """
         self._listeners.append(listener)
 
-    def arm(
+    def inject_fault(
         self,
         call: str,
         *,
@@ -239,182 +298,133 @@ class MockDomain(Instructions):
             repeat: every such call from then on, not just one.
 
         Raises:
-            ValueError: there is no such call or errno, or ``nth`` is not positive.
+            ValueError: there is no such call or errno, ``nth`` is not positive, ``delay`` is
+                negative, or there is neither an errno nor a delay.
         """
-        if call not in _CALLS:
-            raise ValueError(f"call {call!r} is none of {_CALLS}")
-        if nth < 1:
-            raise ValueError(f"nth {nth}: calls are counted from 1")
-        if errno and errno not in _errno.errorcode:
-            raise ValueError(f"errno {errno} is none of this system's, which are positive")
-        self._faults.append(_ArmedFault(call, errno, nth, gfn, delay, repeat))
+        self.faults.inject(call, errno=errno, nth=nth, gfn=gfn, delay=delay, repeat=repeat)
 
-    def disarm(self) -> None:
-        """Forget all armed faults."""
-        self._faults.clear()
+    def clear_faults(self) -> None:
+        """Forget all injected faults."""
+        self.faults.clear()
 
-    # --- the hypervisor's side, for the backend -----------------------------------
+    # --- the hypervisor's side ----------------------------------------------------
 
-    def map(self, gfn: int, count: int, writable: bool) -> tuple[int, bytes | None]:
-        """Map pages as ``xenforeignmemory_map`` does; returns address and errnos."""
-        page_errors = self._enter("map", gfn, count)
-        with self._lock:
-            frames = self._p2m[gfn : gfn + count]
-            frames.extend([_ABSENT] * (count - len(frames)))
-            for page in page_errors:
-                frames[page - gfn] = _ABSENT
-            address = self._map_frames(frames, writable)
-        self._calls.append(("map", gfn, count, 0))
-        self._mapped.add(address)
-        if _ABSENT not in frames:
-            return address, None
-        errors = bytearray(_errno.EINVAL if frame == _ABSENT else 0 for frame in frames)
-        for page, errno in page_errors.items():
-            errors[page - gfn] = errno
-        return address, bytes(errors)
+    @property
+    def mapped_pieces(self) -> int:
+        """How many pieces of its memory are mapped in this process."""
+        _mapping.sweep()
+        self._note_unmaps()
+        return sum(record.mapped for record in list(self._records))
+
+    def _note_unmaps(self) -> None:
+        """Log what finalizers have unmapped."""
+        while self._unmapped:
+            with suppress(IndexError):  # another thread has taken it
+                record = self._unmapped.popleft()
+                self._records.pop(record, None)
+                self.faults.note("unmap", None, record.length >> PAGE_SHIFT)
+
+    def map(self, gfn: int, count: int, writable: bool) -> Mapping:
+        """Map pages as ``xenforeignmemory_map`` does.
+
+        Raises:
+            XenCallError: a fault was injected, there is no such domain, or the kernel refused.
+        """
+        page_errors = self._faults_of_map(gfn, count)
+        mapping = self.p2m.map(gfn, count, writable, page_errors)
+        self._records[mapping.record] = None
+        mapping.notify(self._hints)
+        self.faults.note("map", gfn, count)
+        return mapping
+
+    def map_into(self, mapping: Mapping, gfn: int, count: int) -> PageErrors | None:
+        """Map pages over a part of a window; return their errnos, or None if all are there.
+
+        Raises:
+            XenCallError: as :meth:`map`.
+        """
+        page_errors = self._faults_of_map(gfn, count)
+        if mapping.record not in self._records:
+            self._records[mapping.record] = None
+            mapping.notify(self._hints)
+        errors = self.p2m.map_into(mapping, gfn, count, page_errors)
+        self.faults.note("map", gfn, count)
+        return errors
+
+    def _faults_of_map(self, gfn: int, count: int) -> dict[int, int]:
+        """Return the errnos of pages whose mapping fails although they are there, or raise."""
+        self._note_unmaps()
+        page_errors = self.faults.apply("map", gfn, count)
+        if self._destroyed and not self.mapped_pieces:
+            raise self.faults.failed("map", gfn, count, _errno.ESRCH, "there is no such domain")
+        if self.type == "pv":
+            page_errors = dict.fromkeys(range(gfn, gfn + count), _errno.EINVAL) | page_errors
+        return page_errors
+
+    def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
+        """Return ``(gfn, pages)`` of each run of present pages; None if only mapping shows them."""
+        if self.faults.pending or self._destroyed or self.type == "pv":
+            return None
+        return ((start, pages) for start, _, pages in merged(self.p2m.runs(gfn, count)))
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
         """Map other pages over a mapping; a failure loses its memory, as with Xen."""
-        with self._lock:
-            frames = self._p2m[gfn : gfn + mapping.count]
-            if len(frames) < mapping.count or _ABSENT in frames:
-                position = frames.index(_ABSENT) if _ABSENT in frames else len(frames)
-                raise FaultError(
-                    (gfn + position) << PAGE_SHIFT,
-                    (mapping.count - position) << PAGE_SHIFT,
-                    _errno.EINVAL,
-                )
-            try:
-                self._enter("remap", gfn, mapping.count)
-            except XenCallError as error:
-                libc.cover(mapping.address, mapping.length, replace=True)
-                raise MappingLostError(error.call, self.domid, error.errno, "injected") from None
-            self._map_frames(frames, mapping.writable, mapping)
-        self._calls.append(("remap", gfn, mapping.count, 0))
-
-    def unmap(self, address: int, length: int) -> None:
-        """Unmap, and note it. Takes no lock: finalizers call it."""
-        self._mapped.discard(address)  # before another thread can be given the same address
-        libc.unmap(address, length)
-        self._calls.append(("unmap", None, length >> PAGE_SHIFT, 0))
+        self._note_unmaps()
+        self.p2m.check_present(gfn, mapping.count)
+        try:
+            self.faults.apply("remap", gfn, mapping.count)
+        except XenCallError as error:
+            lose(mapping)
+            raise MappingLostError(error.call, self.domid, error.errno, "injected") from None
+        self.p2m.remap(mapping, gfn)
+        self.faults.note("remap", gfn, mapping.count)
 
     def mark_dirty(self, gfn: int, count: int) -> None:
-        """Note that pages were written."""
-        if self._faults:
-            self._enter("mark_dirty", gfn, count)
-        self.dirty.update(range(gfn, gfn + count))
-        self._calls.append(("mark_dirty", gfn, count, 0))
+        """Note that pages were written.
 
-    def enter_ioreq_call(self, call: str) -> None:
-        """Apply armed faults to a call of a device model."""
-        if self._faults:
-            self._enter(call, 0, 1)
+        Raises:
+            XenCallError: a fault was injected, or the pages lie beyond the end of memory.
+        """
+        self._note_unmaps()
+        self.faults.apply("mark_dirty", gfn, count)
+        if gfn + count > self.p2m.end:
+            hint = f"memory ends at {self.memory_end:#x}"
+            raise self.faults.failed("mark_dirty", gfn, count, _errno.EINVAL, hint)
+        self.dirty_gfns.update(range(gfn, gfn + count))
+        self.faults.note("mark_dirty", gfn, count)
 
-    def _enter(self, call: str, gfn: int, count: int) -> dict[int, int]:
-        """Apply armed faults to a call: be slow, raise, or return the errno of single pages."""
-        page_errors = {}
-        errno = 0
-        delay = 0.0
-        with self._lock:
-            for fault in list(self._faults):
-                if fault.call != call or not (fault.gfn is None or gfn <= fault.gfn < gfn + count):
-                    continue
-                if fault.calls_to_pass:
-                    fault.calls_to_pass -= 1
-                    continue
-                if not fault.repeat:
-                    self._faults.remove(fault)
-                delay += fault.delay
-                if fault.gfn is not None and call == "map" and fault.errno:
-                    page_errors[fault.gfn] = fault.errno
-                else:
-                    errno = errno or fault.errno
-        if delay:
-            time.sleep(delay)
-        hint = "injected"
-        if self._destroyed and not self._mapped and call == "map":
-            errno, hint = _errno.ESRCH, "there is no such domain"
-        if errno:
-            self._calls.append((call, gfn, count, errno))
-            raise XenCallError(f"mock_{call}", self.domid, errno, hint)
-        return page_errors
+    def open_ioreq_server(self, *, buffered: bool, recover: bool = False) -> MockIoreqServer:
+        """Create an ioreq server, as libxendevicemodel does.
 
-    def _map_frames(
-        self, frames: array[int], writable: bool, mapping: Mapping | None = None
-    ) -> int:
-        """Map frames, over a mapping if one is given, and return the host address."""
-        address = mapping.address if mapping else None
-        fd = self._hypervisor.fd
-        runs = list(_runs(frames))
-        length = len(frames) << PAGE_SHIFT
-        whole = len(runs) == 1 and runs[0][1] != _ABSENT
-        if whole:
-            offset = runs[0][1] << PAGE_SHIFT
-            address = libc.map_file(fd, offset, length, writable=writable, address=address)
-        elif address is None:  # or all is there, and each run takes the place of what is seen now
-            address = libc.reserve(length)
-        try:
-            for position, frame, count in () if whole else runs:
-                if frame != _ABSENT:
-                    libc.map_file(
-                        fd,
-                        frame << PAGE_SHIFT,
-                        count << PAGE_SHIFT,
-                        writable=writable,
-                        address=address + (position << PAGE_SHIFT),
-                    )
-            libc.dont_fork(address, length)
-        except XenCallError as error:
-            if not mapping:
-                libc.unmap(address, length)
-                raise
-            libc.cover(address, length, replace=True)
-            raise MappingLostError("mock_remap", self.domid, error.errno, error.hint) from error
-        return address
+        Args:
+            buffered: with a ring for buffered requests.
+            recover: first clear away the servers whose device models were killed.
 
-    def _pages(self, address: int, length: int, *, grow: bool = False) -> tuple[int, int]:
-        address, length = check_range(address, length)
-        if (address | length) & PAGE_MASK:
-            raise ValueError(f"{address:#x}, {length:#x}: the mock's pages are whole, of 4 KiB")
-        gfn, count = page_span(address, length)
-        missing = gfn + count - len(self._p2m)
-        if missing > 0 and not grow:
+        Raises:
+            XenCallError: the domain has eight, is a PV guest, or a fault was injected.
+        """
+        self.p2m.frames.check_process()
+        if recover:
+            for server in list(self.ioreq_servers.values()):
+                if server.killed:
+                    server.recover(self.vcpu_timeout)
+        self.faults.apply("create_ioreq_server")
+        call = "mock_create_ioreq_server"
+        if self.type == "pv":
+            hint = "a PV guest has no ioreq servers"
+            raise XenCallError(call, self.domid, _errno.EINVAL, hint)
+        free = [number for number in range(MAX_IOREQ_SERVERS) if number not in self.ioreq_servers]
+        if not free:
+            hint = f"it has {MAX_IOREQ_SERVERS}, and Xen allows no further one"
+            raise XenCallError(call, self.domid, _errno.ENOSPC, hint)
+        server = self.ioreq_servers[free[0]] = MockIoreqServer(self, free[0], buffered)
+        return server
+
+    def _pages(self, address: int, length: int) -> tuple[int, int]:
+        gfn, count = whole_pages(address, length)
+        if gfn + count > self.p2m.end:
             raise ValueError(
-                f"{address:#x}..{address + length:#x} ends beyond the domain's memory, "
-                f"{self.memory_end:#x}"
+                f"{gfn << PAGE_SHIFT:#x}..{gfn + count << PAGE_SHIFT:#x} ends beyond the domain's "
+                f"memory, {self.memory_end:#x}"
             )
-        if missing > 0:
-            self._p2m.extend([_ABSENT] * missing)
         return gfn, count
-
-    def _spans(self, address: int, length: int) -> list[tuple[int, int]]:
-        """Return ``(offset in the memfd, size)`` for each page of a range."""
-        address, length = check_range(address, length, empty=True)
-        spans = []
-        end = address + length
-        with self._lock:
-            while address < end:
-                gfn = address >> PAGE_SHIFT
-                frame = self._p2m[gfn] if gfn < len(self._p2m) else _ABSENT
-                if frame == _ABSENT:
-                    raise FaultError(address, end - address, _errno.EINVAL)
-                size = min(PAGE_SIZE - (address & PAGE_MASK), end - address)
-                spans.append(((frame << PAGE_SHIFT) + (address & PAGE_MASK), size))
-                address += size
-        return spans
-
-
-def _runs(frames: array[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield ``(position, first frame, count)`` of consecutive or consecutively absent frames."""
-    first, total = frames[0], len(frames)
-    if first != _ABSENT and frames == array("q", range(first, first + total)):
-        yield 0, first, total
-        return
-    start = 0
-    for position in range(1, total + 1):
-        if position < total:
-            previous, frame = frames[position - 1], frames[position]
-            if frame == (_ABSENT if previous == _ABSENT else previous + 1):
-                continue
-        yield start, frames[start], position - start
-        start = position

@@ -1,34 +1,36 @@
-"""The mock's machine: frames of memory, and the domains that own them."""
+"""MockHypervisor: the mock's machine, which has frames of memory and domains."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import threading
-import weakref
 from collections.abc import Iterable
 
-from ..address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, parse_size
+from ..address import PAGE_MASK, PAGE_SHIFT, GiB, parse_size
 from .domain import MockDomain
+from .frames import Frames
+from .saving import MockImage
+
+MAX_MEMORY = 64 * GiB
+"""The most that a guest is created with: mapping more of it takes longer than a test may."""
 
 
 class MockHypervisor:
-    """The machine: frames in a memfd, and domains. Its memory goes when nothing shows it.
+    """The machine. Its memory is freed when no domain and no mapping shows it.
 
     Attributes:
-        fd: the memfd that holds all frames.
-        domains: by domid.
+        domains: the domains, by domid.
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("xenmapcache-mock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        # Nobody can make it shorter under a mapping, whose pages would be a SIGBUS then.
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-        # At exit the kernel closes: what runs later there may still use it.
-        weakref.finalize(self, os.close, self.fd).atexit = False
         self.domains: dict[int, MockDomain] = {}
-        self._frames = 0
-        self._lock = threading.Lock()
+        self._frames = Frames()
+
+    def __repr__(self) -> str:
+        return f"<MockHypervisor with {len(self.domains)} domains>"
+
+    @property
+    def fd(self) -> int:
+        """The number of the memfd that holds all frames."""
+        return self._frames.fileno()
 
     def create_domain(
         self,
@@ -36,29 +38,42 @@ class MockHypervisor:
         memory: int | str = "64M",
         holes: Iterable[tuple[int, int]] = (),
         vcpus: int = 1,
+        type: str = "hvm",  # noqa: A002 - the word that xl uses
     ) -> MockDomain:
         """Create a guest, its memory zeroed.
 
         Args:
-            memory: its size in bytes, whole pages, or as ``"256M"``.
+            memory: its size in bytes, whole pages, or as ``"256M"``; at most 64 GiB.
             holes: ``(address, length)`` pairs, page-aligned, that are not there.
-            vcpus: how many it has.
+            vcpus: how many it has, at most 128.
+            type: ``"hvm"``, ``"pvh"`` or ``"pv"``.
 
         Raises:
-            ValueError: not whole pages, a hole beyond the end, or no vCPU.
+            ValueError: not whole pages, too much memory, a hole beyond the end, no such type,
+                or no such number of vCPUs.
+            ClosedError: a parent process has made the machine.
         """
         size = parse_size(memory)
-        if not 0 < size <= ADDRESS_LIMIT or size & PAGE_MASK:
-            raise ValueError(f"memory {size:#x} is not a number of whole pages of 4 KiB")
+        if not 0 < size <= MAX_MEMORY or size & PAGE_MASK:
+            raise ValueError(
+                f"memory {size:#x} must be whole pages of 0x1000 bytes, and at most {MAX_MEMORY:#x}"
+            )
         domid = len(self.domains) + 1
-        domain = MockDomain(self, domid, size >> PAGE_SHIFT, holes, vcpus)
+        domain = MockDomain(self._frames, domid, size >> PAGE_SHIFT, holes, vcpus=vcpus, type=type)
         self.domains[domid] = domain
         return domain
 
-    def allocate(self, count: int) -> int:
-        """Return the first of ``count`` new frames. Frames are never used again."""
-        with self._lock:
-            first = self._frames
-            self._frames += count
-            os.ftruncate(self.fd, self._frames << PAGE_SHIFT)
-        return first
+    def restore(self, image: MockImage) -> MockDomain:
+        """Create a guest from an image, as ``xl restore`` does.
+
+        Args:
+            image: what :meth:`.MockDomain.suspend` returned, with all its pages sent.
+
+        Raises:
+            ValueError: the image is not complete.
+        """
+        if not image.complete:
+            raise ValueError("the image is not complete: call image.send() first")
+        domain = self.create_domain(memory="4k", vcpus=image.vcpus, type=image.type)
+        domain.p2m.restore(image.end, image.pages)
+        return domain

@@ -7,84 +7,131 @@ libxenevtchn), and what the mock's vCPUs do with it (as Xen does).
 from __future__ import annotations
 
 import errno as _errno
+import logging
 import mmap
 import os
+import select
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from operator import call
+from typing import Protocol
 
 from ..address import PAGE_SIZE
-from ..errors import XenCallError
+from ..binding.descriptor import Descriptor
+from ..errors import UnsupportedOperationError, XenCallError
 from ..ioreq import (
     BUS_OFFSET,
     IOREQ,
     SLOT_SIZE,
+    BufferedRing,
     Request,
     RequestKind,
+    RequestSlot,
     State,
-    encode,
-    port_of,
-    put_buffered,
-    set_state,
-    state_of,
 )
+from .faults import FaultPlan
+from .p2m import P2m
+from .waiting import Bell, Gate
 
-if TYPE_CHECKING:
-    from .instructions import Instructions
+logger = logging.getLogger("xenmapcache")
 
 _BUFFERED_PORT = 9
 _FIRST_VCPU_PORT = 10
 MAX_RANGES = 256
-"""As many as Xen lets a server claim of each kind."""
+"""Xen lets a server claim this many of each kind."""
+MAX_VCPUS = PAGE_SIZE // SLOT_SIZE
+"""Each vCPU needs a slot in the page of synchronous requests."""
 _LOCAL = 100  # local port = remote port + this
+
+_call: Callable[[Callable[[], object]], object] = call
+
+
+class Guest(Protocol):
+    """What ioreq servers and vCPUs need to know of their domain."""
+
+    domid: int
+    type: str
+    vcpus: int
+    p2m: P2m
+    faults: FaultPlan
+    gate: Gate
+    ioreq_servers: dict[int, MockIoreqServer]
+    interrupts: list[tuple[str, tuple[int, ...]]]
+    vcpu_timeout: float
+    crashed: str
 
 
 class MockIoreqServer:
-    """An ioreq server as Xen keeps it. Made by :meth:`MockDomain.open_ioreq_server`.
+    """An ioreq server as Xen keeps it. Made by :meth:`.MockDomain.open_ioreq_server`.
 
     Attributes:
         id: its number in the domain.
         enabled: whether it gets requests.
         destroyed: whether it is gone: closed, or its domain has ended.
+        killed: whether the process of its device model has died.
         page: the synchronous requests, 32 bytes a vCPU.
         ring: the buffered requests, or None.
 
     Synchronization: the device model's side is for one thread; vCPUs are others.
     """
 
-    def __init__(self, domain: Instructions, number: int, buffered: bool) -> None:
+    def __init__(self, guest: Guest, number: int, buffered: bool) -> None:
         self.id = number
         self.enabled = False
         self.destroyed = False
-        self._domain = domain
+        self.killed = False
+        self._guest = guest
         pages = memoryview(mmap.mmap(-1, 2 * PAGE_SIZE))
         self.page = pages[PAGE_SIZE:]
         self.ring = pages[:PAGE_SIZE] if buffered else None
         self._claims: list[tuple[RequestKind, int, int]] = []
         # As /dev/xen/evtchn: a port number of 4 bytes for each event; a port that was
         # read out of it stays masked until it is unmasked.
-        self._events, self._events_in = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._events, self._events_in = _pipe()
         self._masked: set[int] = set()
         self._missed: set[int] = set()
         self._bound: set[int] = set()
-        self._lock = threading.Lock()
-        self._told = [threading.Event() for _ in range(domain.vcpus)]
+        self._lock = (
+            threading.RLock()
+        )  # a signal handler may serve while its thread raises an event
+        self._bells = [Bell() for _ in range(guest.vcpus)]
+        self._sent: set[int] = set()  # vCPUs whose request was sent, and whose answer was not taken
+        self._waiting: set[int] = set()
+
+    def __repr__(self) -> str:
+        states = {"destroyed": self.destroyed, "killed": self.killed, "enabled": self.enabled}
+        state = next((name for name, is_so in states.items() if is_so), "not enabled")
+        return f"<MockIoreqServer {self.id} of mock domain {self._guest.domid}, {state}>"
 
     # --- the device model's side --------------------------------------------------
+
+    @property
+    def guest_type(self) -> str:
+        """The type of the domain: ``"hvm"``, ``"pvh"`` or ``"pv"``."""
+        return self._guest.type
+
+    @property
+    def paused(self) -> bool:
+        """Whether the domain is paused or suspended, so that no vCPU takes its answer."""
+        return bool(self._guest.gate.reasons)
 
     def enable(self) -> None:
         """Get requests from now on; every vCPU then has an event channel in the page."""
         self._check_alive("enable")
-        for vcpu in range(self._domain.vcpus):
+        for vcpu in range(self._guest.vcpus):
             IOREQ.pack_into(
                 self.page, vcpu * SLOT_SIZE, 0, 0, 0, 0, _FIRST_VCPU_PORT + vcpu, 0, 0, 0
             )
         self.enabled = True
 
     def disable(self) -> None:
-        """Get no more requests. Those that were sent wait for their answers as before."""
-        self.enabled = False
+        """Get no further requests. Those that were sent wait for their answers as before."""
+        if not self.killed:
+            self.enabled = False
 
     def buffered_port(self) -> int:
         """Return the event channel of the buffered page."""
@@ -92,10 +139,11 @@ class MockIoreqServer:
 
     def bind(self, remote_port: int) -> int:
         """Connect to an event channel; as Xen does, this raises an event at once."""
-        self._domain.enter_ioreq_call("bind")
-        ports = {_FIRST_VCPU_PORT + vcpu for vcpu in range(self._domain.vcpus)}
+        self._check_connected("bind")
+        self._guest.faults.apply("bind")
+        ports = {_FIRST_VCPU_PORT + vcpu for vcpu in range(self._guest.vcpus)}
         if remote_port not in ports | {_BUFFERED_PORT}:
-            raise XenCallError("mock_bind", self._domain.domid, _errno.EINVAL, "no such port")
+            raise self._refused("bind", _errno.EINVAL, "no such port")
         port = remote_port + _LOCAL
         self._bound.add(port)
         self._raise(port)
@@ -104,26 +152,31 @@ class MockIoreqServer:
     def claim(self, kind: RequestKind, first: int, last: int) -> None:
         """Take over a range, its ends included."""
         self._check_alive("claim")
-        self._domain.enter_ioreq_call("claim")
+        self._guest.faults.apply("claim")
         if sum(kind == each for each, _, _ in self._claims) == MAX_RANGES:
-            raise XenCallError("mock_claim", self._domain.domid, _errno.ENOSPC, "too many ranges")
+            raise self._refused("claim", _errno.ENOSPC, "too many ranges")
         if any(k == kind and first <= e and s <= last for k, s, e in self._claims):
-            raise XenCallError("mock_claim", self._domain.domid, _errno.EEXIST, "claimed before")
+            raise self._refused("claim", _errno.EEXIST, "claimed before")
         self._claims.append((kind, first, last))
 
     def unclaim(self, kind: RequestKind, first: int, last: int) -> None:
         """Give a range back."""
         self._check_alive("unclaim")
-        self._claims.remove((kind, first, last))
+        claimed = kind, first, last
+        if claimed not in self._claims:
+            raise self._refused("unclaim", _errno.ENOENT, "not claimed")
+        self._claims.remove(claimed)
 
     def fileno(self) -> int:
         """Return what to poll for events."""
-        return self._events
+        if self._events.closed:
+            raise self._refused("fileno", _errno.EBADF, "the ioreq server is closed")
+        return self._events.fileno()
 
     def pending(self) -> int | None:
         """Return the next port that has an event, now masked; None if there is none."""
         try:
-            return int.from_bytes(os.read(self._events, 4), "little")
+            return int.from_bytes(os.read(self.fileno(), 4), "little")
         except BlockingIOError:
             return None
 
@@ -131,52 +184,88 @@ class MockIoreqServer:
         """Let a port have events again."""
         with self._lock:
             self._masked.discard(port)
-            missed = port in self._missed
-            self._missed.discard(port)
-        if missed:
-            self._raise(port)
+            if port in self._missed:
+                self._missed.discard(port)
+                self._raise(port)
 
     def notify(self, port: int) -> None:
         """Raise an event at the other end: the vCPU looks at its slot."""
+        self._check_connected("notify")
         if port not in self._bound:
-            raise XenCallError("mock_notify", self._domain.domid, _errno.EINVAL, "not bound")
+            raise self._refused("notify", _errno.EINVAL, "not bound")
         if port != _BUFFERED_PORT + _LOCAL:
-            self._told[port - _LOCAL - _FIRST_VCPU_PORT].set()
+            self._bells[port - _LOCAL - _FIRST_VCPU_PORT].ring()
 
     def restrict(self) -> None:
         """Give up rights to other domains; the mock has none to give up."""
 
     def inject_msi(self, address: int, data: int) -> None:
         """Note a message-signalled interrupt in ``domain.interrupts``."""
-        self._domain.interrupts.append(("msi", (address, data)))
+        self._guest.interrupts.append(("msi", (address, data)))
 
     def set_isa_irq(self, irq: int, level: bool) -> None:
         """Note the level of an interrupt line in ``domain.interrupts``."""
-        self._domain.interrupts.append(("isa", (irq, level)))
+        self._check_lines()
+        self._guest.interrupts.append(("isa", (irq, level)))
 
     def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
         """Note the level of a PCI function's pin in ``domain.interrupts``."""
-        self._domain.interrupts.append(("intx", (*function, pin, level)))
+        self._check_lines()
+        self._guest.interrupts.append(("intx", (*function, pin, level)))
 
-    def close(self) -> None:
-        """Destroy it. As on Xen, a vCPU that waits and was not notified is stuck."""
-        self.destroy()
+    def close(self, *, unmap: bool = True) -> None:  # noqa: ARG002 - as on live Xen
+        """Destroy it. As on Xen, a vCPU that waits and was not notified is stuck.
+
+        Args:
+            unmap: whether the pages go, too. The mock keeps them as long as they are used.
+        """
+        if not self.killed:
+            self.destroy()
+            self._disconnect()
+
+    def unmap(self) -> None:
+        """Release the pages, after ``close(unmap=False)``; nothing to do here."""
+
+    def kill(self) -> None:
+        """Let the process of the device model die, as by SIGKILL.
+
+        Its event channels are closed. Xen keeps the server: enabled, with its claims, and with each
+        request that it was sent. So vCPUs wait until another device model recovers the server.
+        """
+        self.killed = True
+        self._bound.clear()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         with self._lock:
-            if self._events_in >= 0:
-                os.close(self._events_in)
-                os.close(self._events)
-                self._events_in = -1
+            self._events_in.close()
+            self._events.close()
 
     def destroy(self) -> None:
         """Send nothing more, and take no answers; also when the domain ends."""
         self.enabled = False
         self.destroyed = True
-        if self._domain.ioreq_servers.get(self.id) is self:
-            del self._domain.ioreq_servers[self.id]
+        if self._guest.ioreq_servers.get(self.id) is self:
+            del self._guest.ioreq_servers[self.id]
 
-    def _check_alive(self, call: str) -> None:
+    def _refused(self, name: str, errno: int, hint: str) -> XenCallError:
+        return XenCallError(f"mock_{name}", self._guest.domid, errno, hint)
+
+    def _check_connected(self, name: str) -> None:
+        if self.killed:
+            raise self._refused(name, _errno.EBADF, "the process of this device model was killed")
+
+    def _check_alive(self, name: str) -> None:
+        self._check_connected(name)
         if self.destroyed:
-            raise XenCallError(f"mock_{call}", self._domain.domid, _errno.ENOENT, "it is gone")
+            raise self._refused(name, _errno.ENOENT, "the ioreq server was destroyed")
+
+    def _check_lines(self) -> None:
+        if self._guest.type != "hvm":
+            raise UnsupportedOperationError(
+                f"domain {self._guest.domid} is a {self._guest.type.upper()} guest, which has no "
+                "ISA or INTx interrupt lines; use inject_msi"
+            )
 
     # --- Xen's side -----------------------------------------------------------------
 
@@ -184,8 +273,8 @@ class MockIoreqServer:
         """Tell whether a request is for it: it lies in one claimed range as a whole."""
         first, last = request.address, request.address + request.size - 1
         if request.kind == RequestKind.MMIO:
-            extent = request.size * (request.items - 1)
-            first, last = (first - extent, last) if request.is_backward else (first, last + extent)
+            extent = request.size * (request.count - 1)
+            first, last = (first - extent, last) if request.df else (first, last + extent)
         elif request.kind == RequestKind.PCI_CONFIG:
             first = last = request.address >> BUS_OFFSET
         return self.enabled and any(
@@ -194,63 +283,141 @@ class MockIoreqServer:
         )
 
     def send(self, vcpu: int, request: Request) -> None:
-        """Put a request into a vCPU's slot and tell the device model."""
+        """Put a request into a vCPU's slot and tell the device model.
+
+        A request that Python has interrupted, by a signal or a timeout, is finished first: a real
+        vCPU would still wait for its answer.
+        """
+        if vcpu in self._sent and RequestSlot(self.page, vcpu).state != State.NONE:
+            self._raise(_FIRST_VCPU_PORT + vcpu + _LOCAL)  # perhaps it was not raised
+            self._bells[vcpu].ring()  # perhaps the vCPU had been told, and did not look
+            self.wait(vcpu, self._guest.vcpu_timeout)
         self._check(vcpu, {State.NONE}, "a vCPU has one request at a time")
-        encode(self.page, vcpu, request)
-        set_state(self.page, vcpu, State.READY)
-        self._raise(port_of(self.page, vcpu) + _LOCAL)
+        self._sent.add(vcpu)
+        slot = RequestSlot(self.page, vcpu)
+        slot.send(request)
+        self._raise(slot.port + _LOCAL)
 
     def send_buffered(self, request: Request) -> bool:
         """Put a request into the ring, for which no vCPU waits; False if it does not fit."""
-        if self.ring is None or not put_buffered(self.ring, request):
+        if self.ring is None or not BufferedRing(self.ring).append(request):
             return False
         self._raise(_BUFFERED_PORT + _LOCAL)
         return True
 
-    def wait(self, vcpu: int, patience: float) -> int | None:
+    def wait(self, vcpu: int, timeout: float) -> int | None:
         """Block as a vCPU does until it is notified of an answer, and return the data.
+
+        While the domain is paused, the vCPU does not look at its slot; its time does not run.
 
         Returns:
             None if the server was destroyed before the answer was seen.
 
         Raises:
-            TimeoutError: nobody has answered.
+            TimeoutError: the device model has not answered, or the domain stays paused.
             RuntimeError: the device model broke the protocol; Xen would end the guest.
         """
-        end = time.monotonic() + patience
-        while True:
-            if not self._told[vcpu].wait(end - time.monotonic()):
-                raise TimeoutError(
-                    f"vCPU {vcpu} of mock domain {self._domain.domid} is stuck: ioreq server "
-                    f"{self.id} has not answered in {patience} s. Does another thread serve it "
-                    "(server.serving(), serve_forever())?"
-                )
-            self._told[vcpu].clear()
-            if self.destroyed:
-                return None
-            self._check(
-                vcpu, {State.READY, State.INPROCESS, State.RESPONSE_READY}, "the state went astray"
-            )
-            if state_of(self.page, vcpu) == State.RESPONSE_READY:
-                data: int = IOREQ.unpack_from(self.page, vcpu * SLOT_SIZE)[1]
-                set_state(self.page, vcpu, State.NONE)
-                return data
+        try:
+            self._waiting.add(vcpu)
+            end = time.monotonic() + timeout
+            while True:
+                told = self._bells[vcpu].wait(end - time.monotonic())
+                if self.paused:
+                    self._wait_unpaused(vcpu, timeout)
+                    end = time.monotonic() + timeout
+                elif not told:
+                    raise TimeoutError(
+                        f"vCPU {vcpu} of mock domain {self._guest.domid} is stuck: ioreq server "
+                        f"{self.id} has not answered in {timeout} s. Does another thread serve it "
+                        "(server.serving(), serve_forever())?"
+                    )
+                if told and self.destroyed:
+                    return None
+                data = self._take(vcpu) if told else None
+                if data is not None:
+                    return data
+        finally:
+            self._waiting.discard(vcpu)
 
-    def _check(self, vcpu: int, states: set[State], what: str) -> None:
-        state, port = state_of(self.page, vcpu), port_of(self.page, vcpu)
+    def _wait_unpaused(self, vcpu: int, timeout: float) -> None:
+        if not self._guest.gate.wait(timeout):
+            raise TimeoutError(
+                f"vCPU {vcpu} of mock domain {self._guest.domid} cannot go on: the domain was "
+                f"{' and '.join(self._guest.gate.reasons)} for {timeout} s"
+            )
+
+    def _take(self, vcpu: int) -> int | None:
+        """Take the answer out of a slot; None if there is none yet."""
+        states = {State.READY, State.INPROCESS, State.RESPONSE_READY}
+        self._check(vcpu, states, "the state went astray")
+        slot = RequestSlot(self.page, vcpu)
+        if slot.state != State.RESPONSE_READY:
+            return None
+        data = slot.take()
+        self._sent.discard(vcpu)
+        return data
+
+    def recover(self, timeout: float) -> None:
+        """Clear away a server whose device model was killed: all that waits reads all ones.
+
+        Args:
+            timeout: how long vCPUs may take to see their answers, in seconds.
+        """
+        # First: a vCPU that goes on must not send its next request here.
+        self.enabled = False
+        waiting = [
+            vcpu
+            for vcpu in range(self._guest.vcpus)
+            if RequestSlot(self.page, vcpu).state != State.NONE
+        ]
+        for vcpu in waiting:
+            slot = RequestSlot(self.page, vcpu)
+            if slot.state == State.READY:
+                slot.begin()
+            if slot.state == State.INPROCESS:
+                slot.answer(slot.request().all_ones)
+            self._bells[vcpu].ring()
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and any(
+            RequestSlot(self.page, vcpu).state and vcpu in self._waiting for vcpu in waiting
+        ):
+            time.sleep(0.001)
+        self.destroy()
+        logger.warning(
+            "mock domain %d: cleared away ioreq server %d of a dead process; %d vCPUs waited",
+            self._guest.domid,
+            self.id,
+            len(waiting),
+        )
+
+    def _check(self, vcpu: int, states: set[State], rule: str) -> None:
+        state, port = RequestSlot(self.page, vcpu).state, RequestSlot(self.page, vcpu).port
         if state not in states or port != _FIRST_VCPU_PORT + vcpu:
-            self._domain.crashed = f"vCPU {vcpu}: {what} (state {state}, vp_eport {port})"
-            raise RuntimeError(f"Xen would crash the domain: {self._domain.crashed}")
+            self._guest.crashed = f"vCPU {vcpu}: {rule} (state {state}, vp_eport {port})"
+            raise RuntimeError(f"Xen would crash the domain: {self._guest.crashed}")
 
     def _raise(self, port: int) -> None:
         with self._lock:
-            if port not in self._bound or self._events_in < 0:
+            if port not in self._bound or self._events_in.closed:
                 return
             if port in self._masked:
                 self._missed.add(port)
                 return
-            self._masked.add(port)
-            os.write(self._events_in, port.to_bytes(4, "little"))
+            event = port.to_bytes(4, "little")
+            # One step in C. Interrupted between the two, a port would stay masked permanently.
+            steps: list[Callable[[], object]] = [
+                partial(self._masked.add, port),
+                partial(os.write, self._events_in.fileno(), event),
+            ]
+            deque(map(_call, steps), maxlen=0)
+
+
+def _pipe() -> tuple[Descriptor, Descriptor]:
+    """Return the two ends of a pipe that never blocks; both are closed when they are freed."""
+    flags = [os.O_CLOEXEC | os.O_NONBLOCK]
+    # One step in C: see binding.descriptor.own.
+    reader, writer = map(select.epoll.fromfd, chain.from_iterable(map(os.pipe2, flags)))
+    return reader, writer
 
 
 def _merged(claims: list[tuple[RequestKind, int, int]]) -> list[tuple[RequestKind, int, int]]:

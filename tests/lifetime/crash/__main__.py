@@ -17,6 +17,7 @@ from pathlib import Path
 
 from xenmapcache.mapping import live_mappings
 
+from .collected import COLLECTED, collect
 from .events import EVENTS, fork
 from .exits import leave
 from .holds import Hold, take
@@ -28,20 +29,26 @@ PATIENCE = 60
 
 def run(world: World, row: str, column: str, outcome: int) -> str:
     """Return what became of a cell; if it ends this process, that is told before."""
-    # The guest is dying after its end, and not gone, as long as somebody sees it.
+    # After its end the guest stays in the dying state while a process maps it.
     somebody = world.backend.map(0, 1, writable=False).view(0, 1)
     hold = take(world, row, moves=column.startswith("replace()"))
     if column in EXITS:
         os.write(outcome, ENDED.encode())
         leave(world, hold, column)
         return ""
-    said = happen(world, hold, column)
-    try:
-        hold.drop()
-    except Exception as error:
-        assert column in ("backend close", "domain end"), error
+    if column in COLLECTED:
+        holds = [hold]
+        del hold
+        said = collect(world, column, holds)
+    else:
+        said = happen(world, hold, column)
+        try:
+            hold.drop()
+        except Exception as error:
+            assert column in ("backend close", "domain end"), error
+        del hold
     world.cache.close(force=True)
-    del hold, somebody
+    del somebody
     settle(world)
     return said
 
@@ -66,7 +73,7 @@ def happen(world: World, hold: Hold, column: str) -> str:
 
 
 def settle(world: World) -> None:
-    """See that everything was given back, and that the books say so."""
+    """Check that everything was released, and that the accounting agrees."""
     gc.collect()
     stats = world.cache.stats()
     assert (world.mappings(), live_mappings()) == (0, 0)
@@ -100,7 +107,7 @@ def cell(source: str, row: str, column: str, library: Path, folder: Path, outcom
 
 
 def serve(library: Path, folder: Path) -> None:
-    """Answer until there are no more questions."""
+    """Answer until the last question."""
     gc.freeze()  # what is imported need not be looked through in each child, nor copied by that
     for number, line in enumerate(sys.stdin):
         source, row, column = json.loads(line)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import importlib
 import os
 import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from xenmapcache import Lease, LeaseError, Mapping, MappingLostError, XenCallError
 from xenmapcache.address import MiB
 
 from .holds import SIZE, Hold
 from .world import BUCKET, ELSEWHERE, MOVED, PLACE, RESIDENT, World, content
+
+_FRAMES = 80
+"""How far from the recursion limit every operation still succeeds."""
+_DEEPEST = sys.getrecursionlimit()
+_ALLOCATIONS = 200
+"""More than dropping and releasing need."""
 
 
 def eviction(world: World, hold: Hold) -> None:
@@ -110,7 +120,7 @@ def interrupt_in_release(world: World, hold: Hold) -> None:
 
 
 def limit_memory(world: World, hold: Hold) -> None:
-    """No more address space: what can go, goes, and what cannot is ENOMEM."""
+    """Use up the address space: buckets are evicted, or the call fails with ENOMEM."""
     del hold
     world.cache.invalidate()
     used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * 4096
@@ -159,6 +169,62 @@ def fork(world: World, hold: Hold) -> str:
     return said
 
 
+def _use_and_drop(world: World) -> None:
+    """Map, look, lease, release and drop."""
+    view = next(world.cache.views(ELSEWHERE, SIZE))
+    world.cache.map_dma(ELSEWHERE + BUCKET, SIZE, owner="t").release()
+    del view
+    world.cache.invalidate()
+
+
+def _at_depth(depth: int, work: Callable[[], object]) -> None:
+    if depth:
+        _at_depth(depth - 1, work)
+    else:
+        work()
+
+
+def near_the_recursion_limit(world: World, hold: Hold) -> None:
+    """At every depth near the limit, memory is mapped, dropped and unmapped, or not."""
+    del hold
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # finalizers meet the limit, too
+    for depth in range(_DEEPEST - _FRAMES, _DEEPEST):
+        with contextlib.suppress(RecursionError):
+            _at_depth(depth, lambda: _use_and_drop(world))
+    sys.unraisablehook = hook
+    reached = False
+    with contextlib.suppress(RecursionError):
+        _at_depth(_DEEPEST, lambda: None)
+        reached = True
+    assert not reached
+
+
+def failing_allocations(world: World, hold: Hold) -> None:
+    """Python has no memory for the n-th object that dropping and releasing need."""
+    del hold
+    capi: Any = importlib.import_module("_testcapi")
+
+    failed = 0
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # finalizers have no memory, too
+    for number in range(_ALLOCATIONS):
+        view = next(world.cache.views(ELSEWHERE, SIZE))
+        lease = world.cache.map_dma(ELSEWHERE + BUCKET, SIZE, owner="t")
+        capi.set_nomemory(number, number + 1)
+        try:
+            del view
+            lease.release()
+            world.cache.invalidate()
+        except MemoryError:
+            failed += 1
+        finally:
+            capi.remove_mem_hooks()
+        if not lease.released:
+            lease.release()
+        del lease
+    sys.unraisablehook = hook
+    assert failed
+
+
 EVENTS: dict[str, Callable[[World, Hold], object]] = {
     "eviction": eviction,
     "invalidate()": lambda world, _: world.cache.invalidate(),
@@ -172,5 +238,7 @@ EVENTS: dict[str, Callable[[World, Hold], object]] = {
     "Ctrl-C in a release": interrupt_in_release,
     "RLIMIT_AS": limit_memory,
     "RLIMIT_NOFILE": limit_files,
+    "close to the recursion limit": near_the_recursion_limit,
+    "the n-th allocation fails": failing_allocations,
     "a crash": lambda *_: ctypes.string_at(0),
 }

@@ -27,7 +27,7 @@ _READ = {"x86_64": "0", "aarch64": "63"}
 
 
 def named(data: bytes, address: int, moved: int | None = None) -> str:
-    """Return in the table's words what somebody sees."""
+    """Return in the table's words what a holder sees."""
     if data == content(address, len(data)):
         return "bytes"
     if moved is not None and data == content(moved, len(data)):
@@ -156,7 +156,7 @@ class UnderWay(Hold):
         raise NotImplementedError
 
     def nudge(self) -> None:
-        """Let it go on, and do not wait for it."""
+        """Let it continue, and do not wait for it."""
         self.finish()
 
     def _run(self) -> None:

@@ -19,7 +19,8 @@ _PLANS = {
     "NULL, an errno": (Behaviour.FAIL, errno.EPERM),
     "NULL, errno 0": (Behaviour.FAIL, 0),
     "err[] of the other sign": (Behaviour.SIGN, 0),
-    "a pointer, all pages failed": (Behaviour.ALL_PAGES, errno.EPERM),
+    "a pointer, all pages failed": (Behaviour.ALL_PAGES, errno.EINVAL),
+    "a pointer, all pages refused": (Behaviour.ALL_PAGES, errno.EPERM),
     "a pointer, all pages ESRCH": (Behaviour.ALL_PAGES, errno.ESRCH),
     "err[] half written": (Behaviour.PARTIAL, 0),
     "a pointer to no page's begin": (Behaviour.ASKEW, 0),
@@ -92,7 +93,7 @@ def misbehave(world: FakeWorld, operation: str, behaviour: str) -> str:
         other = threading.Thread(target=_meanwhile, args=(world, "Ctrl-C" in behaviour))
         other.start()
     if behaviour == "err[] of the other sign":
-        world.fake.set_error(errno.EPERM, ADDRESS >> 12)
+        world.fake.set_error(errno.EINVAL, ADDRESS >> 12)
     world.fake.plan("xenforeignmemory_map2", *_PLANS[behaviour])
     try:
         said = named(work(), ADDRESS)
@@ -107,10 +108,10 @@ def misbehave(world: FakeWorld, operation: str, behaviour: str) -> str:
 
 
 def _meanwhile(world: FakeWorld, interrupt: bool) -> None:
-    """While the library blocks, use the cache in another thread; then let it go on."""
+    """While the library blocks, use the cache in another thread; then let it continue."""
     world.fake.wait_until_blocked()
     assert world.cache.read(PLACE, SIZE) == content(PLACE, SIZE)
-    world.cache.map_dma(PLACE, SIZE, owner="meanwhile").release()
+    world.cache.map_dma(PLACE, SIZE, owner="other").release()
     if interrupt:
         os.kill(os.getpid(), signal.SIGINT)
     world.fake.unblock()

@@ -28,6 +28,12 @@ EVENTS = (
     "Ctrl-C in a release",
     "RLIMIT_AS",
     "RLIMIT_NOFILE",
+    "close to the recursion limit",
+    "the n-th allocation fails",
+    "collected: __del__ uses it",
+    "collected: a generator's finally uses it",
+    "collected: a coroutine uses it",
+    "collected: an exception in its own frame",
 )
 EXITS = (
     "end of program",
@@ -72,6 +78,7 @@ BEHAVIOURS = {
     "NULL, errno 0": "XenCallError",
     "err[] of the other sign": "FaultError",
     "a pointer, all pages failed": "FaultError",
+    "a pointer, all pages refused": "XenCallError",
     "a pointer, all pages ESRCH": "XenCallError",
     "err[] half written": "FaultError",
     "a pointer to no page's begin": "XenCallError",

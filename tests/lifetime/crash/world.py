@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.fake_xen import DOMID, Behaviour, FakeXen
 from xenmapcache import Backend, MapCache, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE
+from xenmapcache.mapping import Mapping
 
 PAGES = 1024
 SHIFT = 14
@@ -75,7 +76,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def unblock(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
 
     @abc.abstractmethod
     def end(self) -> None:
@@ -97,7 +98,7 @@ class MockWorld(World):
 
     @property
     def inode(self) -> int:
-        return os.fstat(self.domain._hypervisor.fd).st_ino
+        return os.fstat(self.domain.p2m.frames.fileno()).st_ino
 
     def write(self, address: int, data: bytes) -> None:
         self.domain.write(address, data)
@@ -105,7 +106,7 @@ class MockWorld(World):
     def block(self) -> None:
         original = self.domain.map
 
-        def slow(gfn: int, count: int, writable: bool) -> tuple[int, bytes | None]:
+        def slow(gfn: int, count: int, writable: bool) -> Mapping:
             self.domain.map = original  # type: ignore[method-assign] # this call only
             self._entered.set()
             self._go.wait()
@@ -123,7 +124,7 @@ class MockWorld(World):
         self.domain.destroy()
 
     def lose(self) -> None:
-        self.domain.arm("remap", errno=errno.ENOMEM)
+        self.domain.inject_fault("remap", errno=errno.ENOMEM)
 
 
 class FakeWorld(World):

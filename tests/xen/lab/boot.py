@@ -40,7 +40,7 @@ class LabError(Exception):
 class Machine:
     """A running emulator; a context manager, since what it starts must not outlive the session.
 
-    `lines()` yields what Dom0 writes to its channel. The console is collected beside it.
+    `lines()` yields what Dom0 writes to its channel. The console is collected separately.
 
     Args:
         image: what to boot.

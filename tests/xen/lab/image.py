@@ -37,6 +37,7 @@ MODULES: Final = (
     "xen_gntdev",
     "xen_gntalloc",
     "xenfs",
+    "fuse",
 )
 GUEST_MODULES: Final = ("xen_privcmd",)  # hypercalls of the agent; see tests/xen/guest
 # Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
@@ -133,7 +134,7 @@ def _build(release: Release, folder: Path) -> None:
         # Journal and checksums protect a file system that outlives its session; this one does not.
         options = ["-O", "^has_journal,^metadata_csum", "-E", "lazy_itable_init=1,root_owner=0:0"]
         options += ["-d", str(tree)]
-        _run(tool("mke2fs"), "-q", "-t", "ext4", *options, str(work / "root.img"), "2G")
+        _run(tool("mke2fs"), "-q", "-t", "ext4", *options, str(work / "root.img"), "3G")
         shutil.rmtree(tree)
         work.chmod(0o755)  # mkdtemp's 0700 would keep a user who may not build from booting
         work.rename(folder)

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,10 +20,14 @@ from .prerequisites import LabUnavailableError, tool
 
 AGENT: Final = Path(__file__).parents[1] / "guest/agent.c"
 CARRIED: Final = ("tests", "examples", "pyproject.toml", "build_ffi.py", "README.md")
+OPTIONAL: Final = {"test_drgn.py": "drgn>=0.1", "test_mount.py": "mfusepy>=3"}
+"""Which package from PyPI the tests of a file need."""
 LEFT_OUT: Final = ("__pycache__", ".*", "build", "dist", "*.egg-info", "venv", "node_modules")
 INSTALL: Final = """#!/bin/sh -e
 # No pip: it takes ten seconds to start under emulation, and there is nothing to resolve.
-exec python3 -m installer --no-compile-bytecode /payload/*.whl
+for wheel in /payload/*.whl; do
+    python3 -m installer --no-compile-bytecode "$wheel"
+done
 """
 RUN: Final = """#!/bin/sh
 cd /payload && exec python3 -m tests.xen.lab.supervisor "$1"
@@ -58,6 +62,26 @@ def wheel(project: Path, folder: Path) -> Path:
     raise LabUnavailableError(f"the wheel cannot be built:\n{tail}")
 
 
+def optional_wheels(python: str, nodeids: Sequence[str], folder: Path) -> list[Path]:
+    """Download what some tests need and Debian does not have, for Dom0's Python.
+
+    Args:
+        python: its version, such as ``3.11``.
+        nodeids: of the tests.
+        folder: for the wheels.
+
+    Returns:
+        The wheels; without those that cannot be downloaded, whose tests are skipped.
+    """
+    for file, package in OPTIONAL.items():
+        if any(f"/{file}::" in nodeid for nodeid in nodeids):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
+            command += ["--only-binary=:all:", "--python-version", python, "--dest", str(folder)]
+            command += ["--platform", "manylinux2014_x86_64"]
+            subprocess.run(command, check=False)
+    return sorted(folder.glob("*.whl"))
+
+
 def agent(folder: Path) -> Path:
     """Build the program that tests put into a guest, static: a guest has no libraries.
 
@@ -74,14 +98,15 @@ def agent(folder: Path) -> Path:
 
 
 def payload(
-    project: Path, built: Path, agent: Path, order: Mapping[str, object], target: Path
+    project: Path, wheels: Sequence[Path], agent: Path, order: Mapping[str, object], target: Path
 ) -> Path:
     """Write the tar file `target`; `order` is what the supervisor is to do."""
     with tarfile.open(target, "w") as tar:
         for name in CARRIED:
             if (project / name).exists():
                 tar.add(project / name, name, filter=_carried)
-        tar.add(built, built.name)
+        for built in wheels:
+            tar.add(built, built.name)
         tar.add(agent, "agent", filter=_carried)
         _add(tar, "lab.json", json.dumps(dict(order)), 0o644)
         _add(tar, "install", INSTALL, 0o755)

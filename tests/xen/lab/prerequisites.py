@@ -53,7 +53,16 @@ def require(folder: Path, *, build: bool) -> None:
         free = shutil.disk_usage(_existing(folder)).free
         if free < DISK:
             raise LabUnavailableError(f"{_gib(DISK)} of disk needed in {folder}, {_gib(free)} free")
-    missing = _missing({**RUNNING, **BUILDING} if build else RUNNING)
+    install_missing({**RUNNING, **BUILDING} if build else RUNNING)
+
+
+def install_missing(wanted: dict[str, str]) -> None:
+    """Install what this machine lacks of programs or files, each with Debian's package of it.
+
+    Raises:
+        LabUnavailableError: something is missing, and cannot be installed from here.
+    """
+    missing = _missing(wanted)
     if missing:
         _install(missing)
 
@@ -83,7 +92,7 @@ def _install(packages: list[str]) -> None:
             stderr=subprocess.STDOUT,
             check=False,
         )
-        # A source that cannot be updated is no reason to give up, a failed installation is.
+        # If a source cannot be updated, the installation may still succeed.
         if done.returncode != 0 and arguments[0] == "install":
             tail = " ".join(done.stdout.splitlines()[-3:])
             raise LabUnavailableError(f"{command} failed: {tail}")

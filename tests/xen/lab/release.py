@@ -25,6 +25,7 @@ class Release:
             "linux-image-amd64",
             "busybox-static",
             "procps",
+            "fuse3",
             "python3",
             "python3-installer",
             "python3-cffi",

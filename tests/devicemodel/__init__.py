@@ -1,0 +1,1 @@
+"""Tests of the device kit on the mock."""

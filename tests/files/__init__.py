@@ -1,0 +1,1 @@
+"""Files on this machine: read, mapped under a file lease, indexed, and written."""

@@ -1,0 +1,46 @@
+"""The table: every operation, and what is known not to hold yet."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from . import bindings, caches, images, mocks, servers
+from .world import Operation
+
+OPERATIONS: Final[dict[str, Operation]] = {
+    operation.name: operation
+    for module in (caches, images, servers, mocks, bindings)
+    for operation in module.OPERATIONS
+}
+
+
+class Expected(NamedTuple):
+    """A kind of finding that is known.
+
+    Attributes:
+        pattern: a regular expression, found in the finding as it is printed.
+        example: an operation and a handler some of whose points show it. If none does any more,
+            a test fails: remove the entry.
+        reason: why it is so.
+    """
+
+    pattern: str
+    example: tuple[str, str]
+    reason: str
+
+
+EXPECTED: Final = (
+    Expected(
+        r"(cffi|ctypes)_loader\.py:\d+ in .*call: .*, (allocation|depth): "
+        r"(\d more|xenforeignmemory_open)",
+        ("cache.read-miss", "allocation"),
+        "C has mapped, and Python cannot make the number that says where: nobody can unmap it",
+    ),
+)
+"""Kinds of findings that are known today."""
+
+
+def is_known(finding: str) -> bool:
+    """Tell whether a finding, as it is printed, is of a known kind."""
+    return any(re.search(expected.pattern, finding) for expected in EXPECTED)

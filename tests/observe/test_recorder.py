@@ -1,0 +1,489 @@
+"""The recorder: events in a shared mapping, of which two halves take turns."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.observe.recordings import EVENTS, START, released, taken
+from xenmapcache import record
+from xenmapcache.errors import ClosedError
+from xenmapcache.events import (
+    BucketDropped,
+    BucketMapped,
+    CacheClosed,
+    CacheOpened,
+    Event,
+    EventsLost,
+    Invalidated,
+    RequestHandled,
+)
+from xenmapcache.observe import recorder as module
+from xenmapcache.observe.eventlines import encode
+from xenmapcache.observe.recorder import ProcessRecorder, Recorder
+from xenmapcache.observe.recording import read
+from xenmapcache.stream import EventStream, Observation, Observer
+
+MiB = 1 << 20
+TIMED = [event for event in EVENTS if getattr(event, "time", None) is not None]
+
+
+class Cache:
+    """A stream to observe, as caches and servers have it."""
+
+    def __init__(self) -> None:
+        self.stream = EventStream()
+
+    def observe(self, observer: Observer) -> Observation:
+        return self.stream.attach(observer)
+
+    def tell(self, *events: Event) -> None:
+        for event in events:
+            self.stream.put(event)
+        self.stream.deliver()
+
+
+@pytest.fixture
+def cache() -> Cache:
+    return Cache()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run.jsonl"
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Fork, do some work in the child, and return its status."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def test_events_are_in_the_file_at_once(cache: Cache, path: Path) -> None:
+    """Before the recorder is detached. After that the file ends with the last line."""
+    with record(cache, path) as recorder:
+        assert repr(recorder) == f"<recorder of {str(path)!r}>"
+        assert path.stat().st_size == 64 * MiB
+        assert path.stat().st_blocks * 512 <= 2 * MiB
+        assert path.stat().st_mode & 0o777 == 0o600
+        cache.tell(*TIMED)
+        assert list(read(path)) == TIMED
+    cache.tell(taken())
+    recorder.detach()
+    assert list(read(path)) == TIMED
+    assert path.read_bytes().endswith(encode(TIMED[-1]))
+    header = read(path)
+    next(iter(header))
+    assert header.headers[0].pid == os.getpid()
+
+
+def test_several_streams(path: Path) -> None:
+    """Each has a number. A lease of one stream is another than that of the next one."""
+    caches = [Cache(), Cache()]
+    with Recorder(path, "1MiB") as recorder:
+        for each in caches:
+            recorder.add(each.observe)
+        for each in caches:
+            each.tell(taken(), released(), *TIMED)
+        assert [entry.stream for entry in read(path).entries()] == [0] * 17 + [1] * 17
+    with pytest.raises(ClosedError, match="make another one"):
+        recorder.add(caches[0].observe)
+
+
+def test_frequent_events_are_as_the_others(cache: Cache, path: Path) -> None:
+    """Their lines come from templates, which are made again if there are too many."""
+    events = [
+        event
+        for number in range(5)
+        for event in (
+            taken(number, f"%s {number % 2}"),
+            taken(number, f"{number}")._replace(direction=None, kind="device", stale=True),
+            released(number),
+            RequestHandled(START, number % 3, 0, True, number, 1, number, None, "%d"),
+        )
+    ]
+    with pytest.MonkeyPatch.context() as patch, record(cache, path):
+        patch.setattr(module, "_MAX_TEMPLATES", 3)
+        cache.tell(*events)
+        assert list(read(path)) == events
+
+
+def test_a_killed_process_has_written_everything(path: Path) -> None:
+    """SIGKILL right after the last event loses nothing."""
+
+    def work() -> None:
+        cache = Cache()
+        record(cache, path)
+        cache.tell(*TIMED)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(work) == signal.SIGKILL
+    assert list(read(path)) == TIMED
+
+
+def test_the_halves_take_turns(cache: Cache, path: Path) -> None:
+    """The file does not grow. What is held, mapped and open is restated in each half."""
+    opened = CacheOpened(START, 9)
+    bucket = BucketMapped(START, 0, MiB, 5, None)
+    gone = BucketMapped(START, MiB, MiB, 5, None)
+    with record(cache, path, limit=MiB):
+        cache.tell(opened, bucket, gone, BucketDropped(START, MiB, MiB, "evicted"), taken(0, "old"))
+        for turn in range(1, 5):
+            found = read(path)
+            events = list(found)
+            while found.headers[-1].number < turn:
+                for lease in range(1, 700):
+                    cache.tell(taken(lease), released(lease))
+                events = list(found)
+            assert found.overwritten == (turn > 1)
+            assert [header.number for header in found.headers] == [turn - 1, turn]
+            assert found.headers[-1].restated in (3, 4)
+            # A reader sees each once, whatever was overwritten, and the rest without a gap.
+            assert (
+                events.count(opened) == events.count(bucket) == events.count(taken(0, "old")) == 1
+            )
+            numbers = [
+                event.lease for event in events if event == released(getattr(event, "lease", 0))
+            ]
+            assert all((b - a) % 699 == 1 for a, b in pairwise(numbers))
+            assert (found.damaged, found.left_out) == (0, 0)
+            assert gone not in events or turn == 1
+        assert path.stat().st_size == MiB
+    assert path.stat().st_size == MiB
+
+
+@pytest.mark.parametrize("end", [Invalidated(START, 1), CacheClosed(START)])
+def test_dropped_buckets_are_not_restated(end: Event, path: Path) -> None:
+    """After INVALIDATE, and when a cache was closed; other streams keep theirs."""
+    caches = Cache(), Cache()
+    with Recorder(path, MiB) as recorder:
+        for each in caches:
+            recorder.add(each.observe)
+            each.tell(BucketMapped(START, 0, MiB, 5, None))
+        caches[0].tell(end)
+        fill(recorder)
+        header = read(path)
+        list(header)
+        assert header.headers[-1].restated == 1
+
+
+def fill(recorder: Recorder) -> None:
+    """Store events until the other half begins."""
+    other = Cache()
+    recorder.add(other.observe)
+    for _ in range(40_000):
+        other.tell(released())
+        if recorder._number:
+            return
+
+
+def test_too_much_to_restate_is_counted(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of a half is for that, and the table that is kept is bounded."""
+    monkeypatch.setattr(module, "_MAX_RESTATED", 2000)
+    with record(cache, path, MiB) as recorder:
+        cache.tell(*map(taken, range(2500)))
+        fill(recorder)
+        found = read(path)
+        assert len({event for event in found if event != released()}) == 2500
+    assert 0 < found.left_out == 2000 - found.headers[-1].restated
+
+
+def test_a_half_that_is_torn(cache: Cache, path: Path) -> None:
+    """Lines of the turn before, beyond the damage, are told from new ones by their times."""
+    with record(cache, path, MiB) as recorder:
+        while recorder._number < 2:
+            cache.tell(released(at=START))
+        position = recorder._position
+        cache.tell(taken())
+        found = read(path)
+        whole = list(found)
+        with path.open("rb+") as file:  # as if the store had ended in the middle of a line
+            file.seek(position + 10)
+            file.write(b'"damage"')
+            file.seek(position + len(encode(taken())))
+            file.write(b"#")
+        assert list(found) == whole[:-1]
+        assert found.headers[-1].number == found.damaged == 2
+
+
+def test_a_damaged_first_half_is_left_out(cache: Cache, path: Path) -> None:
+    """The other half is found without the first line of the file."""
+    with record(cache, path, MiB) as recorder:
+        while not recorder._number:
+            cache.tell(released())
+        cache.tell(taken())
+        with path.open("rb+") as file:
+            file.write(b"\0" * 100)
+        found = read(path)
+        assert taken() in list(found)
+        assert [header.number for header in found.headers] == [1]
+
+
+def test_a_batch_larger_than_the_growth_is_stored(cache: Cache, path: Path) -> None:
+    """A store may need more than one step of space."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_GROWTH_BYTES", 16)
+        with record(cache, path, MiB):
+            cache.tell(*TIMED)
+            assert list(read(path)) == TIMED
+
+
+def refuse(*_: object) -> None:
+    """Be a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_ends_the_recording(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stream detaches the recorder, with a WARNING that names the file."""
+    monkeypatch.setattr(module, "_GROWTH_BYTES", 4096)
+
+    with record(cache, path):
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+        cache.tell(*[taken(number) for number in range(50)])
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No space left" in caplog.text
+    assert str(path) in caplog.text
+    assert len(list(read(path))) > 5
+
+
+def test_other_files_are_left_alone(cache: Cache, path: Path, tmp_path: Path) -> None:
+    """So is a link, and a recording that another recorder writes. A finished one is replaced."""
+    other = tmp_path / "other"
+    other.write_text("precious")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nothing")
+    for name in (other, link, tmp_path):
+        with pytest.raises(OSError, match="File exists|not written|directory|link"):
+            record(cache, name)
+    assert other.read_text() == "precious"
+    assert not (tmp_path / "nothing").exists()
+    with record(cache, path), pytest.raises(FileExistsError, match="still writes"):
+        record(cache, path)
+    with record(cache, path):
+        cache.tell(taken())
+        assert list(read(path)) == [taken()]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "other", "run.jsonl"]
+
+
+@pytest.mark.parametrize("limit", [0, "1023KiB", 1 << 41, "nonsense"])
+def test_limits(cache: Cache, path: Path, limit: int | str) -> None:
+    with pytest.raises(ValueError, match="limit must be|nonsense"):
+        record(cache, path, limit)
+    assert not path.exists()
+
+
+def test_a_cache_that_cannot_be_observed(path: Path) -> None:
+    """The file is closed again, so that the next recorder can have its name."""
+
+    class Closed(Cache):
+        def observe(self, observer: Observer) -> Observation:
+            raise ClosedError(str(observer))
+
+    for _ in range(2):
+        with pytest.raises(ClosedError):
+            record(Closed(), path)
+
+
+def test_an_event_amid_a_store_waits(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler or a finalizer brings it; its order stays. Too many are counted."""
+    other = Cache()
+    monkeypatch.setattr(module, "_MAX_WAITING", 2)
+    with record(cache, path) as recorder, pytest.MonkeyPatch.context() as patch:
+        recorder.add(other.observe)
+        format_other = recorder._line
+
+        def interrupted(_: Recorder, stream: int, event: Event) -> bytes:
+            patch.undo()
+            other.tell(taken(1), released(1), taken(2))
+            return format_other(stream, event)
+
+        patch.setattr(Recorder, "_line", interrupted)  # as if a signal came
+        cache.tell(TIMED[0], TIMED[1])
+        found = list(read(path))
+        lost = found.pop(3)
+        assert found == [TIMED[0], taken(1), released(1), TIMED[1]]
+        assert isinstance(lost, EventsLost)
+        assert lost.lost == 1
+
+
+def test_an_event_that_was_left_waiting_comes_first(cache: Cache, path: Path) -> None:
+    """An interrupt may leave one; the next store, or detaching, writes it."""
+    with record(cache, path) as recorder:
+        recorder._waiting.append((1, taken(1)))
+        cache.tell(taken(2))
+        assert list(read(path)) == [taken(1), taken(2)]
+        recorder._waiting.append((1, taken(3)))
+    assert list(read(path)) == [taken(1), taken(2), taken(3)]
+
+
+def test_a_full_disk_when_detaching(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is closed, although what waits cannot be stored."""
+    recorder = record(cache, path)
+    recorder._waiting.append((0, taken(1)))
+    monkeypatch.setattr(recorder, "_end", 0)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        recorder.detach()
+    assert recorder._file.closed
+    recorder.detach()
+
+
+def test_detaching_amid_a_store(cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store that is under way closes the file."""
+    recorder = record(cache, path)
+    format_other = recorder._line
+
+    def interrupted(_: Recorder, stream: int, event: Event) -> bytes:
+        recorder.detach()
+        return format_other(stream, event)
+
+    monkeypatch.setattr(Recorder, "_line", interrupted)  # as if a signal came
+    cache.tell(TIMED[0])
+    assert recorder._file.closed
+    assert list(read(path)) == [TIMED[0]]
+
+
+@pytest.mark.parametrize("has_gil", [True, False])
+def test_threads(path: Path, monkeypatch: pytest.MonkeyPatch, *, has_gil: bool) -> None:
+    """Each has a stream; every event arrives, and each stream's are in order."""
+    monkeypatch.setattr(module, "_HAS_GIL", has_gil)
+    caches = [Cache() for _ in range(4)]
+    with Recorder(path) as recorder:
+        for each in caches:
+            recorder.add(each.observe)
+
+        def work(cache: Cache) -> None:
+            for number in range(300):
+                cache.tell(taken(number))
+
+        threads = [threading.Thread(target=work, args=(each,)) for each in caches]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    entries = list(read(path).entries())
+    for number in range(4):
+        found = [entry.event for entry in entries if entry.stream == number]
+        assert found == [taken(lease) for lease in range(300)]
+
+
+def test_a_forked_child_does_not_record(cache: Cache, path: Path) -> None:
+    """What it does changes nothing in its parent's file, which the parent still writes."""
+    with record(cache, path) as recorder:
+        cache.tell(taken(1))
+
+        def work() -> None:
+            cache.tell(taken(2))
+            recorder.detach()
+
+        assert in_child(work) == 0
+        cache.tell(taken(3))
+    assert list(read(path)) == [taken(1), taken(3)]
+
+
+def test_forgetting(cache: Cache, path: Path) -> None:
+    """As the child of a fork does it, but here."""
+    recorder = record(cache, path)
+    recorder._waiting.append((1, taken(1)))
+    module._after_fork_in_child()
+    cache.tell(taken(2))
+    recorder.detach()
+    assert list(read(path)) == []
+
+
+def test_a_file_for_each_process(tmp_path: Path) -> None:
+    """A forked child makes its own, when it makes a cache."""
+    recorder = ProcessRecorder(f"{tmp_path}/run")
+
+    def work() -> None:
+        cache = Cache()
+        recorder(cache.observe)
+        cache.tell(taken(os.getpid()))
+
+    work()
+    work()
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    mine, its = (list(read(f"{tmp_path}/run.{pid}")) for pid in (os.getpid(), child))
+    assert mine == [taken(os.getpid())] * 2
+    assert its == [taken(child)]
+    recorder._after_fork_in_child()
+    work()
+    assert len(list(read(f"{tmp_path}/run.{os.getpid()}"))) == 3
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It says so once, and the program goes on."""
+    recorder = ProcessRecorder(f"{tmp_path}/missing/run")
+    cache = Cache()
+    with caplog.at_level(logging.WARNING):
+        recorder(cache.observe)
+        recorder(cache.observe)
+        cache.tell(taken())
+    assert len(caplog.records) == 1
+    assert "nothing is recorded" in caplog.text
+    assert "missing" in caplog.text
+
+
+def test_closed_caches_are_forgotten(cache: Cache, path: Path) -> None:
+    """A program that makes one cache after the other does not collect their streams."""
+    with Recorder(path, MiB) as recorder:
+        for _ in range(9):
+            recorder.add(cache.observe)
+            cache.tell(CacheOpened(START, 1), CacheClosed(START))
+        assert not recorder._observations
+        assert not recorder._opened
+    cache.tell(released())  # such a stream is not detached, but is not listened to either
+    assert not recorder._waiting
+
+
+PROGRAM = """
+import os, sys
+from xenmapcache.stream import EventStream, new_hooks
+from tests.observe.recordings import taken
+stream = EventStream()
+for hook in new_hooks:
+    hook(stream.attach)
+stream.put(taken())
+stream.deliver()
+print(os.getpid())
+"""
+
+
+def test_any_program_can_be_recorded(tmp_path: Path) -> None:
+    """Without changing it: the variable sets a hook, which caches and servers call."""
+    environment = {**os.environ, "XENMAPCACHE_RECORD": f"{tmp_path}/run"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    recording = read(f"{tmp_path}/run.{done.stdout.strip()}")
+    assert list(recording) == [taken()]
+    assert recording.headers[0].source == "-c"

@@ -1,0 +1,93 @@
+"""drgn on a live guest: its kernel's release, its page tables, and its holes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xenmapcache import GuestMemory, MapCache, find_vmcoreinfo, open_backend
+from xenmapcache.adapters.drgn import program
+from xenmapcache.address import MiB
+from xenmapcache.formats.vmcoreinfo import VmcoreInfo
+
+drgn: Any = pytest.importorskip("drgn", reason="drgn is not installed")
+
+pytestmark = pytest.mark.xen
+
+RAM = 128 * MiB
+"""How far the lab's guest reaches."""
+KERNEL_MAP = 0xFFFFFFFF80000000
+
+
+@pytest.fixture
+def cache(live_domid: int) -> Iterator[MapCache]:
+    with open_backend("xen", domid=live_domid) as live, MapCache(live) as cache:
+        yield cache
+
+
+@pytest.fixture
+def info(cache: MapCache) -> VmcoreInfo:
+    """What the guest's kernel says of itself."""
+    found = find_vmcoreinfo(cache, 0, RAM)
+    if found is None:
+        pytest.skip("this guest's kernel has no VMCOREINFO")
+    return found
+
+
+def test_it_is_a_live_linux_kernel(cache: MapCache, info: VmcoreInfo) -> None:
+    """With the release that the guest's memory has."""
+    made = program(cache, length=RAM)
+    assert made.flags & drgn.ProgramFlags.IS_LINUX_KERNEL
+    assert made.flags & drgn.ProgramFlags.IS_LIVE
+    assert made["UTS_RELEASE"].string_().decode() == info.value("OSRELEASE")
+
+
+def test_page_tables_lead_to_the_banner(cache: MapCache, info: VmcoreInfo) -> None:
+    """The banner's virtual address, and the kernel's name for itself, through page tables."""
+    made = program(cache, length=RAM)
+    release = (info.value("OSRELEASE") or "").encode()
+    uts = made.read(int(info.value("SYMBOL(init_uts_ns)") or "", 16), 390)
+    assert release + b"\0" in uts
+    offset = KERNEL_MAP - int(info.value("NUMBER(phys_base)") or "")
+    text = int(info.value("SYMBOL(_stext)") or "", 16)
+    banner = b"Linux version " + release + b" ("
+    place = next(
+        address
+        for address, _ in GuestMemory(cache).find(banner, 0, RAM)
+        if address + offset > text  # other copies are in the kernel's log
+    )
+    assert made.read(place + offset, len(banner)) == banner
+    assert made.read(place, len(banner), physical=True) == banner
+    with pytest.raises(drgn.FaultError):
+        made.read(0x1000, 8)  # no kernel maps it
+
+
+def test_all_pages_and_holes(cache: MapCache) -> None:
+    """Each present MiB is read as mapping shows it, while nothing writes there; a hole faults."""
+    made = program(cache, vmcoreinfo="")
+    ranges = list(cache.present(0, RAM))
+    assert sum(length for _, length in ranges) > 32 * MiB
+    for start, length in ranges:
+        for address in range(start, start + length, MiB):
+            size = min(MiB, start + length - address)
+            assert len(made.read(address, size, physical=True)) == size
+    first, length = ranges[-1]
+    hole = next((end for start, size in ranges if (end := start + size) < first), 1 << 40)
+    with pytest.raises(drgn.FaultError) as error:
+        made.read(hole, 8, physical=True)
+    assert error.value.address == hole
+
+
+def test_the_command(live_domid: int, info: VmcoreInfo, tmp_path: Path) -> None:
+    """``xenmapcache drgn xen:DOMID script`` prints what the script prints."""
+    script = tmp_path / "release.py"
+    script.write_text('print(prog["UTS_RELEASE"].string_().decode())\n')
+    command = [sys.executable, "-m", "xenmapcache", "drgn", "--length", str(RAM)]
+    command += [f"xen:{live_domid}", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == info.value("OSRELEASE")

@@ -1,0 +1,1 @@
+"""Bridges to other programs, which then read a guest's memory through a map cache."""

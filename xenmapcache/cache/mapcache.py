@@ -1,0 +1,596 @@
+"""MapCache: long-lived mappings of a guest's memory, found by a dictionary look-up."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from ..address import PAGE_MASK, PAGE_SHIFT, GiB, MiB, check_range, parse_size
+from ..backend import Backend, Capability
+from ..errors import LeaseError, XenMapCacheError
+from ..events import CacheOpened, Event
+from ..mapping import Mapping
+from ..stream import Observation, Observer, announce, new_hooks, now
+from . import telling
+from .access import Access, bytes_of, check_guest_range
+from .ages import AgeWatch
+from .buckets import BucketTable, check_bucket_shift
+from .budget import Budget
+from .dirty import DirtyPages
+from .info import (
+    CacheStats,
+    DmaDirection,
+    Invalidation,
+    LeaseInfo,
+    LeaseKind,
+    OnStale,
+    as_direction,
+)
+from .lease import Lease
+from .leasing import Leasing
+from .locked import locked
+from .mapper import Mapper
+from .moving import Mover
+from .registry import LeaseRegistry, collect_stats, report_forced
+from .stale import StalePolicy, check_policy
+from .window import Holes, Windows
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_DEVICE, _DMA, _ = LeaseKind  # CPython 3.11 takes long to find them in the class
+_TO_DEVICE = DmaDirection.TO_DEVICE
+_MAX_COPIES_BYTES = 256 * MiB
+
+
+class MapCache:
+    """A cache of mappings of one guest's memory. Also a context manager.
+
+    Guest memory is mapped in buckets of ``2**bucket_shift`` bytes when it is first
+    touched, and stays mapped until the bucket is evicted or :meth:`invalidate` is
+    called. A view of a bucket that was dropped keeps its memory.
+
+    Args:
+        backend: an open source of guest memory; closing it stays your duty, unless
+            ``owns_backend`` is given.
+        bucket_shift: log2 of a bucket's size in bytes, 12 to 30.
+        max_resident: how much guest memory may be mapped at once, in bytes or as
+            ``"4GiB"``; at least one bucket. The one exception: with ``on_stale="copy"``, if
+            leases fill all of it, each thread that releases a stale lease maps one page more
+            at a time.
+        max_copies: how much memory copies of a file's pages may take at once, apart from what is
+            mapped; in bytes or as ``"256MiB"``, at least one bucket. By default 256 MiB or
+            ``max_resident``, whichever is less. See :meth:`Backend.copies`.
+        max_lease: how long a lease may be, in bytes or as ``"16MiB"``; by default
+            ``max_resident``. Set it where a guest chooses the length.
+        on_stale: what happens when a DMA lease is released that an invalidation has
+            made stale: ``"warn"``, ``"raise"`` or ``"copy"``; see :meth:`Lease.release`.
+        record_origin: record the stack where each lease is taken, for
+            :class:`LeaseInfo`. It costs tens of microseconds a lease.
+        owns_backend: close the backend when the cache is closed.
+        warn_age: log a WARNING, once, for each DMA lease that is held for longer, in
+            seconds, while it is held; None for never. A thread looks, while DMA leases are held.
+        strict_views: for tests: releasing a lease while a view of it is in use is a LeaseError
+            that names the lease; see :meth:`Lease.release`. It costs microseconds a view.
+
+    If the cache is dropped while leases are held, a ResourceWarning names them. Their memory stays
+    safe.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range.
+        UnsupportedOperationError: ``on_stale="copy"`` over a read-only source.
+
+    What a guest can choose: for any address and length from 0 to ``2**64 - 1``, methods that access
+    memory succeed or raise a subclass of XenMapCacheError; FaultError if memory is missing.
+    ValueError and TypeError say that the program is wrong: a negative number, or no number.
+
+    Synchronization: all methods may be called in any threads. Reads and writes of
+    hot buckets take no lock. In a forked child every access raises ClosedError.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        bucket_shift: int = 20,
+        max_resident: int | str = 32 * GiB,
+        max_copies: int | str | None = None,
+        max_lease: int | str | None = None,
+        on_stale: OnStale = "warn",
+        record_origin: bool = False,
+        owns_backend: bool = False,
+        warn_age: float | None = None,
+        strict_views: bool = False,
+    ) -> None:
+        if not isinstance(backend, Backend):
+            raise TypeError(
+                f"backend must be a Backend, as open_backend() returns, not "
+                f"{type(backend).__name__}"
+            )
+        check_policy(on_stale, backend)
+        limit = parse_size(max_resident)
+        copy_limit = None if max_copies is None else parse_size(max_copies)
+        shift = check_bucket_shift(bucket_shift, limit, copy_limit)
+        copy_option = "max_copies"
+        if copy_limit is None:
+            copy_limit = max(min(limit, _MAX_COPIES_BYTES), 1 << shift)
+            if copy_limit == limit:  # which is then to be raised first
+                copy_option = "max_resident"
+        longest = limit if max_lease is None else parse_size(max_lease)
+        if longest < 1:
+            raise ValueError("max_lease must be at least 1 byte, not 0")
+        self._backend = backend
+        self._owns_backend = owns_backend
+        self._budget = budget = Budget(limit)
+        self._copies = copies = Budget(copy_limit, copy_option, mapped=budget)
+        self._table = table = BucketTable(budget, shift, Capability.WRITE in backend.capabilities)
+        self._shift, self._mask, self._size = table.shift, table.mask, table.size
+        self._dirty = dirty = DirtyPages(backend, table.stream)
+        self._mark = dirty.mark
+        self._registry = registry = LeaseRegistry(table, dirty)
+        self._mapper = mapper = Mapper(backend, table, budget, copies, registry.leased_bytes)
+        registry.policy = StalePolicy(on_stale, backend, mapper, budget)
+        self._access = access = Access(backend, table, mapper, budget, dirty)
+        self._leasing = leasing = Leasing(
+            backend, table, mapper, budget, registry, access, longest, record_origin
+        )
+        leasing.strict_views = strict_views
+        if warn_age is not None:
+            leasing.ages = AgeWatch(registry, warn_age)
+        self._windows = Windows(backend, table, mapper, budget, copies, registry, access, leasing)
+        self._mover = Mover(backend, table, mapper, budget, dirty, registry, access)
+        self.stream = budget.stream = table.stream
+        self.stream.guards.append(budget.is_inside)
+        if new_hooks:
+            announce(self.observe)
+
+    def __repr__(self) -> str:
+        state = "closed " if self._table.generation.closed else ""
+        buckets = len(self._table.generation.buckets)
+        return (
+            f"<{state}MapCache of {self._backend!r}: {buckets} buckets of {self._size:#x} bytes, "
+            f"{len(self._registry)} leases>"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a MapCache cannot be copied or pickled; make another one over the same backend"
+        )
+
+    # --- plain access -----------------------------------------------------------
+
+    def read(self, address: int, length: int, *, fill: int | None = None) -> bytes:
+        """Return guest memory.
+
+        Args:
+            address: guest-physical, in bytes.
+            length: in bytes; the range is half-open, 0 gives ``b""``.
+            fill: a byte, 0 to 255, that takes the place of each byte of a missing page. All
+                missing pages of one read may be ``max_resident`` bytes together.
+
+        Raises:
+            FaultError: a page of the range is missing, and there is no ``fill``.
+            TypeError, ValueError: an argument is not an int, or negative.
+            XenCallError: mapping failed as a whole, or was refused for a page of the range; then
+                ``address`` names it.
+            CacheFullError: no room under ``max_resident`` or ``max_copies`` can be made.
+            ClosedError: the cache or backend is closed.
+        """
+        # No call in this block, so no exception of a signal handler is taken for a miss.
+        try:
+            start = address & self._mask
+            data = self._table.generation.readable[address >> self._shift][start : start + length]
+        except (KeyError, TypeError, OverflowError):  # the last one from small NumPy integers
+            pass
+        else:
+            if len(data) == length:
+                return data
+        return self._access.read(address, length, fill)
+
+    def views(self, address: int, length: int) -> Iterator[memoryview]:
+        """Return an iterator of read-only views of a range, one for each bucket, without a copy.
+
+        Drop each view before you ask for the next: a bucket that is viewed keeps its room.
+        Views stay safe, and continue to show the old pages when an invalidation passes.
+
+        Raises:
+            XenMapCacheError: as :meth:`read`, when that bucket's turn has come.
+        """
+        return self._mapper.pieces(
+            *check_guest_range(address, length, self._access.known_hole),
+            lambda mapping, start, count: mapping.view(start, count).toreadonly(),
+        )
+
+    def read_into(self, address: int, buffer: Buffer, *, fill: int | None = None) -> None:
+        """Fill a buffer from guest memory; on an error it is left as it was.
+
+        The buffer may be a view of the same guest memory: the result is that of C's ``memmove``.
+
+        Args:
+            address: guest-physical, in bytes.
+            buffer: writable and contiguous; its size in bytes is the length.
+            fill: a byte that takes the place of each byte of a missing page, as for :meth:`read`.
+
+        Raises:
+            TypeError: not a buffer, or read-only.
+            ValueError: not contiguous, or a negative address.
+            CacheFullError: the range is larger than ``max_resident``.
+            XenMapCacheError: others as :meth:`read`.
+        """
+        target = bytes_of("buffer", buffer)
+        if target.readonly or not target.c_contiguous:
+            error, what = (TypeError, "read-only") if target.readonly else (ValueError, "scattered")
+            raise error(f"buffer ({type(buffer).__name__}) is {what}: it cannot be read into")
+        self._access.read_into(address, target, fill)
+
+    def write(self, address: int, data: Buffer) -> None:
+        """Write to guest memory. On an error, no byte has changed.
+
+        The pages are reported to a backend that tracks dirty pages. If only the report fails
+        (XenCallError), the bytes are written; write them again to have them reported. If a
+        signal handler raises, part of the bytes may be written; their pages are reported.
+
+        Args:
+            address: guest-physical, in bytes.
+            data: any buffer; its size in bytes is the length. It may be a view of the same
+                guest memory: the result is that of C's ``memmove``.
+
+        Raises:
+            UnsupportedOperationError: the source is read-only.
+            TypeError: ``data`` is not a buffer.
+            ValueError: a negative address.
+            CacheFullError: the range is larger than ``max_resident``.
+            XenMapCacheError: others as :meth:`read`.
+        """
+        # Exact types alone: their memory is not the guest's, and they run no code in here.
+        if type(address) is int and (type(data) is bytes or type(data) is bytearray):
+            start = address & self._mask
+            length = len(data)
+            try:
+                target = self._table.generation.writable[address >> self._shift]
+            except KeyError:
+                pass
+            else:
+                if length and start + length <= self._size:
+                    mark = self._mark
+                    gfn = address >> PAGE_SHIFT
+                    count = (address + length + PAGE_MASK >> PAGE_SHIFT) - gfn
+                    try:
+                        target[start : start + length] = data
+                        if mark is not None:
+                            mark(gfn, count)
+                    except XenMapCacheError:
+                        raise
+                    except BaseException:
+                        self._dirty.owed.append((gfn, count))
+                        self._dirty.settle_quietly()
+                        raise
+                    return
+                del target  # or this bucket could not make room for the range
+        self._access.write(address, data)
+
+    def present(self, address: int, length: int) -> Iterator[tuple[int, int]]:
+        """Return an iterator of ``(address, length)`` of the present parts of a range, in order.
+
+        Holes that were found before are not tried again. A page that was refused (see
+        :class:`XenCallError`) is not a hole: the iterator raises when it comes to its bucket.
+
+        Raises:
+            XenMapCacheError: as :meth:`read`, but for holes.
+        """
+        return self._access.present(*check_range(address, length, empty=True))
+
+    def map_pages(self, gfn: int, count: int) -> Mapping:
+        """Map pages for reading, apart from the buckets, within ``max_resident``.
+
+        The mapping shows the guest's pages of now, and is yours: it is not found by other accesses,
+        and lives until you drop it. Writers of dumps use it.
+
+        Args:
+            gfn: the first guest frame number.
+            count: pages, at least one.
+
+        Returns:
+            A mapping; missing pages are in its ``errors``.
+
+        Raises:
+            XenMapCacheError: as :meth:`read`, but for holes. No page may be refused.
+        """
+        return self._access.map_pages(gfn, count)
+
+    # --- leases -----------------------------------------------------------------
+
+    def map_device(self, address: int, length: int, *, owner: str, writable: bool = True) -> Lease:
+        """Map device memory (option ROM, video memory) for a long time.
+
+        The lease gets a mapping of just its pages, which an invalidation leaves alone.
+
+        Args:
+            address: guest-physical, in bytes; need not be page-aligned.
+            length: in bytes, at least 1.
+            owner: the holder's name, for reports.
+            writable: map for writing too.
+
+        Raises:
+            XenMapCacheError: as :meth:`map_dma`.
+        """
+        return self._leasing.lease(_DEVICE, address, length, owner, None, writable)
+
+    def map_dma(
+        self,
+        address: int,
+        length: int,
+        *,
+        owner: str,
+        direction: DmaDirection | str = DmaDirection.BIDIRECTIONAL,
+    ) -> Lease:
+        """Map guest memory for a transfer. Release it as soon as the transfer is done.
+
+        A range inside one bucket shares the bucket's mapping; one that crosses a
+        bucket's edge gets a mapping of its own.
+
+        If invalidations come faster than pages can be mapped, the lease is stale from the start
+        after three attempts. Then a WARNING is logged; ``on_stale="raise"`` raises LeaseError.
+
+        Args:
+            address: guest-physical, in bytes; need not be page-aligned.
+            length: in bytes, at least 1.
+            owner: the holder's name, for reports.
+            direction: which way the data goes: a DmaDirection or its text, as ``"to-device"``.
+                TO_DEVICE gives a read-only view.
+
+        Raises:
+            FaultError: a page of the range is missing; EmptyRangeError for a length of 0.
+            TypeError, ValueError: an argument has the wrong type, or is negative.
+            UnsupportedOperationError: to be written, but the source is read-only.
+            XenCallError: mapping failed as a whole.
+            CacheFullError: longer than ``max_lease``, or no room under ``max_resident``.
+            LeaseError: stale from the start, with ``on_stale="raise"``.
+            ClosedError: the cache or backend is closed.
+        """
+        way = direction if type(direction) is DmaDirection else as_direction(direction)
+        return self._leasing.lease(_DMA, address, length, owner, way, way is not _TO_DEVICE)
+
+    def window(
+        self,
+        address: int = 0,
+        length: int | None = None,
+        *,
+        holes: Holes = "zero",
+        owner: str = "MapCache.window",
+    ) -> Lease:
+        """Lease one flat, read-only view of a range, holes included: for whatever takes a buffer.
+
+            with cache.window() as window:
+                digest = hashlib.sha256(window.view).hexdigest()
+
+        Pages are mapped one by one into one piece of address space, where the source can do that;
+        others are copied. :meth:`Backend.copied_pages` tells how many. What is mapped, holes
+        included, counts under ``max_resident`` until the release and until the last view of it is
+        gone; copies count under ``max_copies``.
+
+        The window shows the pages that the guest had when it was taken. After an invalidation it is
+        stale: for what the guest has given up or got since, it shows the old pages, or zeros.
+        Nothing of it can be lost, so no WARNING is logged; release it and take another one. On live
+        Xen, pages that a window shows are not given back to Xen.
+
+        Args:
+            address: guest-physical, in bytes; need not be page-aligned.
+            length: in bytes, at least 1; by default up to the end of memory.
+            holes: what becomes of pages that are not there: with ``"zero"`` they read as zeros,
+                with ``"raise"`` there must be none.
+            owner: the holder's name, for reports.
+
+        Raises:
+            FaultError: a page is missing, with ``holes="raise"``; the range ends beyond 52 bits;
+                EmptyRangeError if it is empty.
+            TypeError, ValueError: an argument is wrong, or the source does not know its end and no
+                length is given.
+            XenCallError: mapping failed as a whole, or was refused for a page.
+            CorruptImageError: the file has changed since it was opened.
+            CacheFullError: longer than ``max_resident`` or ``max_lease``, or no room under
+                ``max_resident`` or ``max_copies``.
+            ClosedError: the cache or backend is closed.
+        """
+        return self._windows.window(address, length, holes, owner)
+
+    def replace(self, old_address: int, new_address: int, length: int) -> None:
+        """Let a device lease show another guest range at the same host address.
+
+        The pages of the old range, if they could be written, are reported as dirty. If only
+        that fails (XenCallError), the lease has moved; its ``address`` shows it.
+
+        Args:
+            old_address: where the lease is now; with ``length`` it names the lease.
+            new_address: guest-physical, at the same offset in its page.
+            length: of the lease, in bytes.
+
+        Raises:
+            LeaseError: there is no such device lease.
+            ValueError: the offsets in the page differ, or an argument is negative.
+            FaultError: a page of the new range is missing; nothing has changed.
+            UnsupportedOperationError: the source cannot do it.
+            CacheFullError: no room under ``max_resident`` for a second mapping of the range, which
+                Xen's libraries need in between; nothing has changed.
+            XenCallError: it failed and nothing has changed; MappingLostError if the old
+                memory is gone too: the lease is then stale and its view shows zeros.
+            KeyboardInterrupt: the lease is stale, as it is unknown how far the move came.
+        """
+        self._mover.replace(old_address, new_address, length)
+
+    def resolve(self, host_address: int) -> int:
+        """Return the guest address of a host address that lies in a held lease.
+
+        Args:
+            host_address: anywhere in the lease. Looks through all leases.
+
+        Raises:
+            LeaseError: no held lease covers it.
+        """
+        return self._registry.resolve(host_address)
+
+    def leases(self) -> tuple[LeaseInfo, ...]:
+        """Return what is known of each held lease, oldest first. Works after close too."""
+        return self._registry.infos()
+
+    def mark_leases_dirty(self) -> int:
+        """Report the pages of all leases that can be written as written, and return how many.
+
+        A release reports them too, but until then a device may write, and no migration
+        sees it. Call it each time the toolstack is about to collect dirty pages.
+
+        Returns:
+            How many leases were reported: 0 if the backend does not track dirty pages.
+
+        Raises:
+            XenCallError: the report failed; call it again.
+            ClosedError: the cache or backend is closed.
+        """
+        self._table.check_open()
+        self._dirty.settle()
+        reported = sum(map(self._registry.mark_dirty, self._registry.held()))
+        self.stream.deliver()
+        return reported
+
+    # --- life -------------------------------------------------------------------
+
+    def observe(self, observer: Observer) -> Observation:
+        """Have a function called with what happens in this cache, as the values of ``events``.
+
+            with cache.observe(print):
+                cache.read(0, 64)
+
+        First it is called with what is so already: a CacheOpened, a BucketMapped for each bucket
+        and a LeaseTaken for each lease. What other threads change at that moment may be told twice.
+
+        It is called after each step, outside of the locks, in the thread that did the step or in
+        another one, and one event at a time. It may use the cache; what it causes is told after it
+        has returned. If it raises an Exception, it is detached with a WARNING. At most 10,000
+        events wait for it; an EventsLost counts what did not fit. A forked child has no observers.
+
+        Args:
+            observer: is called with each event; what it returns is ignored.
+
+        Returns:
+            What detaches it; also a context manager.
+
+        Raises:
+            TypeError: it cannot be called.
+            ClosedError: the cache is closed.
+        """
+        self._table.check_open()
+        self._dirty.observe()
+        if self._mark is not None:
+            self._mark = self._dirty.report_hot
+        return self.stream.attach(observer, self._snapshot)
+
+    def _snapshot(self) -> list[Event]:
+        generation = self._table.generation
+        buckets = self._budget.limit >> self._shift
+        opened = CacheOpened(now(), buckets, repr(self._backend), self._size)
+        mappings = [*generation.buckets.copy().values()]
+        return [*telling.snapshot(opened, self._registry.held(), mappings, generation.sequence)]
+
+    def invalidate(self) -> Invalidation:
+        """Drop every mapping that no lease holds, as Xen's INVALIDATE request asks.
+
+        Later accesses map again. DMA leases that are held become stale; a WARNING is
+        logged for each, once.
+
+        Raises:
+            ClosedError: the cache is closed.
+        """
+        began = now()
+        sequence, dropped = locked(self._budget.lock, self._table.invalidate)
+        if self._table.retired:
+            self._mapper.clear_retired()
+        if self._registry.uncounted:  # otherwise their ids would pile up until a call of stats()
+            locked(self._budget.lock, self._registry.stale_released)
+        held = self._registry.held_across(sequence) if len(self._registry) else ((), (), ())
+        report = Invalidation(sequence, dropped, dropped << self._shift, *held)
+        if self.stream.observations:
+            telling.invalidated(self.stream, began, report)
+        return report
+
+    def stats(self) -> CacheStats:
+        """Return the counters. Works after close too."""
+        self._budget.recount()
+        self._copies.recount()
+        parts = self._table, self._budget, self._copies, self._registry
+        stats = locked(self._budget.lock, collect_stats, *parts)
+        self.stream.deliver()  # what a signal handler has put in under the lock
+        return stats
+
+    @property
+    def backend(self) -> Backend:
+        """The source of memory that it was made with."""
+        return self._backend
+
+    @property
+    def max_resident(self) -> int:
+        """How much guest memory may be mapped at once, in bytes."""
+        return self._budget.limit
+
+    @property
+    def max_copies(self) -> int:
+        """How much memory copies of a file's pages may take at once, in bytes."""
+        return self._copies.limit
+
+    @property
+    def memory_end(self) -> int | None:
+        """One past the last guest address that may exist, or None if that is unknown."""
+        return self._backend.memory_end
+
+    def close(self, *, force: bool = False) -> None:
+        """Drop all mappings. Views that are kept stay safe. Idempotent.
+
+        If a signal handler raises during it, the cache is closed or as before, and a second call
+        completes the first.
+
+        Args:
+            force: end leases that are held, too, with a WARNING each. What they could have
+                written is reported as dirty.
+
+        Raises:
+            LeaseError: leases are held; nothing has changed.
+        """
+        if self._table.forked:
+            return
+        ended_it = locked(self._budget.lock, self._close, force)
+        self._mapper.clear_retired()
+        self._dirty.settle_quietly()
+        registry = self._registry
+        ended = [registry.drop(record) for record in registry.held()] if force else []
+        if self._owns_backend:
+            self._backend.close()
+        if ended_it and self.stream.observations:
+            telling.closed(self.stream)
+        report_forced(ended)
+
+    def _close(self, force: bool) -> bool:
+        """Return whether this call has closed it; called under the lock."""
+        held = self._registry.held()
+        if held and not force and not self._table.generation.closed:
+            text = self._registry.describe(held)
+            raise LeaseError(f"{text}. Release them, or close(force=True)")
+        return not self._table.retire(closed=True).closed
+
+    def __del__(self) -> None:
+        # The leases and their memory stay as they are; a handle can still release its own.
+        registry: LeaseRegistry | None = getattr(self, "_registry", None)  # None: it was not made
+        if registry is None or registry.table.forked or sys.is_finalizing():
+            return
+        held = registry.held()
+        if held:
+            text = f"a MapCache was dropped, and {registry.describe(held)}"
+            warnings.warn(text, ResourceWarning, stacklevel=1, source=self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # An exception on its way out is worth more than a complaint about its leases.
+        self.close(force=error is not None)

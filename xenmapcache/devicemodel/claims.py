@@ -1,0 +1,83 @@
+"""Claims: Xen and the table of regions know the same ranges, whatever interrupts a claim."""
+
+# Theory of operation
+#
+# A signal handler may raise after Xen has claimed a range and before this knows. So an
+# interrupted claim is undone on both sides, and an interrupted release is completed on both. Xen
+# refuses to release a range that it has not got: that refusal is expected then. It is safe to
+# ask, because the table has no other region there as long as the server's lock is held.
+
+from __future__ import annotations
+
+import contextlib
+
+from ..errors import ClosedError, XenCallError
+from .connection import Connection
+from .regions import Region, RegionTable
+from .runtime import Runtime
+
+
+def claim(runtime: Runtime, regions: RegionTable, region: Region) -> None:
+    """Claim a region: an error or an interrupt leaves it unclaimed.
+
+    Raises:
+        ValueError: another region lies there.
+        XenCallError: Xen refused.
+        ClosedError: the server is closed, perhaps by a signal handler just now.
+    """
+    with runtime.lock:
+        if runtime.closed:
+            raise ClosedError(f"{runtime!r} cannot claim")
+        connection = runtime.connection
+        try:
+            regions.add(region)
+            if connection is not None:
+                connection.link.claim(region.kind, *region.xen_range)
+        except BaseException as error:
+            if regions.holds(region):
+                regions.remove(region)
+                if not isinstance(error, XenCallError):
+                    _forget(runtime, region)
+            _check_closed(connection, error)
+            raise
+
+
+def release(runtime: Runtime, regions: RegionTable, region: Region) -> None:
+    """Release a region: an interrupt leaves it released, or as it was.
+
+    Raises:
+        ValueError: it was released before.
+        XenCallError: Xen refused; the region stays claimed.
+        ClosedError: a signal handler has closed the server just now.
+    """
+    with runtime.lock:
+        connection = runtime.connection
+        if not regions.holds(region):
+            if runtime.closed:
+                raise ClosedError(f"{runtime!r} has no regions")
+            raise ValueError(f"{region!r} was given back before")
+        try:
+            regions.remove(region)
+            if connection is not None:
+                connection.link.unclaim(region.kind, *region.xen_range)
+        except BaseException as error:
+            _check_closed(connection, error)
+            if isinstance(error, XenCallError):
+                regions.add(region)
+            elif not regions.holds(region):
+                _forget(runtime, region)
+            raise
+
+
+def _forget(runtime: Runtime, region: Region) -> None:
+    """Have Xen release a range, if Xen has got it; a forked child leaves it to its parent."""
+    connection = runtime.connection
+    if connection is not None and runtime.is_ours():
+        with contextlib.suppress(XenCallError):
+            connection.link.unclaim(region.kind, *region.xen_range)
+
+
+def _check_closed(connection: Connection | None, error: BaseException) -> None:
+    """Raise ClosedError for an error that comes of closing the server in the middle."""
+    if connection is not None and connection.closed and isinstance(error, Exception):
+        raise ClosedError("this ioreq server was closed in the middle of a claim") from error

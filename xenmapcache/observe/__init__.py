@@ -1,0 +1,1 @@
+"""What is made of events: the analysis of QEMU's logs."""

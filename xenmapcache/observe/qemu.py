@@ -1,0 +1,421 @@
+"""The analysis of QEMU's map cache: what its trace events say about DMA, INVALIDATE and ioreqs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from heapq import nlargest
+from typing import Any, Final, Protocol
+
+from ..events import (
+    Accessed,
+    BucketMapped,
+    BucketReplaced,
+    CacheOpened,
+    Event,
+    Invalidated,
+    LeaseHeld,
+    RequestKey,
+    RequestsHandled,
+)
+from ..formats.qemu_events import MIB_SHIFT, Assembler
+from ..formats.qemu_log import LogParser
+from ..formats.qemu_simple import SimpleParser, byte_order
+from ..ioreq import BUS_OFFSET, RequestKind
+from .model import CacheModel
+from .platform import Platform
+from .tally import Tally, Top
+
+START_BYTES: Final = 24
+"""How much of a file :func:`make_parser` looks at."""
+
+_BURST_GAP_NS: Final = 100_000_000
+_SHOWN: Final = 20
+_MAX_LEASES: Final = 4096
+_MAX_BUCKETS: Final = 1 << 16
+_KINDS: Final = {
+    RequestKind.PORT: "port",
+    RequestKind.MMIO: "MMIO",
+    RequestKind.PCI_CONFIG: "PCI configuration",
+    RequestKind.TIMEOFFSET: "time offset",
+}
+_VERSIONS: Final = {
+    "message": ((2, 10), (8, 2)),
+    "pid": ((2, 6), (10, 0)),
+    "iso": ((10, 1), None),
+    "simple": ((2, 8), None),
+    "new": ((9, 0), None),
+}
+"""Which versions of QEMU write a form of lines, the first and the last one."""
+_NEW: Final = ("xen_map_cache_init", "xen_invalidate_map_cache", "xen_replace_cache_entry_dummy")
+TRACE_OPTIONS: Final = {
+    "xen_map_cache": "-trace xen_map_cache*",
+    "xen_remap_bucket": "-trace xen_remap_bucket",
+    "xen_invalidate_map_cache": "-trace xen_invalidate_map_cache",
+    "handle_ioreq": "-trace handle_ioreq",
+}
+"""Events, and the arguments for ``device_model_args`` that switch them on."""
+
+
+class Parser(Protocol):
+    """What the parsers of both forms have; :class:`.LogParser` explains the attributes."""
+
+    format: str
+    assembler: Assembler
+    lines: int
+    others: int
+    damaged: int
+    damaged_bytes: int
+    dropped: int
+    examples: list[str]
+    forms: set[str]
+
+    def feed(self, data: bytes) -> list[Event]:
+        """Return the events that are complete now."""
+
+    def finish(self) -> list[Event]:
+        """Return the events at the end of the file."""
+
+
+def make_parser(start: bytes, path: str) -> Parser:
+    """Return the parser for a file that begins with these bytes.
+
+    Raises:
+        UnsupportedOperationError: it is a trace file of a version that is not read.
+    """
+    return SimpleParser(start, path) if byte_order(start) else LogParser()
+
+
+class _Burst:
+    """INVALIDATEs that follow each other closely."""
+
+    __slots__ = ("count", "first", "held", "last", "map_ns", "number", "remapped")
+
+    def __init__(self, event: Invalidated) -> None:
+        self.first = self.last = event.time
+        self.number = event.number
+        self.count = 1
+        self.held = self.remapped = self.map_ns = 0
+
+
+class _Held:
+    """A DMA lease that was held across INVALIDATEs."""
+
+    __slots__ = ("count", "event", "last")
+
+    def __init__(self, event: LeaseHeld) -> None:
+        self.event, self.last, self.count = event, event.time, 0
+
+
+class QemuAnalysis:
+    """Takes events, and keeps what a report needs of them, in bounded memory.
+
+    Attributes:
+        invalidations: how many INVALIDATEs there were.
+        bursts: how many bursts they came in.
+
+    Synchronization: for one thread.
+    """
+
+    def __init__(self) -> None:
+        self.invalidations = self.bursts = 0
+        self._hits = self._maps = self._failed = self._map_ns = self._max_map_ns = 0
+        self._timed = self._remaps_invalidated = self._remaps_other = 0
+        self._opened = self._replaced = self._requests_total = 0
+        self._model = CacheModel()
+        self._buckets: dict[int, tuple[int, int | None]] = {}  # epoch of the map call, host address
+        self._remaps: Tally[tuple[int, int]] = Tally()
+        self._burst: _Burst | None = None
+        self._worst: list[_Burst] = []
+        self._since_invalidation = False
+        self._held: dict[tuple[int, int], _Held] = {}
+        self._held_total = self._held_lost = self._epoch = 0
+        self._round: set[tuple[int, int]] = set()
+        self._requests: Tally[tuple[int, int, bool]] = Tally()
+        self._platform = Platform()
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Take events, in their order."""
+        for event in events:
+            if isinstance(event, BucketMapped):
+                self._take_mapped(event)
+            elif isinstance(event, Accessed):
+                self._since_invalidation = True
+                self._hits += sum(event.counts.values())
+                self._model.access(event.counts)
+            elif isinstance(event, Invalidated):
+                self._take_invalidated(event)
+            elif isinstance(event, LeaseHeld):
+                self._take_held(event)
+            elif isinstance(event, RequestsHandled):
+                for key, count in event.counts.items():
+                    self._take_requests(key, count)
+            elif isinstance(event, CacheOpened):
+                self._opened += 1
+                self._buckets.clear()  # QEMU was started again
+                self._model.invalidate()
+            elif isinstance(event, BucketReplaced):
+                self._replaced += 1
+            else:  # MapFailed
+                self._failed += 1
+
+    def _take_mapped(self, event: BucketMapped) -> None:
+        self._maps += 1
+        self._since_invalidation = True
+        self._model.access((event.start >> MIB_SHIFT,))
+        duration = event.duration or 0
+        if event.duration is not None:
+            self._timed += 1
+            self._map_ns += duration
+            self._max_map_ns = max(self._max_map_ns, duration)
+        known = self._buckets.pop(event.start, None)
+        if known is not None:
+            self._remaps.add((event.start, event.length))
+            if known[0] < self._epoch:
+                self._remaps_invalidated += 1
+                if self._burst is not None:
+                    self._burst.remapped += 1
+                    self._burst.map_ns += duration
+            else:
+                self._remaps_other += 1
+        elif len(self._buckets) >= _MAX_BUCKETS:
+            del self._buckets[next(iter(self._buckets))]
+        self._buckets[event.start] = self._epoch, event.host
+
+    def _take_invalidated(self, event: Invalidated) -> None:
+        self.invalidations += 1
+        self._epoch += 1
+        self._model.invalidate()
+        burst = self._burst
+        if burst is not None and self._continues(burst, event.time):
+            burst.count += 1
+            burst.last = event.time
+        else:
+            self._end_burst()
+            self.bursts += 1
+            self._burst = _Burst(event)
+        self._since_invalidation = False
+
+    def _continues(self, burst: _Burst, time: int | None) -> bool:
+        if time is None or burst.last is None:
+            return not self._since_invalidation
+        return 0 <= time - burst.last <= _BURST_GAP_NS
+
+    def _end_burst(self) -> None:
+        if self._burst is not None:
+            self._worst.append(self._burst)
+            if len(self._worst) > 2 * _SHOWN:
+                self._worst = _largest(self._worst)
+            self._burst = None
+
+    def _take_held(self, event: LeaseHeld) -> None:
+        self._held_total += 1
+        key = event.start, event.host
+        if not event.number:  # no INVALIDATE in the log: a repetition shows that there was one
+            if not self._round or key in self._round or len(self._round) > _MAX_LEASES:
+                self._round.clear()
+                self._epoch += 1
+                self._model.invalidate()
+            self._round.add(key)
+        if self._burst is not None:
+            self._burst.held += 1
+        held = self._held.get(key)
+        if held is None:
+            if len(self._held) >= _MAX_LEASES:
+                self._held_lost += 1
+                return
+            held = self._held[key] = _Held(event)
+        held.count += 1
+        held.last = event.time
+
+    def _take_requests(self, key: RequestKey, count: int) -> None:
+        self._requests_total += count
+        self._platform.learn(key)
+        address = key.address
+        if key.kind == RequestKind.PCI_CONFIG:
+            address = address >> BUS_OFFSET << BUS_OFFSET
+        self._requests.add((key.kind, address, key.is_read), count)
+
+    def report(self, parser: Parser) -> dict[str, Any]:
+        """Return everything that was found, for JSON. Addresses are numbers, times seconds.
+
+        Args:
+            parser: that the events came from.
+        """
+        names = {name: count for name, count in parser.assembler.names.items() if count}
+        first, last = parser.assembler.first_time, parser.assembler.last_time
+        return {
+            "log": {
+                "format": parser.format,
+                "lines": parser.lines,
+                "other_lines": parser.others,
+                "damaged": parser.damaged,
+                "damaged_bytes": parser.damaged_bytes,
+                "damaged_examples": parser.examples,
+                "dropped_by_qemu": parser.dropped,
+                "events": names,
+                "first_time": _seconds(first),
+                "last_time": _seconds(last),
+                "qemu": _qemu_version(parser),
+                "starts": self._opened,
+            },
+            "dma_held": self._report_held(),
+            "invalidations": self._report_invalidations(),
+            "map_cache": self._report_cache(names),
+            "ioreqs": self._report_requests(),
+            "hints": self._hints(parser, names),
+        }
+
+    def _report_held(self) -> dict[str, Any]:
+        entries = sorted(self._held.values(), key=lambda held: (-held.count, held.event.start))
+        return {
+            "lines": self._held_total,
+            "leases": len(self._held),
+            "lines_of_other_leases": self._held_lost,
+            "entries": [
+                {
+                    **self._address_of(held.event),
+                    "bucket": held.event.start,
+                    "bucket_length": held.event.length,
+                    "host": held.event.host,
+                    "invalidations": held.count,
+                    "first_invalidation": held.event.number or None,
+                    "first_time": _seconds(held.event.time),
+                    "last_time": _seconds(held.last),
+                }
+                for held in entries[:_SHOWN]
+            ],
+        }
+
+    def _address_of(self, event: LeaseHeld) -> dict[str, Any]:
+        """Return the guest address of a lease, if the log shows where its bucket is mapped."""
+        _, host = self._buckets.get(event.start, (0, None))
+        if host is not None and 0 <= event.host - host < event.length:
+            return {"address": event.start + event.host - host}
+        return {"address": None}
+
+    def _report_invalidations(self) -> dict[str, Any]:
+        current = [self._burst] if self._burst is not None else []
+        worst = sorted(_largest([*self._worst, *current]), key=lambda burst: burst.number)
+        return {
+            "count": self.invalidations,
+            "bursts": self.bursts,
+            "largest": [
+                {
+                    "first": burst.number,
+                    "count": burst.count,
+                    "time": _seconds(burst.first),
+                    "duration": _difference(burst.first, burst.last),
+                    "dma_held": burst.held,
+                    "mapped_again": burst.remapped,
+                    "map_seconds": burst.map_ns / 1e9 if burst.first is not None else None,
+                }
+                for burst in worst
+            ],
+        }
+
+    def _report_cache(self, names: dict[str, int]) -> dict[str, Any]:
+        accesses = self._hits + self._maps + self._failed
+        complete = "xen_map_cache" in names and "xen_remap_bucket" in names
+        top = self._remaps.top(_SHOWN)
+        return {
+            "accesses": accesses if "xen_map_cache" in names else None,
+            "hits": self._hits if complete else None,
+            "hit_rate": self._hits / accesses if complete and accesses else None,
+            "map_calls": self._maps if "xen_remap_bucket" in names else None,
+            "map_calls_of_our_cache": self._model.maps if complete else None,
+            "failed": self._failed,
+            "dummies_replaced": self._replaced,
+            "map_seconds": self._map_ns / 1e9 if self._timed else None,
+            "longest_map_seconds": self._max_map_ns / 1e9 if self._timed else None,
+            "mapped_again_after_invalidate": self._remaps_invalidated,
+            "mapped_again_without": self._remaps_other,
+            "mapped_again": [
+                {"address": start, "length": length, "times": count}
+                for (start, length), count in top.entries
+            ],
+            **_others(top),
+        }
+
+    def _report_requests(self) -> dict[str, Any]:
+        merged: dict[tuple[int, int], list[int]] = {}
+        for (kind, address, is_read), count in self._requests.counts.items():
+            merged.setdefault((kind, address), [0, 0])[is_read] += count
+        shown = nlargest(_SHOWN, merged.items(), key=lambda entry: sum(entry[1]))
+        counted = sum(writes + reads for _, (writes, reads) in shown)
+        devices: Tally[str] = Tally()
+        for (kind, address), counts in merged.items():
+            devices.add(self._platform.device(kind, address) or "unknown", sum(counts))
+        return {
+            "count": self._requests_total,
+            "entries": [
+                {
+                    "kind": _KINDS.get(RequestKind(kind), "") if kind in _KINDS else f"type {kind}",
+                    "address": address,
+                    "reads": reads,
+                    "writes": writes,
+                    "device": self._platform.device(kind, address) or None,
+                }
+                for (kind, address), (writes, reads) in shown
+            ],
+            "other_addresses": len(merged) - len(shown) + self._requests.folded,
+            "other_count": self._requests_total - counted,
+            "devices": [
+                {"device": name, "count": count} for name, count in devices.top(_SHOWN).entries
+            ],
+        }
+
+    def _hints(self, parser: Parser, names: dict[str, int]) -> list[str]:
+        """Return what the log cannot tell, and what would tell more."""
+        hints = ["No event of QEMU's shows the size, owner, thread or cache of an access."]
+        missing = [option for name, option in TRACE_OPTIONS.items() if name not in names]
+        if "message" in parser.forms:  # this QEMU has a message in the place of the event
+            missing = [each for each in missing if "invalidate" not in each]
+        if missing:
+            words = [word for option in missing for word in option.split()]
+            listed = ", ".join(f'"{word}"' for word in words)
+            hints.append(f"Not in this log; to have it: device_model_args = [ {listed} ]")
+        if parser.assembler.first_time is None:
+            hints.append(
+                'The lines have no times; from QEMU 6.0 on: device_model_args = [ "-msg", '
+                '"timestamp=on" ]'
+            )
+        if any(self._address_of(held.event)["address"] is None for held in self._held.values()):
+            hints.append(
+                "DMA without an address: the log does not show where its bucket was mapped. "
+                "Trace xen_map_cache* and xen_remap_bucket from the start of QEMU on."
+            )
+        if parser.dropped:
+            hints.append(f"QEMU dropped {parser.dropped} events, so all counts are too small.")
+        return hints
+
+
+def _largest(bursts: list[_Burst]) -> list[_Burst]:
+    return nlargest(_SHOWN, bursts, key=lambda burst: (burst.held, burst.count))
+
+
+def _others(top: Top[tuple[int, int]]) -> dict[str, int]:
+    return {"other_buckets": top.other_keys, "other_times": top.other_count}
+
+
+def _seconds(time: int | None) -> float | None:
+    return None if time is None else time / 1e9
+
+
+def _difference(first: int | None, last: int | None) -> float | None:
+    return None if first is None or last is None else (last - first) / 1e9
+
+
+def _qemu_version(parser: Parser) -> str | None:
+    """Return which versions of QEMU write such a log; None if the log does not show it."""
+    forms = set(parser.forms)
+    if any(parser.assembler.names[name] for name in _NEW):
+        forms.add("new")
+    ranges = [_VERSIONS[form] for form in forms if form in _VERSIONS]
+    if not ranges:
+        return None
+    first = max(low for low, _ in ranges)
+    last = min((high for _, high in ranges if high is not None), default=None)
+    if last is not None and last < first:
+        return "several versions"
+    low = ".".join(map(str, first))
+    return f"{low} or later" if last is None else f"{low} to {'.'.join(map(str, last))}"
