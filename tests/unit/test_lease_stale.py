@@ -128,6 +128,7 @@ def test_a_view_survives_and_shows_the_orphan(domain: MockDomain, backend: Backe
     assert bytes(lease.view[:3]) == b"old"
     assert domain.read(AT, 3) == bytes(3)
     assert cache.read(AT, 3) == bytes(3)
+    lease.release()
 
 
 def test_stale_dma_that_wrote(
