@@ -103,6 +103,7 @@ def test_the_warning_of_the_seed(
     assert not vram.stale
     vram.view[:3] = b"pix"
     assert domain.read(0x800000, 3) == b"pix"
+    cache.close(force=True)
 
 
 def test_a_new_lease_after_the_burst_is_warned_of_anew(
