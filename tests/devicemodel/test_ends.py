@@ -613,7 +613,7 @@ def test_signals_of_a_program_that_serves(server: IoreqServer) -> None:
             timer.start()
             assert server.serve_forever() == signal.SIGTERM
             timer.join()
-            assert connection_of(server).watcher.deadline is None
+            assert connection_of(server).calls.watcher.deadline is None
     finally:
         signal.signal(signal.SIGTERM, previous)
 

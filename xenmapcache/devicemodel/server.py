@@ -315,7 +315,7 @@ class IoreqServer:
         self._runtime.check_sync("suspend")
         connection = self._runtime.open_connection()
         with self._runtime.lock:  # no INVALIDATE waits now for what will wait at the gate
-            connection.quiesce()
+            connection.calls.quiesce()
             self._gate.shut(0)
         self._runtime.deliver()
         timeout = self._runtime.quiesce_timeout
