@@ -133,9 +133,8 @@ def test_a_source_that_shows_its_pages_only_when_they_are_mapped(
     guest: MockDomain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Xen: then all of it is mapped once, to find its pages. Runs that touch are one."""
-    monkeypatch.setattr(
-        "xenmapcache.adapters.virtual_files._WINDOW_BYTES", 0x90000
-    )  # some edges are in holes, others are not
+    # Some edges are in holes, others are not.
+    monkeypatch.setattr("xenmapcache.adapters.virtual_files._WINDOW_BYTES", 0x90000)
     guest.inject_fault("map", gfn=1 << 40, errno=errno.EINVAL)
     with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
         assert backend.present(0, 1) is None
