@@ -1,7 +1,7 @@
 """A folder of files whose content is a guest's memory, shown through the kernel's FUSE.
 
-:func:`.virtual_files` lays the files out; :func:`serve` mounts them, and looks after a live guest
-meanwhile.
+:func:`.virtual_files` lays the files out. :func:`serve` mounts them, and looks after a live guest
+until they are unmounted.
 """
 
 from __future__ import annotations
