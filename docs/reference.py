@@ -56,9 +56,11 @@ def members(thing: type, options: str) -> Iterator[str]:
     """Yield the lines of a class's members, as the directive names them."""
     if ":no-members:" in options or ":members:" not in options:
         return
-    listed = options.partition(":members:")[2].partition(":undoc-members:")[0]
-    names = re.findall(r"\w+", listed)
-    for name in names or [name for name in vars(thing) if not name.startswith("_")]:
+    own = options.replace(":inherited-members:", "")
+    names = re.findall(r"\w+", own.partition(":members:")[2].partition(":undoc-members:")[0])
+    owners = thing.__mro__[:-1] if own != options else [thing]
+    public = [name for owner in owners for name in vars(owner) if not name.startswith("_")]
+    for name in names or dict.fromkeys(public):
         member = inspect.getattr_static(thing, name, None)
         if isinstance(member, property):
             yield f"  - `{name}`: {summary(member)}"

@@ -32,7 +32,8 @@ from xenmapcache import (
     write_vmcore,
 )
 from xenmapcache.adapters import mount
-from xenmapcache.adapters.mount import Operations, VirtualFile, Watch, serve, virtual_files
+from xenmapcache.adapters.mount import Operations, Watch, serve
+from xenmapcache.adapters.virtual_files import Ranges, VirtualFile, virtual_files
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.formats.elf import PN_XNUM
 from xenmapcache.writers.vmcore_head import Head
@@ -132,7 +133,8 @@ def test_a_source_that_shows_its_pages_only_when_they_are_mapped(
     guest: MockDomain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Xen: then all of it is mapped once, to find its pages. Runs that touch are one."""
-    monkeypatch.setattr(mount, "_WINDOW_BYTES", 0x90000)  # some edges are in holes, others are not
+    # Some edges are in holes, others are not.
+    monkeypatch.setattr("xenmapcache.adapters.virtual_files._WINDOW_BYTES", 0x90000)
     guest.inject_fault("map", gfn=1 << 40, errno=errno.EINVAL)
     with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
         assert backend.present(0, 1) is None
@@ -168,7 +170,7 @@ def test_many_ranges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def test_more_ranges_than_an_elf_header_counts() -> None:
     """Then the first section header has their number; no page is read for that."""
-    found = mount.Ranges((number * 2, 1) for number in range(PN_XNUM))
+    found = Ranges((number * 2, 1) for number in range(PN_XNUM))
     head = Head("x86-64", [], len(found))
     assert len(b"".join(head.chunks(found.segments))) == head.size(PN_XNUM) <= head.start
     assert found.find((PN_XNUM - 1) * PAGE_SIZE + 5) == (5, (PN_XNUM - 1) << 13, 0x1FFFD001 - 1)
@@ -176,7 +178,7 @@ def test_more_ranges_than_an_elf_header_counts() -> None:
 
 def test_too_many_ranges(monkeypatch: pytest.MonkeyPatch, cache: MapCache) -> None:
     """A hostile guest can have a hole at each second page: what is kept of that is bounded."""
-    monkeypatch.setattr(mount, "MAX_RANGES", 2)
+    monkeypatch.setattr("xenmapcache.adapters.virtual_files.MAX_RANGES", 2)
     with pytest.raises(ValueError, match=r"the memory below 0x708000 is in 2 ranges"):
         virtual_files(cache)
     assert len(virtual_files(cache, 0x700000)) == 3

@@ -11,7 +11,7 @@ import pytest
 from tests.images.writers import memory
 from xenmapcache import MapCache
 from xenmapcache.adapters import mount
-from xenmapcache.adapters.mount import VirtualFile
+from xenmapcache.adapters.virtual_files import VirtualFile
 from xenmapcache.cli import main
 
 SIZES = {"memory.raw": 0x4000, "memory.elf": 0x6000, "memory.lime": 0x4020}

@@ -13,7 +13,7 @@ from tests.images import writers, xl_files
 from tests.images.lab import Images
 from xenmapcache.cli import main
 from xenmapcache.formats import cpu_notes
-from xenmapcache.formats.elf import Note
+from xenmapcache.formats.elf_notes import Note
 
 VMCOREINFO = b"OSRELEASE=6.1.0-example\nPAGESIZE=4096\nKERNELOFFSET=2ec00000\nno pair\nX(y)=a=b\n"
 

@@ -312,6 +312,6 @@ def test_a_stopped_watcher_keeps_no_closed_server(server: IoreqServer) -> None:
         context.setattr(server._runtime, "wake", raise_amid)
         with pytest.raises(AmidError):
             server.close()
-    assert connection.watcher._look.get_nowait() in (True, False)
+    assert connection.calls.watcher._look.get_nowait() in (True, False)
     assert link is connection.link
     server.close()

@@ -21,7 +21,6 @@ from xenmapcache.devicemodel.dispatch import Job
 from xenmapcache.devicemodel.signals import CaughtSignals
 from xenmapcache.devicemodel.watch import Watcher
 from xenmapcache.ioreq import BufferedRing, Request, RequestKind, RequestSlot, State
-from xenmapcache.logs import safely
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 PORT, ONES = 0x510, 0xFFFFFFFF
@@ -613,7 +612,7 @@ def test_signals_of_a_program_that_serves(server: IoreqServer) -> None:
             timer.start()
             assert server.serve_forever() == signal.SIGTERM
             timer.join()
-            assert connection_of(server).watcher.deadline is None
+            assert connection_of(server).calls.watcher.deadline is None
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -688,16 +687,3 @@ def test_a_value_that_was_returned_is_no_failure(guest: MockDomain, server: Iore
     server._runtime.ending._answer_all(connection)
     assert (mock.wait(0, 20), server.failures) == (6, 0)
     server.close()
-
-
-def test_logging_that_is_to_be_silent(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As everywhere in logging, a program may ask not to hear of broken log handlers."""
-    monkeypatch.setattr(logging, "raiseExceptions", False)
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError
-
-    safely(broken)
-    assert capsys.readouterr().err == ""

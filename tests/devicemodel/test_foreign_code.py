@@ -178,7 +178,7 @@ def test_no_thread_can_be_made(
     def start(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    watcher = connection_of(live).watcher
+    watcher = connection_of(live).calls.watcher
     assert watcher._idle == [None]
     with monkeypatch.context() as patch:
         patch.setattr("_thread.start_new_thread", start)

@@ -183,7 +183,7 @@ def test_lines_come_again_after_a_while(
     for _ in range(3):
         guest.port_in_string(PORT, 0x7FFFFFFFF000, 1, 2)
     wait_for_the_log(live)
-    for budget in connection_of(live).log._budgets.values():
+    for budget in connection_of(live).calls.log._budgets.values():
         budget.until = 0.0
     guest.port_in_string(PORT, 0x7FFFFFFFF000, 1, 2)
     wait_for_the_log(live)

@@ -24,7 +24,8 @@ from xenmapcache import ClosedError, CorruptImageError, MapCache, open_backend
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import libc
 from xenmapcache.files import filelease as module
-from xenmapcache.files.filelease import FileLease, image_guard
+from xenmapcache.files.filelease import FileLease
+from xenmapcache.files.guard import image_guard
 from xenmapcache.files.image import ImageFile
 from xenmapcache.mapping import live_mappings
 
@@ -200,7 +201,7 @@ def test_refused_file_lease_means_reading(
 
 def test_system_without_the_signal_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If no signal is free, the file is read."""
-    monkeypatch.setattr(module, "_SIGNAL", None)
+    monkeypatch.setattr(module, "SIGNAL", None)
     with contextlib.closing(ImageFile(path)) as file:
         assert file.map(0, 0, 1) is None
         assert file.read(0, 8) == memory(0, 1)[:8]

@@ -29,7 +29,8 @@ from xenmapcache.backend import Backend
 from xenmapcache.backends import image as image_backend
 from xenmapcache.binding import libc
 from xenmapcache.files import image as module
-from xenmapcache.files.filelease import FileLease, image_guard
+from xenmapcache.files.filelease import FileLease
+from xenmapcache.files.guard import image_guard
 from xenmapcache.files.image import ImageFile
 from xenmapcache.mapping import live_mappings
 

@@ -23,8 +23,9 @@ from xenmapcache import CorruptImageError, Mapping, XenCallError, flat, open_bac
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding import libc
 from xenmapcache.files import copies, latelog
-from xenmapcache.files import filelease as module
-from xenmapcache.files.filelease import FileLease, FileLeaseThread, MappedRange, image_guard
+from xenmapcache.files import guard as module
+from xenmapcache.files.filelease import FileLease, MappedRange
+from xenmapcache.files.guard import FileLeaseThread, image_guard
 from xenmapcache.files.image import ImageFile
 from xenmapcache.mapping import LiveMapping, live_records
 
@@ -442,7 +443,7 @@ def run(script: str, path: Path) -> None:
     """Run a script in a process of its own, which must end well and print nothing."""
     prelude = (
         "import os, sys, threading, time\nfrom xenmapcache import open_backend\n"
-        "from xenmapcache.files.filelease import FileLeaseThread, image_guard\n"
+        "from xenmapcache.files.guard import FileLeaseThread, image_guard\n"
         "from tests.images.writers import memory\n"
         "path = sys.argv[1]\n"
     )
@@ -589,7 +590,7 @@ def test_dead_memory_is_left_alone(
     copy = module._copy
 
     class Dead:
-        keeps = module.MappedRange(image._lease, 0)  # type: ignore[arg-type] # it is open
+        keeps = MappedRange(image._lease, 0)  # type: ignore[arg-type] # it is open
 
         def __call__(self) -> None:
             return None

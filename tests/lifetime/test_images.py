@@ -23,7 +23,8 @@ import gc, logging, os, random, signal, subprocess, sys, threading, time, warnin
 from pathlib import Path
 from tests.images.writers import memory
 from xenmapcache import *
-from xenmapcache.files.filelease import FileLease, image_guard
+from xenmapcache.files.filelease import FileLease
+from xenmapcache.files.guard import image_guard
 from xenmapcache.files.image import ImageFile
 
 logging.getLogger("xenmapcache").setLevel(logging.CRITICAL)  # which says that a piece was lost

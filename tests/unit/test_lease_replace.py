@@ -188,7 +188,7 @@ def test_one_replace_at_a_time(
 
     def remap(mapping: Mapping, gfn: int) -> None:
         attempt = threading.Thread(
-            target=lambda: free.append(cache._mover._one_at_a_time.acquire(blocking=False))
+            target=lambda: free.append(cache._parts.mover._one_at_a_time.acquire(blocking=False))
         )
         attempt.start()
         attempt.join()
@@ -210,7 +210,7 @@ def test_a_closed_cache_refuses_to_replace_at_once(cache: MapCache) -> None:
         except ClosedError as error:
             refused.append(error)
 
-    with cache._mover._one_at_a_time:
+    with cache._parts.mover._one_at_a_time:
         thread = threading.Thread(target=replace)
         thread.start()
         thread.join(10)
@@ -263,11 +263,11 @@ def test_an_error_of_a_handler_amid_a_move_is_an_interrupt(
     def reserve(*_: object) -> None:
         raise ValueError("the handler's")
 
-    monkeypatch.setattr(cache._mover._dirty, "mark", mark_dirty)
+    monkeypatch.setattr(cache._parts.mover._dirty, "mark", mark_dirty)
     monkeypatch.setattr(backend, "mark_dirty", mark_dirty)
     monkeypatch.setattr(backend, "remap", remapped)
     if step == "before":
-        monkeypatch.setattr(cache._mover._mapper, "reserve", reserve)
+        monkeypatch.setattr(cache._parts.mover._mapper, "reserve", reserve)
     with pytest.raises(ValueError, match="the handler's"):
         cache.replace(AT, AT + 0x10000, 4096)
     assert lease.stale == (step != "before")

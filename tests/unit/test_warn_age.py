@@ -268,7 +268,7 @@ def test_the_real_thread_warns_and_keeps_no_cache(
     cache.close()
     ended = threading.Event()
     cache = MapCache(backend, warn_age=1e6)
-    watch = cache._leasing.ages
+    watch = cache._parts.leasing.ages
     assert watch is not None
     run = watch._run
 

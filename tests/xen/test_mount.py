@@ -14,7 +14,8 @@ import pytest
 
 from tests.xen.control import held_still
 from xenmapcache import BackendUnavailableError, MapCache, open_backend
-from xenmapcache.adapters.mount import check_fuse, virtual_files
+from xenmapcache.adapters.mount import check_fuse
+from xenmapcache.adapters.virtual_files import virtual_files
 from xenmapcache.address import PAGE_SIZE, MiB
 
 pytestmark = pytest.mark.xen

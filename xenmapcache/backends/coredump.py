@@ -13,7 +13,7 @@ from ..files.pageindex import PageIndex
 from ..files.runs import Run
 from ..formats import xl_core
 from ..formats.control_registers import ControlRegisters
-from ..formats.elf import Note
+from ..formats.elf_notes import Note
 from ..formats.signatures import refuse_others
 from .image import ImageBackend
 

@@ -6,8 +6,9 @@ import os
 from typing import ClassVar
 
 from ..files.image import ImageFile
-from ..formats.elf import MACHINES, Note
+from ..formats.elf import MACHINES
 from ..formats.elf_core import parse
+from ..formats.elf_notes import Note
 from ..formats.signatures import refuse_others
 from .image import SpanBackend
 

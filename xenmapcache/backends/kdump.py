@@ -12,7 +12,7 @@ from ..files.image import ImageFile
 from ..files.runs import Run
 from ..formats import flattened, kdump
 from ..formats.content import Content, reason, start_of
-from ..formats.elf import Note
+from ..formats.elf_notes import Note
 from ..formats.pagebitmap import PageBitmap
 from ..formats.signatures import refuse_others
 from ..formats.spans import SALVAGE

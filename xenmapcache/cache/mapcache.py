@@ -7,45 +7,25 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from ..address import PAGE_MASK, PAGE_SHIFT, GiB, MiB, check_range, parse_size
-from ..backend import Backend, Capability
+from ..address import PAGE_MASK, PAGE_SHIFT, GiB, check_range
+from ..backend import Backend
 from ..errors import LeaseError, XenMapCacheError
 from ..events import CacheOpened, Event
 from ..mapping import Mapping
 from ..stream import Observation, Observer, announce, new_hooks, now
 from . import telling
-from .access import Access, bytes_of, check_guest_range
-from .ages import AgeWatch
-from .buckets import BucketTable, check_bucket_shift
-from .budget import Budget
-from .dirty import DirtyPages
-from .info import (
-    CacheStats,
-    DmaDirection,
-    Invalidation,
-    LeaseInfo,
-    LeaseKind,
-    OnStale,
-    as_direction,
-)
-from .lease import Lease
-from .leasing import Leasing
+from .access import bytes_of, check_guest_range
+from .info import CacheStats, Invalidation, OnStale
+from .lending import LendingCache
 from .locked import locked
-from .mapper import Mapper
-from .moving import Mover
+from .parts import Parts
 from .registry import LeaseRegistry, collect_stats, report_forced
-from .stale import StalePolicy, check_policy
-from .window import Holes, Windows
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-_DEVICE, _DMA, _ = LeaseKind  # CPython 3.11 takes long to find them in the class
-_TO_DEVICE = DmaDirection.TO_DEVICE
-_MAX_COPIES_BYTES = 256 * MiB
 
-
-class MapCache:
+class MapCache(LendingCache):
     """A cache of mappings of one guest's memory. Also a context manager.
 
     Guest memory is mapped in buckets of ``2**bucket_shift`` bytes when it is first
@@ -105,45 +85,28 @@ class MapCache:
         warn_age: float | None = None,
         strict_views: bool = False,
     ) -> None:
-        if not isinstance(backend, Backend):
-            raise TypeError(
-                f"backend must be a Backend, as open_backend() returns, not "
-                f"{type(backend).__name__}"
-            )
-        check_policy(on_stale, backend)
-        limit = parse_size(max_resident)
-        copy_limit = None if max_copies is None else parse_size(max_copies)
-        shift = check_bucket_shift(bucket_shift, limit, copy_limit)
-        copy_option = "max_copies"
-        if copy_limit is None:
-            copy_limit = max(min(limit, _MAX_COPIES_BYTES), 1 << shift)
-            if copy_limit == limit:  # which is then to be raised first
-                copy_option = "max_resident"
-        longest = limit if max_lease is None else parse_size(max_lease)
-        if longest < 1:
-            raise ValueError("max_lease must be at least 1 byte, not 0")
+        parts = Parts(
+            backend,
+            bucket_shift=bucket_shift,
+            max_resident=max_resident,
+            max_copies=max_copies,
+            max_lease=max_lease,
+            on_stale=on_stale,
+            record_origin=record_origin,
+            warn_age=warn_age,
+            strict_views=strict_views,
+        )
+        super().__init__(parts)
         self._backend = backend
         self._owns_backend = owns_backend
-        self._budget = budget = Budget(limit)
-        self._copies = copies = Budget(copy_limit, copy_option, mapped=budget)
-        self._table = table = BucketTable(budget, shift, Capability.WRITE in backend.capabilities)
+        # The hot paths find what they need without a detour.
+        self._table = table = parts.table
         self._shift, self._mask, self._size = table.shift, table.mask, table.size
-        self._dirty = dirty = DirtyPages(backend, table.stream)
-        self._mark = dirty.mark
-        self._registry = registry = LeaseRegistry(table, dirty)
-        self._mapper = mapper = Mapper(backend, table, budget, copies, registry.leased_bytes)
-        registry.policy = StalePolicy(on_stale, backend, mapper, budget)
-        self._access = access = Access(backend, table, mapper, budget, dirty)
-        self._leasing = leasing = Leasing(
-            backend, table, mapper, budget, registry, access, longest, record_origin
-        )
-        leasing.strict_views = strict_views
-        if warn_age is not None:
-            leasing.ages = AgeWatch(registry, warn_age)
-        self._windows = Windows(backend, table, mapper, budget, copies, registry, access, leasing)
-        self._mover = Mover(backend, table, mapper, budget, dirty, registry, access)
-        self.stream = budget.stream = table.stream
-        self.stream.guards.append(budget.is_inside)
+        self._dirty = parts.dirty
+        self._mark = parts.dirty.mark
+        self._budget, self._copies = parts.budget, parts.copies
+        self._registry, self._mapper, self._access = parts.registry, parts.mapper, parts.access
+        self.stream = table.stream
         if new_hooks:
             announce(self.observe)
 
@@ -300,160 +263,6 @@ class MapCache:
             XenMapCacheError: as :meth:`read`, but for holes. No page may be refused.
         """
         return self._access.map_pages(gfn, count)
-
-    # --- leases -----------------------------------------------------------------
-
-    def map_device(self, address: int, length: int, *, owner: str, writable: bool = True) -> Lease:
-        """Map device memory (option ROM, video memory) for a long time.
-
-        The lease gets a mapping of just its pages, which an invalidation leaves alone.
-
-        Args:
-            address: guest-physical, in bytes; need not be page-aligned.
-            length: in bytes, at least 1.
-            owner: the holder's name, for reports.
-            writable: map for writing too.
-
-        Raises:
-            XenMapCacheError: as :meth:`map_dma`.
-        """
-        return self._leasing.lease(_DEVICE, address, length, owner, None, writable)
-
-    def map_dma(
-        self,
-        address: int,
-        length: int,
-        *,
-        owner: str,
-        direction: DmaDirection | str = DmaDirection.BIDIRECTIONAL,
-    ) -> Lease:
-        """Map guest memory for a transfer. Release it as soon as the transfer is done.
-
-        A range inside one bucket shares the bucket's mapping; one that crosses a
-        bucket's edge gets a mapping of its own.
-
-        If invalidations come faster than pages can be mapped, the lease is stale from the start
-        after three attempts. Then a WARNING is logged; ``on_stale="raise"`` raises LeaseError.
-
-        Args:
-            address: guest-physical, in bytes; need not be page-aligned.
-            length: in bytes, at least 1.
-            owner: the holder's name, for reports.
-            direction: which way the data goes: a DmaDirection or its text, as ``"to-device"``.
-                TO_DEVICE gives a read-only view.
-
-        Raises:
-            FaultError: a page of the range is missing; EmptyRangeError for a length of 0.
-            TypeError, ValueError: an argument has the wrong type, or is negative.
-            UnsupportedOperationError: to be written, but the source is read-only.
-            XenCallError: mapping failed as a whole.
-            CacheFullError: longer than ``max_lease``, or no room under ``max_resident``.
-            LeaseError: stale from the start, with ``on_stale="raise"``.
-            ClosedError: the cache or backend is closed.
-        """
-        way = direction if type(direction) is DmaDirection else as_direction(direction)
-        return self._leasing.lease(_DMA, address, length, owner, way, way is not _TO_DEVICE)
-
-    def window(
-        self,
-        address: int = 0,
-        length: int | None = None,
-        *,
-        holes: Holes = "zero",
-        owner: str = "MapCache.window",
-    ) -> Lease:
-        """Lease one flat, read-only view of a range, holes included: for whatever takes a buffer.
-
-            with cache.window() as window:
-                digest = hashlib.sha256(window.view).hexdigest()
-
-        Pages are mapped one by one into one piece of address space, where the source can do that;
-        others are copied. :meth:`Backend.copied_pages` tells how many. What is mapped, holes
-        included, counts under ``max_resident`` until the release and until the last view of it is
-        gone; copies count under ``max_copies``.
-
-        The window shows the pages that the guest had when it was taken. After an invalidation it is
-        stale: for what the guest has given up or got since, it shows the old pages, or zeros.
-        Nothing of it can be lost, so no WARNING is logged; release it and take another one. On live
-        Xen, pages that a window shows are not given back to Xen.
-
-        Args:
-            address: guest-physical, in bytes; need not be page-aligned.
-            length: in bytes, at least 1; by default up to the end of memory.
-            holes: what becomes of pages that are not there: with ``"zero"`` they read as zeros,
-                with ``"raise"`` there must be none.
-            owner: the holder's name, for reports.
-
-        Raises:
-            FaultError: a page is missing, with ``holes="raise"``; the range ends beyond 52 bits;
-                EmptyRangeError if it is empty.
-            TypeError, ValueError: an argument is wrong, or the source does not know its end and no
-                length is given.
-            XenCallError: mapping failed as a whole, or was refused for a page.
-            CorruptImageError: the file has changed since it was opened.
-            CacheFullError: longer than ``max_resident`` or ``max_lease``, or no room under
-                ``max_resident`` or ``max_copies``.
-            ClosedError: the cache or backend is closed.
-        """
-        return self._windows.window(address, length, holes, owner)
-
-    def replace(self, old_address: int, new_address: int, length: int) -> None:
-        """Let a device lease show another guest range at the same host address.
-
-        The pages of the old range, if they could be written, are reported as dirty. If only
-        that fails (XenCallError), the lease has moved; its ``address`` shows it.
-
-        Args:
-            old_address: where the lease is now; with ``length`` it names the lease.
-            new_address: guest-physical, at the same offset in its page.
-            length: of the lease, in bytes.
-
-        Raises:
-            LeaseError: there is no such device lease.
-            ValueError: the offsets in the page differ, or an argument is negative.
-            FaultError: a page of the new range is missing; nothing has changed.
-            UnsupportedOperationError: the source cannot do it.
-            CacheFullError: no room under ``max_resident`` for a second mapping of the range, which
-                Xen's libraries need in between; nothing has changed.
-            XenCallError: it failed and nothing has changed; MappingLostError if the old
-                memory is gone too: the lease is then stale and its view shows zeros.
-            KeyboardInterrupt: the lease is stale, as it is unknown how far the move came.
-        """
-        self._mover.replace(old_address, new_address, length)
-
-    def resolve(self, host_address: int) -> int:
-        """Return the guest address of a host address that lies in a held lease.
-
-        Args:
-            host_address: anywhere in the lease. Looks through all leases.
-
-        Raises:
-            LeaseError: no held lease covers it.
-        """
-        return self._registry.resolve(host_address)
-
-    def leases(self) -> tuple[LeaseInfo, ...]:
-        """Return what is known of each held lease, oldest first. Works after close too."""
-        return self._registry.infos()
-
-    def mark_leases_dirty(self) -> int:
-        """Report the pages of all leases that can be written as written, and return how many.
-
-        A release reports them too, but until then a device may write, and no migration
-        sees it. Call it each time the toolstack is about to collect dirty pages.
-
-        Returns:
-            How many leases were reported: 0 if the backend does not track dirty pages.
-
-        Raises:
-            XenCallError: the report failed; call it again.
-            ClosedError: the cache or backend is closed.
-        """
-        self._table.check_open()
-        self._dirty.settle()
-        reported = sum(map(self._registry.mark_dirty, self._registry.held()))
-        self.stream.deliver()
-        return reported
 
     # --- life -------------------------------------------------------------------
 

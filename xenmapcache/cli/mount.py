@@ -51,7 +51,8 @@ def prepare_parser(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Mount the folder until it is unmounted. Returns the exit status."""
-    from ..adapters.mount import VirtualFile, check_fuse, serve, virtual_files
+    from ..adapters.mount import check_fuse, serve
+    from ..adapters.virtual_files import VirtualFile, virtual_files
 
     folder = Path(options.folder)
     check_fuse(folder)  # before the source is looked through

@@ -11,10 +11,30 @@ from __future__ import annotations
 
 import contextlib
 
+from ..address import as_int
 from ..errors import ClosedError, XenCallError
+from ..ioreq import BUS_OFFSET, bdf_number
 from .connection import Connection
 from .regions import Region, RegionTable
 from .runtime import Runtime
+
+_PORTS = 1 << 16
+_PCI_CONFIG_SIZE = 4096
+
+
+def ports(first: int, count: int) -> tuple[int, int]:
+    """Return the first port and how many; ValueError if a guest has no such ports."""
+    first, count = as_int("first", first), as_int("count", count)
+    if count < 1:
+        raise ValueError(f"count must be at least 1 port, not {count}")
+    if not 0 <= first <= first + count <= _PORTS:
+        raise ValueError(f"ports {first:#x}..{first + count:#x} are not within 0..{_PORTS:#x}")
+    return first, count
+
+
+def pci_function(bdf: str) -> tuple[int, int]:
+    """Return where Xen has a function's configuration space, and its length in bytes."""
+    return bdf_number(bdf) << BUS_OFFSET, _PCI_CONFIG_SIZE
 
 
 def claim(runtime: Runtime, regions: RegionTable, region: Region) -> None:

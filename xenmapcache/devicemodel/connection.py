@@ -29,8 +29,7 @@
 #   RESPONSE_READY                            notified again
 #   a buffered request, consumed and not called   carried out now
 #
-# A chain of jobs (`current`, `Job.outer`) shows which handlers run. Each frame restores what
-# it found, so that one interrupted frame leaves nothing behind.
+# Which handlers run is known from the chain of jobs (`calls.py`).
 #
 # Threads. All of this happens under the server's lock, but for `give_up`: the watcher's thread
 # calls it while a handler that never returns holds the lock. Who answers a begun request is
@@ -40,7 +39,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -60,19 +58,15 @@ from ..ioreq import (
     State,
 )
 from ..stream import now
+from .calls import CallChain
 from .channel import Channel
-from .dispatch import Dispatcher, GuestError, Job, RequestError
+from .dispatch import Dispatcher, GuestError, Job
 from .link import HypervisorLink
-from .report import FailureLog, Tally, handled
-from .watch import Watcher
-
-logger = logging.getLogger("xenmapcache.devicemodel")
+from .report import Tally
 
 _MAX_ATTEMPTS = 3
 """How often a request is begun whose handler was never called."""
-_TAKE_S = 1.0
-"""How long a vCPU of a domain that runs may take to see its answer."""
-_SERVER, _GIVEN_UP = "server", "given up"
+_SERVER = "server"
 
 
 class Connection:
@@ -90,7 +84,7 @@ class Connection:
         closed: there is nothing to serve any more.
         destroyed: Xen has destroyed the server.
         closer: the thread that closes it, or None.
-        current: the job whose handler runs, or None.
+        calls: the handlers and callbacks that run.
         channels: the vCPUs', by the port at this end.
         kept_pages: the pages are mapped although the server was destroyed.
         deferred: an INVALIDATE that :meth:`finish_deferred` will answer.
@@ -109,20 +103,22 @@ class Connection:
         self.closed = False
         self.destroyed = False
         self.closer: int | None = None
-        self.current: Job | None = None
         self.deferred: Channel | None = None
         self.channels: dict[int, Channel] = {}
         self.kept_pages = False
-        self.watcher = Watcher(domid, cache, lambda: self.current, give_up)
+        self.calls = CallChain(domid, cache, dispatcher, tally, give_up)
         self.dispatcher = dispatcher
         self.tally = tally
-        self.log = FailureLog(domid, tally)
         self._ring = BufferedRing(link.ring) if link.ring is not None else None
         self._ring_port = -1
         self._ring_job: Job | None = None
         self._unsettled = False
-        self._thread: int | None = None
         self._pid = os.getpid()
+
+    @property
+    def current(self) -> Job | None:
+        """The job whose handler runs, or None."""
+        return self.calls.current
 
     # --- event channels -----------------------------------------------------------------
 
@@ -144,7 +140,7 @@ class Connection:
         """Return whether another thread than this runs foreign code, or ends the connection."""
         if self.closed:
             return not self.destroyed
-        runs_elsewhere = self.current is not None and self._thread != thread
+        runs_elsewhere = self.calls.current is not None and self.calls.thread != thread
         return runs_elsewhere or self.closer not in (None, thread)
 
     # --- rounds ---------------------------------------------------------------------------
@@ -165,11 +161,11 @@ class Connection:
         if self.deferred is not None:
             return 0
         before = self.tally.requests
-        outer, thread = self.current, self._thread
+        outer, thread = self.calls.current, self.calls.thread
         unsettled = self._unsettled
         self._unsettled = True
         try:
-            self._thread = threading.get_ident()
+            self.calls.thread = threading.get_ident()
             looked, ring_due = self._read_events(everything=unsettled)
             waiting = [c for c in looked if self._is_waiting(c, everything=unsettled)]
             if ring_due or waiting:
@@ -180,7 +176,7 @@ class Connection:
             if self.deferred is None:
                 self._unsettled = outer is not None
         finally:
-            self.current, self._thread = outer, thread
+            self.calls.current, self.calls.thread = outer, thread
             if outer is None:
                 self._end_round()
         return self.tally.requests - before
@@ -188,8 +184,8 @@ class Connection:
     def _end_round(self) -> None:
         """Log what failed, and release pages that were kept for this thread."""
         try:
-            if self.log.waiting and os.getpid() == self._pid:
-                self.report()
+            if self.calls.log.waiting and os.getpid() == self._pid:
+                self.calls.report()
         finally:
             if self.kept_pages:
                 self._unmap_kept_pages()
@@ -219,16 +215,7 @@ class Connection:
         state = channel.slot.state
         if state == State.READY:
             return True
-        return everything and state != State.NONE and not self._is_running(channel.job)
-
-    def _is_running(self, job: Job | None) -> bool:
-        """Return whether a handler that runs further up this stack serves a job."""
-        each = self.current
-        while each is not None:
-            if each is job:
-                return True
-            each = each.outer
-        return False
+        return everything and state != State.NONE and not self.calls.is_running(channel.job)
 
     def _may_go_on(self) -> bool:
         """Return whether this thread may still serve; ClosedError in a forked child."""
@@ -258,7 +245,7 @@ class Connection:
         elif state == State.RESPONSE_READY:
             self.link.notify(channel.port)
             return
-        elif state != State.INPROCESS or self._is_running(channel.job):
+        elif state != State.INPROCESS or self.calls.is_running(channel.job):
             return
         job = channel.job
         if job is None:  # begun by nobody here
@@ -270,7 +257,7 @@ class Connection:
             self.deferred = channel
             return
         try:
-            self._run(job, slot.vcpu)
+            self.calls.run(job, slot.vcpu)
         except BaseException:
             if job.has_begun() and os.getpid() == self._pid:
                 self.answer(channel, job)
@@ -278,41 +265,13 @@ class Connection:
         if os.getpid() == self._pid:
             self.answer(channel, job)
 
-    def _run(self, job: Job, vcpu: int) -> None:
-        """Carry out a job; what its handler raises is kept in it."""
-        outer = self.current
-        job.outer = outer
-        job.attempts += 1
-        began = now() if self.dispatcher.stream.observations else None
-        complete = False
-        try:
-            self.current = job
-            self.watcher.begin()
-            self.dispatcher.perform(job)
-            complete = True
-        except Exception as error:
-            if not (job.running or isinstance(error, RequestError)):
-                raise  # a signal handler's, while no handler ran
-            self.log.note(job, error)
-            complete = True
-        finally:
-            self.current = outer
-            if began is not None and (complete or job.calls):
-                self._tell_handled(job, vcpu, began)
-
-    def _tell_handled(self, job: Job, vcpu: int, began: int) -> None:
-        """Tell the observers of a request, once."""
-        told, job.told = job.told, True
-        if not told and job.request is not None:
-            self.dispatcher.stream.put(handled(job, vcpu, began))
-
     def _abandon(self, channel: Channel, job: Job) -> None:
         """Answer for a handler that was cut off: with its value, if it had returned."""
         request = job.request
         if request is not None and (job.running or job.attempts >= _MAX_ATTEMPTS):
-            self.log.note(job, GuestError("it was given up before it was carried out"))
+            self.calls.log.note(job, GuestError("it was given up before it was carried out"))
             if self.dispatcher.stream.observations:
-                self._tell_handled(job, channel.slot.vcpu, now())
+                self.calls.tell_handled(job, channel.slot.vcpu, now())
         self.answer(channel, job)
 
     def answer(self, channel: Channel, job: Job) -> None:
@@ -320,7 +279,7 @@ class Connection:
         try:
             self.dispatcher.finish(job)
         except Exception as error:
-            self.log.note(job, error)
+            self.calls.log.note(job, error)
         finally:
             self._tell(channel, job)
 
@@ -353,7 +312,7 @@ class Connection:
                 request = ring.peek()
             except ProtocolError as error:
                 ring.discard()
-                self.log.note(Job(None), GuestError(str(error)))
+                self.calls.log.note(Job(None), GuestError(str(error)))
                 return
             job = Job(request, start)
             self._ring_job = job
@@ -372,14 +331,14 @@ class Connection:
         job = self._ring_job
         if job is None or job.calls or job.error or job.attempts >= _MAX_ATTEMPTS:
             return
-        if ring.read_pointer != job.position and not self._is_running(job):
+        if ring.read_pointer != job.position and not self.calls.is_running(job):
             self._run_buffered(job)
 
     def _run_buffered(self, job: Job) -> None:
         if not job.counted:
             job.counted = True
             self.tally.requests += 1
-        self._run(job, -1)
+        self.calls.run(job, -1)
         self._ring_job = None
 
     # --- the end ------------------------------------------------------------------------------
@@ -390,10 +349,10 @@ class Connection:
         Raises:
             XenCallError: a vCPU could not be notified.
         """
-        outer, thread = self.current, self._thread
+        outer, thread = self.calls.current, self.calls.thread
         self.deferred = None  # callbacks that are still awaited come too late
         try:
-            self._thread = threading.get_ident()
+            self.calls.thread = threading.get_ident()
             self._drain()
             channels = [c for c in self.channels.values() if c.slot.state != State.NONE]
             errors = self._serve_all(channels)
@@ -401,50 +360,9 @@ class Connection:
             if errors:
                 raise errors[0]
         finally:
-            self.current, self._thread = outer, thread
-
-    def quiesce(self) -> None:
-        """Call the callbacks of on_quiesce, outside of a request."""
-        outer, thread = self.current, self._thread
-        job = Job(None)
-        try:
-            self._thread = threading.get_ident()
-            job.outer = outer
-            self.current = job
-            self.watcher.begin()
-            self.dispatcher.quiesce(job)
-        except RequestError as error:
-            self.log.note(job, error)
-        finally:
-            self.current, self._thread = outer, thread
-
-    def report(self) -> None:
-        """Log the failures; log handlers are foreign code as well."""
-        outer, thread = self.current, self._thread
-        job = Job(None)
-        job.calling = logging.Logger.handle
-        try:
-            self._thread = threading.get_ident()
-            self.current = job
-            self.log.report()
-        finally:
-            self.current, self._thread = outer, thread
+            self.calls.current, self.calls.thread = outer, thread
 
     # --- callbacks that are awaited -----------------------------------------------------------
-
-    async def quiesce_async(self, job: Job) -> None:
-        """Await the callbacks of on_quiesce."""
-        outer = self.current
-        job.outer = outer
-        try:
-            self._thread = threading.get_ident()
-            self.current = job
-            self.watcher.begin()
-            await self.dispatcher.quiesce_async(job)
-        except RequestError as error:
-            self.log.note(job, error)
-        finally:
-            self.current = outer
 
     def finish_deferred(self) -> None:
         """Answer the INVALIDATE whose callbacks were awaited."""
@@ -456,7 +374,7 @@ class Connection:
             began = now()
             self.answer(channel, channel.job)
             if self.dispatcher.stream.observations:
-                self._tell_handled(channel.job, channel.slot.vcpu, began)
+                self.calls.tell_handled(channel.job, channel.slot.vcpu, began)
         finally:
             self.deferred = None
             self._end_round()

@@ -72,7 +72,7 @@ class Ending:
             connection.link.disable,
             connection.bind,
             connection.settle,
-            connection.quiesce,
+            connection.calls.quiesce,
             partial(self._answer_all, connection),
             partial(self._wait_until_taken, connection),
             partial(self._destroy, connection),
@@ -118,7 +118,7 @@ class Ending:
         if job is None:
             job = channel.job = Job(channel.slot.request())
         if job.running or not job.calls:
-            connection.log.note(job, GuestError("it was given up before it was carried out"))
+            connection.calls.log.note(job, GuestError("it was given up before it was carried out"))
         connection.answer(channel, job)
 
     def _wait_until_taken(self, connection: Connection) -> None:
@@ -182,7 +182,7 @@ class Ending:
                 errors.append(error)
         connection.kept_pages = True  # not before the last look at them
         connection.destroyed = True
-        connection.watcher.stop()
+        connection.calls.watcher.stop()
         running = describe(job) if job is not None else "nothing"
         safely(
             logger.error,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..cache import MapCache
-from ..errors import UnsupportedOperationError
 from .guest_type import GUEST_TYPES
 from .link import HypervisorLink, IoreqDomain
 
@@ -70,15 +69,3 @@ def agreed_type(domid: int, told: str | None, stated: str | None) -> str | None:
             f"guest_type {stated!r}: Xen's toolstack says that domain {domid} is {told!r}"
         )
     return told or stated
-
-
-def no_interrupt_lines(domid: int, guest_type: str | None) -> UnsupportedOperationError:
-    """Return the error for an interrupt line of a guest that is not HVM, as far as is known."""
-    if guest_type is None:
-        return UnsupportedOperationError(
-            f"domain {domid}: its type is unknown, and a PVH guest has no interrupt lines; "
-            'if it is an HVM guest, pass IoreqServer(guest_type="hvm"); inject_msi works for both'
-        )
-    return UnsupportedOperationError(
-        f"domain {domid}: a {guest_type.upper()} guest has no interrupt lines; inject_msi works"
-    )

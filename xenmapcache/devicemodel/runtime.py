@@ -161,7 +161,7 @@ class Runtime:
         if connection is None or channel is None or channel.job is None:
             return
         try:
-            await connection.quiesce_async(channel.job)
+            await connection.calls.quiesce_async(channel.job)
         finally:
             with self.lock:
                 if not connection.closed:
@@ -172,7 +172,7 @@ class Runtime:
         """Await the callbacks that are ``async def``, at the end of a loop."""
         connection = self.connection
         if connection is not None and any(map(is_async, self._dispatcher.callbacks)):
-            await connection.quiesce_async(Job(None))
+            await connection.calls.quiesce_async(Job(None))
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -180,13 +180,13 @@ class Runtime:
         """Give up foreign code that still runs after the quiesce timeout."""
         connection = self.connection
         if connection is not None:
-            connection.watcher.give_up_at(time.monotonic() + self.quiesce_timeout)
+            connection.calls.watcher.give_up_at(time.monotonic() + self.quiesce_timeout)
 
     def keep_on(self) -> None:
         """Take that back."""
         connection = self.connection
         if connection is not None and connection.closer is None:
-            connection.watcher.give_up_at(None)
+            connection.calls.watcher.give_up_at(None)
 
     def close(self) -> None:
         """See :meth:`IoreqServer.close`."""
@@ -212,7 +212,7 @@ class Runtime:
     def _close(self, connection: Connection) -> None:
         me = threading.get_ident()
         deadline = time.monotonic() + self.quiesce_timeout
-        connection.watcher.give_up_at(deadline)
+        connection.calls.watcher.give_up_at(deadline)
         try:
             while connection.is_busy(me):
                 connection.closer = connection.closer or me
@@ -240,13 +240,13 @@ class Runtime:
                 connection.closed = self.closed = True
                 self.connection = None
                 try:
-                    connection.watcher.stop()
+                    connection.calls.watcher.stop()
                 finally:
                     self.ended()
         if connection.destroyed:
             self._dispatcher.regions.clear()  # which know this server: a cycle
-            connection.report()
-            connection.log.flush()
+            connection.calls.report()
+            connection.calls.log.flush()
         interrupts = [error for error in errors if not isinstance(error, Exception)]
         if errors:
             if nested and not interrupts:

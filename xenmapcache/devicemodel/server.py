@@ -9,27 +9,24 @@ from functools import partial
 from operator import call
 from typing import Self, TypeVar
 
-from ..address import as_int, check_range
+from ..address import check_range
 from ..cache import MapCache
 from ..errors import ClosedError
-from ..ioreq import BUS_OFFSET, RequestKind, bdf_number, parse_bdf
+from ..ioreq import RequestKind
 from ..stream import Observation, Observer, announce
-from . import claims, loops
+from . import claims, loops, saving
 from .connection import Connection
 from .dispatch import Dispatcher
 from .ending import Ending
 from .gate import Gate, Transfer
+from .interrupts import Interrupts
 from .link import HypervisorLink, IoreqDomain
-from .opening import agreed_type, check_options, check_pair, connect, no_interrupt_lines
+from .opening import agreed_type, check_options, check_pair, connect
 from .regions import Device, Region, RegionTable
 from .report import Tally
 from .runtime import Runtime
 
 Callback = TypeVar("Callback", bound=Callable[[], object])
-
-_PORTS = 1 << 16
-_PCI_CONFIG_SIZE = 4096
-_ISA_IRQS, _PINS = 16, 4
 
 
 class IoreqServer:
@@ -88,7 +85,6 @@ class IoreqServer:
         self.cache = cache
         self._restrict = restrict
         self._stated_type = guest_type
-        self._guest_type: str | None = None
         self._connect = partial(
             connect, domain, buffered, recover=recover, binding=binding, timeout=answer_timeout
         )
@@ -102,6 +98,7 @@ class IoreqServer:
             partial(Ending, self.domid, cache, answer_timeout),
             cache.stream,
         )
+        self._interrupts = Interrupts(self._runtime, self.domid)
         announce(self.observe)
 
     def __repr__(self) -> str:
@@ -183,7 +180,8 @@ class IoreqServer:
         runtime.connection = connection
         # Without it an unplanned exit would leave vCPUs blocked for ever.
         atexit.register(runtime.close)
-        self._guest_type = agreed_type(self.domid, link.guest_type, self._stated_type)
+        stated = self._stated_type
+        self._interrupts.guest_type = agreed_type(self.domid, link.guest_type, stated)
         link.enable()
         # Until now nobody has told the cache what the guest gave up.
         self.cache.invalidate()
@@ -237,12 +235,7 @@ class IoreqServer:
             TypeError: a device without either method.
             XenCallError: Xen refused.
         """
-        first, count = as_int("first", first), as_int("count", count)
-        if count < 1:
-            raise ValueError(f"count must be at least 1 port, not {count}")
-        if not 0 <= first <= first + count <= _PORTS:
-            raise ValueError(f"ports {first:#x}..{first + count:#x} are not within 0..{_PORTS:#x}")
-        return self._claim(RequestKind.PORT, first, count, device)
+        return self._claim(RequestKind.PORT, *claims.ports(first, count), device)
 
     def claim_mmio(self, address: int, length: int, device: Device | None = None) -> Region:
         """Answer for accesses to guest-physical addresses without RAM.
@@ -255,8 +248,7 @@ class IoreqServer:
         Raises:
             TypeError, ValueError, XenCallError: as :meth:`claim_ports`.
         """
-        address, length = check_range(address, length)
-        return self._claim(RequestKind.MMIO, address, length, device)
+        return self._claim(RequestKind.MMIO, *check_range(address, length), device)
 
     def claim_pci(self, bdf: str, device: Device | None = None) -> Region:
         """Answer for the configuration space of a PCI function.
@@ -268,8 +260,7 @@ class IoreqServer:
         Raises:
             TypeError, ValueError, XenCallError: as :meth:`claim_ports`.
         """
-        start = bdf_number(bdf) << BUS_OFFSET
-        return self._claim(RequestKind.PCI_CONFIG, start, _PCI_CONFIG_SIZE, device)
+        return self._claim(RequestKind.PCI_CONFIG, *claims.pci_function(bdf), device)
 
     def _claim(self, kind: RequestKind, start: int, length: int, device: object) -> Region:
         region = Region(kind, start, length, device, self._release)
@@ -312,25 +303,11 @@ class IoreqServer:
             TimeoutError: a transfer is still under way after ``quiesce_timeout`` seconds.
             ClosedError: the server is not open.
         """
-        self._runtime.check_sync("suspend")
-        connection = self._runtime.open_connection()
-        with self._runtime.lock:  # no INVALIDATE waits now for what will wait at the gate
-            connection.quiesce()
-            self._gate.shut(0)
-        self._runtime.deliver()
-        timeout = self._runtime.quiesce_timeout
-        if busy := self._gate.shut(timeout):
-            raise TimeoutError(
-                f"{self!r}: {busy} transfers are still under way after {timeout} s; "
-                "call resume(), or wait and call suspend() again"
-            )
-        self.cache.invalidate()
+        saving.suspend(self._runtime, self._gate, self.cache)
 
     def resume(self) -> None:
         """Let transfers through again, after ``xl save -c`` or a save that failed."""
-        with self._runtime.lock:  # not in the middle of an INVALIDATE
-            self.cache.invalidate()
-            self._gate.open()
+        saving.resume(self._runtime, self._gate, self.cache)
 
     @property
     def suspended(self) -> bool:
@@ -359,11 +336,7 @@ class IoreqServer:
             XenCallError: Xen refused.
             ClosedError: the server is not open.
         """
-        if as_int("address", address) >> 64:
-            raise ValueError(f"MSI address {address:#x} does not fit 64 bits")
-        if as_int("data", data) >> 32:
-            raise ValueError(f"MSI data {data:#x} does not fit 32 bits")
-        self._runtime.open_connection().link.inject_msi(address, data)
+        self._interrupts.inject_msi(address, data)
 
     def set_isa_irq(self, irq: int, level: bool) -> None:
         """Set the level of an ISA interrupt line, 0 to 15, of an HVM guest.
@@ -373,9 +346,7 @@ class IoreqServer:
             UnsupportedOperationError: the guest is not HVM, or nobody says what it is.
             XenCallError, ClosedError: as :meth:`inject_msi`.
         """
-        if not 0 <= as_int("irq", irq) < _ISA_IRQS:
-            raise ValueError(f"irq {irq} is not in 0..{_ISA_IRQS - 1}")
-        self._link_with_lines().set_isa_irq(irq, level)
+        self._interrupts.set_isa_irq(irq, level)
 
     def set_pci_intx(self, bdf: str, pin: int, level: bool) -> None:
         """Set a PCI function's interrupt pin, 0 (INTA) to 3, of an HVM guest.
@@ -384,17 +355,7 @@ class IoreqServer:
             ValueError: there is no such pin, or ``bdf`` names no PCI function.
             UnsupportedOperationError, XenCallError, ClosedError: as :meth:`set_isa_irq`.
         """
-        if not 0 <= as_int("pin", pin) < _PINS:
-            raise ValueError(f"pin {pin} is not in 0..{_PINS - 1}")
-        function = parse_bdf(bdf)
-        self._link_with_lines().set_pci_intx(function, pin, level)
-
-    def _link_with_lines(self) -> HypervisorLink:
-        """Return the link of an HVM guest; no other guest has interrupt lines."""
-        connection = self._runtime.open_connection()
-        if self._guest_type == "hvm":
-            return connection.link
-        raise no_interrupt_lines(self.domid, self._guest_type)
+        self._interrupts.set_pci_intx(bdf, pin, level)
 
     # --- serving ----------------------------------------------------------------------
 

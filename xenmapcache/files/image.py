@@ -38,6 +38,7 @@ from ..binding import libc
 from ..errors import ClosedError, CorruptImageError, XenCallError
 from ..mapping import Mapping, sweep
 from .filelease import FileLease, MappedPart, MappedParts, MappedRange
+from .guard import image_guard
 from .regular import is_foreign, open_regular
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
@@ -71,7 +72,7 @@ class ImageFile:
         age = time.time_ns() - os.fstat(file.fileno()).st_mtime_ns
         if 0 <= age < _TICK_NS:  # or the next change might leave the file with the same time
             time.sleep((_TICK_NS - age) / 1e9)
-        lease = self._lease = FileLease(file, self.path)
+        lease = self._lease = FileLease(file, self.path, image_guard)
         self.size = lease.size
         self.mtime_ns = lease.mtime_ns
 

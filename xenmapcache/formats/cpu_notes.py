@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable
 from itertools import zip_longest
 
-from .elf import Note
+from .elf_notes import Note
 
 _NT_PRSTATUS = 1
 _PRSTATUS = struct.Struct("<112x27Q8x")

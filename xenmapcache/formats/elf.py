@@ -1,9 +1,9 @@
-"""ELF files: header, sections, segments and notes.
+"""ELF files: header, sections and segments.
 
 Every number in the file may be wrong on purpose. A table is read only after its place and
 its size were checked. Limits apply to the file, not to its parts: all section names together,
-and all notes together, have a limit in bytes and in number. Without that, a file of a few
-kilobytes could name the same bytes a thousand times.
+and all notes together (`elf_notes.py`), have a limit in bytes and in number. Without that, a file
+of a few kilobytes could name the same bytes a thousand times.
 
 The header is read at once, and each table when it is asked for: a core whose section headers
 are damaged still has its segments.
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from ..errors import CorruptImageError
 from .content import Content, start_of
+from .elf_notes import Note, NoteError, notes_in, segment_notes
 from .spans import Warn
 
 ET_CORE = 4
@@ -33,7 +34,6 @@ _EHDR_SIZE = {1: 52, 2: 64}
 _EHDR = {1: struct.Struct("<16sHHIIIIIHHHHHH"), 2: struct.Struct("<16sHHIQQQIHHHHHH")}
 _SHDR = {1: struct.Struct("<10I"), 2: struct.Struct("<IIQQQQIIQQ")}
 _PHDR = {1: struct.Struct("<8I"), 2: struct.Struct("<IIQQQQQQ")}
-_NOTE = struct.Struct("<III")
 _MAX_SECTIONS = 1024
 MAX_SEGMENTS = 1 << 22
 """QEMU with -p writes one for each mapping of a guest's kernel and processes, of which there may
@@ -42,8 +42,6 @@ _CHUNK_SEGMENTS = 1 << 12
 """Program headers that are read at once: of a sparse file most may be zeros."""
 _MAX_SHSTRTAB_BYTES = 1 << 16
 _MAX_SECTION_NOTE_BYTES = 1 << 20
-_MAX_NOTE_BYTES = 1 << 24  # each processor has some, and there are machines with thousands
-_MAX_NOTES = 1 << 16
 
 
 class Section(NamedTuple):
@@ -77,45 +75,6 @@ class Segment(NamedTuple):
     offset: int
     file_size: int
     memory_size: int
-
-
-class Note(NamedTuple):
-    """A note of an ELF file. Immutable.
-
-    Attributes:
-        name: who defined it: ``"CORE"``, ``"QEMU"``, ``"VMCOREINFO"``.
-        note_type: a number whose meaning depends on the name.
-        data: the bytes of its description.
-    """
-
-    name: str
-    note_type: int
-    data: bytes
-
-
-class _NoteError(Exception):
-    """A note cannot be read; the message names the place."""
-
-
-class Damage:
-    """What is wrong with a kind of parts of a file: the first case, and how many there are."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._first = ""
-
-    def add(self, text: str) -> None:
-        """Note a case."""
-        self.count += 1
-        self._first = self._first or text
-
-    def __str__(self) -> str:
-        return self._first + (f" (and {self.count - 1} more)" if self.count > 1 else "")
-
-    def report(self, warn: Warn) -> None:
-        """Warn of all cases at once, if there are any."""
-        if self.count:
-            warn(str(self))
 
 
 class Elf:
@@ -326,69 +285,21 @@ class Elf:
                 f"at most {_MAX_SECTION_NOTE_BYTES:#x} bytes of notes are read"
             )
         try:
-            for note in self._notes(f"section {section.name}", section.offset, section.size):
+            place = f"section {section.name}"
+            for note in notes_in(self.content, place, section.offset, section.size):
                 if note is not None:
                     yield note
-        except _NoteError as error:
+        except NoteError as error:
             raise self.corrupt(str(error)) from None
 
     def segment_notes(self, warn: Warn, count: int | None = None) -> Iterator[Note]:
-        """Yield the notes of all PT_NOTE segments, in the file's order.
-
-        Each segment ends at a note that is all zeros: a kernel reserves more room than it uses.
-        A damaged note costs the rest of its segment. All segments together give at most 16 MiB
-        and 65,536 notes, and not more bytes than the file has.
+        """Yield the notes of all PT_NOTE segments; see :func:`.segment_notes` for the limits.
 
         Args:
             warn: called once if notes are damaged or left out.
             count: how many program headers to look at; by default all.
         """
-        damage = Damage()
-        room = most = min(_MAX_NOTE_BYTES, self.content.size)
-        notes = _MAX_NOTES
-        for number, offset, _, _, size, _ in self.headers(PT_NOTE, count):
-            usable = max(0, min(size, self.content.size - offset, room))
-            room -= usable
-            if usable < size:
-                damage.add(
-                    f"notes are missing: those of segment {number} are "
-                    f"{offset:#x}..{offset + size:#x}; the file ends at {self.content.size:#x}, "
-                    f"and of all notes together at most {most:#x} bytes are read"
-                )
-            try:
-                for note in self._notes(f"segment {number}", offset, usable):
-                    if note is None:
-                        break
-                    if not notes:
-                        damage.add(f"notes are missing: at most {_MAX_NOTES} are read")
-                        damage.report(warn)
-                        return
-                    notes -= 1
-                    yield note
-            except _NoteError as error:
-                if usable == size:
-                    damage.add(f"{error}: it is missing, and what follows it there")
-        damage.report(warn)
-
-    def _notes(self, place: str, offset: int, size: int) -> Iterator[Note | None]:
-        """Yield the notes of a range of the file; None for a note that is all zeros."""
-        data = self.content.read(offset, size) if size else b""
-        position = 0
-        while position + _NOTE.size <= len(data):
-            name_size, size, note_type = _NOTE.unpack_from(data, position)
-            name = position + _NOTE.size
-            start = name + (name_size + 3 & ~3)
-            if start + size > len(data):
-                raise _NoteError(
-                    f"the note at {offset + position:#x} ends beyond {place}, "
-                    f"at {offset + len(data):#x}"
-                )
-            if name_size or size or note_type:
-                text = data[name : name + name_size].rstrip(b"\0").decode("ascii", "replace")
-                yield Note(text, note_type, data[start : start + size])
-            else:
-                yield None
-            position = start + (size + 3 & ~3)
+        return segment_notes(self.content, self.headers(PT_NOTE, count), warn)
 
     def _check_table(
         self, prefix: str, name: str, offset: int, entry_size: int, count: int, size: int,

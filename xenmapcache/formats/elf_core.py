@@ -17,7 +17,8 @@ from typing import NamedTuple
 from ..address import ADDRESS_LIMIT
 from ..errors import CorruptImageError
 from .content import Content, reason
-from .elf import ET_CORE, PT_LOAD, Damage, Elf, Note
+from .elf import ET_CORE, PT_LOAD, Elf
+from .elf_notes import Damage, Note
 from .spans import SALVAGE, ZEROS, Span, Warn, cut
 
 

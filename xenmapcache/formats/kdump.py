@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 from ..address import PAGE_SIZE
 from ..errors import CorruptImageError, UnsupportedOperationError
 from .content import Content, start_of
-from .elf import Note
+from .elf_notes import Note
 
 DISKDUMP, KDUMP = b"DISKDUMP", b"KDUMP   "
 ZLIB, LZO, SNAPPY, INCOMPLETE, ZSTD = 1, 2, 4, 8, 32

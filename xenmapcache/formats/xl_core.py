@@ -16,7 +16,8 @@ from ..errors import CorruptImageError
 from .content import Content, reason
 from .control_registers import ControlRegisters
 from .control_registers import of_xen_context as control_registers_of
-from .elf import ET_CORE, MACHINES, SHT_NOTE, SHT_PROGBITS, SHT_STRTAB, Elf, Note, Section
+from .elf import ET_CORE, MACHINES, SHT_NOTE, SHT_PROGBITS, SHT_STRTAB, Elf, Section
+from .elf_notes import Note
 from .order import is_ascending
 from .prstatus import CONTEXT_SIZE, NOTE_NAME, NT_PRSTATUS, of_xen_context
 from .spans import SALVAGE, Warn

@@ -11,24 +11,16 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Final, Literal, NamedTuple, cast
+from typing import Final, Literal, cast
 
 from ..address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SIZE, as_int
 from ..cache import MapCache
-from ..errors import (
-    CacheFullError,
-    FaultError,
-    TranslationError,
-    UnsupportedOperationError,
-    XenMapCacheError,
-)
-from ..formats.control_registers import ControlRegisters
-from ..formats.cpu_notes import registers
-from ..formats.kernel_layout import kernel_layout
+from ..errors import CacheFullError, FaultError, TranslationError, XenMapCacheError
 from ..formats.pagetables import ENTRY_BYTES, NOT_MAPPED, PRESENT, TABLE, Rights, shape_of
 from ..formats.vmcoreinfo import VmcoreInfo
 from . import tablewalk
-from .vmcoreinfo import find_vmcoreinfo
+from .roots import layout_of_kernel, registers_of_cpu
+from .virtual import MappedPage, Region, Step, as_array, merged, missing_page
 
 __all__ = ["NOT_MAPPED", "AddressSpace", "MappedPage", "Region", "Rights", "Step", "missing_page"]
 
@@ -36,59 +28,10 @@ _VIRTUAL_END: Final = 1 << 64
 _INDEX_MASK: Final = 0xFF8
 """Of an address that was shifted: the offset of its entry in a table."""
 _MAX_TABLES: Final = 1 << 22
-_UNSIGNED: Final = ("Q", "L")
-"""Formats of buffers; which one is of 64 bits, depends on who made them."""
 _ENTRY: Final = struct.Struct("<Q")
 _LOOK: Final = "check the address, and that the root is that of its process or kernel"
 
 _from_bytes = int.from_bytes
-
-
-class MappedPage(NamedTuple):
-    """The page of an address that was looked up. Immutable.
-
-    Attributes:
-        physical: guest-physical, of the address itself. The page need not exist.
-        size: of the page, in bytes.
-        rights: what it allows.
-    """
-
-    physical: int
-    size: int
-    rights: Rights
-
-
-class Step(NamedTuple):
-    """What the walk of an address finds at one level. Immutable.
-
-    Attributes:
-        level: its name: ``"PML5"``, ``"PML4"``, ``"PDPT"``, ``"PD"``, ``"PT"``; or, on arm64,
-            ``"L0"`` to ``"L3"``.
-        entry_address: guest-physical, of the entry.
-        entry: its value.
-        page: what the entry maps; None if it leads to another table, or nowhere.
-    """
-
-    level: str
-    entry_address: int
-    entry: int
-    page: MappedPage | None
-
-
-class Region(NamedTuple):
-    """A range of virtual addresses that follow each other in guest memory, too. Immutable.
-
-    Attributes:
-        address: virtual.
-        length: in bytes.
-        physical: guest-physical, where it begins. The page need not exist: it may be a device's.
-        rights: what its pages allow.
-    """
-
-    address: int
-    length: int
-    physical: int
-    rights: Rights
 
 
 class AddressSpace:
@@ -175,13 +118,7 @@ class AddressSpace:
             UnsupportedOperationError: the guest has no VMCOREINFO, or not what is needed.
             ValueError, XenMapCacheError: as :func:`find_vmcoreinfo`.
         """
-        found = find_vmcoreinfo(cache) if info is None else info
-        if found is None:
-            raise UnsupportedOperationError(
-                "the guest's memory has no VMCOREINFO, so it is not Linux, or is incomplete; "
-                "give the root and the number of levels, or take them from a CPU's registers"
-            )
-        layout = kernel_layout(found)
+        layout = layout_of_kernel(cache, info)
         return cls(cache, layout.root, levels=layout.levels, machine=layout.machine)
 
     @classmethod
@@ -199,21 +136,7 @@ class AddressSpace:
                 page tables with 4 or 5 levels.
             ValueError: there is no such CPU.
         """
-        found = _control_registers(cache)
-        number = as_int("cpu", cpu)
-        if not found:
-            raise UnsupportedOperationError(
-                f"the backend {cache.backend.name!r} has no control registers of x86-64 CPUs; "
-                "give the root and the number of levels, or take them from VMCOREINFO"
-            )
-        if not 0 <= number < len(found):
-            raise ValueError(f"cpu must be 0 to {len(found) - 1}, not {number}")
-        state = found[number]
-        if not state.paging:
-            raise UnsupportedOperationError(
-                f"CPU {number} does not translate addresses: its CR0 is {state.cr0:#x}; "
-                "give the root and the number of levels, or another CPU"
-            )
+        state = registers_of_cpu(cache, cpu)
         return cls(cache, state.cr3, levels=state.levels)
 
     def __repr__(self) -> str:
@@ -298,7 +221,7 @@ class AddressSpace:
             XenMapCacheError: as :meth:`MapCache.read`, but for missing pages.
         """
         return tablewalk.translate(
-            _as_array(addresses), self.root, self._shape, self._halves, self._table
+            as_array(addresses), self.root, self._shape, self._halves, self._table
         )
 
     def physical_ranges(self, address: int, length: int) -> Iterator[tuple[int, int]]:
@@ -435,7 +358,7 @@ class AddressSpace:
             raise ValueError(
                 f"start and end must be 0 <= start <= end <= 2**64, not {first:#x} and {last:#x}"
             )
-        return _merged(self._pages(first, last, as_int("max_tables", max_tables)))
+        return merged(self._pages(first, last, as_int("max_tables", max_tables)))
 
     def _pages(self, start: int, end: int, max_tables: int) -> Iterator[Region]:
         scan = tablewalk.Scan(self._shape, self._table, max_tables)
@@ -499,65 +422,3 @@ class AddressSpace:
         return TranslationError(
             address, f"not present, so nothing is mapped there; {_LOOK}", name, entry, place
         )
-
-
-def missing_page(address: int, physical: int) -> TranslationError:
-    """Return the error for a virtual address whose page the source lacks.
-
-    Args:
-        address: virtual.
-        physical: guest-physical, where the tables lead to.
-    """
-    return TranslationError(
-        address, "the source has no page there: it may be a device's, or be left out of the "
-        "file; xenmapcache info lists the present pages", "page", None, physical,
-    )  # fmt: skip
-
-
-def _as_array(addresses: Iterable[int]) -> array[int]:
-    """Return addresses as an ``array("Q")``, quickly if they are numbers of 64 bits in memory."""
-    found = array("Q")
-    try:
-        view = memoryview(addresses)  # type: ignore[arg-type] # a TypeError is handled
-    except TypeError:
-        view = memoryview(b"")
-    if view.format in _UNSIGNED and view.itemsize == found.itemsize and view.c_contiguous:
-        found.frombytes(view.cast("B"))
-        return found
-    try:
-        found.extend(iter(addresses))
-    except OverflowError:
-        raise ValueError("each address must be from 0 to 2**64 - 1") from None
-    return found
-
-
-def _control_registers(cache: MapCache) -> tuple[ControlRegisters, ...]:
-    """Return the control registers of each CPU, as far as the source has them."""
-    backend = cache.backend
-    own = getattr(backend, "control_registers", None)
-    if own is not None:
-        return tuple(own())
-    return tuple(
-        ControlRegisters(cpu["cr0"], cpu["cr3"], cpu["cr4"])
-        for cpu in registers(getattr(backend, "notes", ()))
-        if "cr3" in cpu
-    )
-
-
-def _merged(pages: Iterator[Region]) -> Iterator[Region]:
-    """Merge pages that follow each other in virtual and in guest memory, with the same rights."""
-    begun: Region | None = None
-    for page in pages:
-        if begun is None:
-            begun = page
-        elif (
-            page.address == begun.address + begun.length
-            and page.physical == begun.physical + begun.length
-            and page.rights == begun.rights
-        ):
-            begun = begun._replace(length=begun.length + page.length)
-        else:
-            yield begun
-            begun = page
-    if begun is not None:
-        yield begun

@@ -12,7 +12,7 @@ from ..backend import Backend
 from ..cache import MapCache
 from ..files.atomic import new_file
 from ..formats import vmcoreinfo
-from ..formats.elf import Note
+from ..formats.elf_notes import Note
 from .guest import Guest, Progress
 from .sparse import write_all, write_but_zeros
 from .vmcore_head import MACHINES, Head

@@ -8,7 +8,8 @@ from itertools import chain
 
 from ..address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from ..formats import vmcoreinfo
-from ..formats.elf import EM_386, EM_AARCH64, EM_X86_64, ET_CORE, PN_XNUM, PT_LOAD, PT_NOTE, Note
+from ..formats.elf import EM_386, EM_AARCH64, EM_X86_64, ET_CORE, PN_XNUM, PT_LOAD, PT_NOTE
+from ..formats.elf_notes import Note
 
 MACHINES = {"x86-64": EM_X86_64, "x86-32": EM_386, "arm": EM_AARCH64}
 """The ELF machine of each machine of which a core can be written."""
