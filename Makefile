@@ -3,6 +3,9 @@ PYTHON ?= python3
 XEN ?= 4.17 4.20
 VENV := .venv
 BIN := $(VENV)/bin
+# Python starts hundreds of times in a run of the tests. Where no bytecode is kept, each start
+# compiles the package, and each worker all tests.
+test test-quick coverage: export PYTHONDONTWRITEBYTECODE =
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
