@@ -9,6 +9,7 @@ test test-quick coverage: export PYTHONDONTWRITEBYTECODE =
 # What no test comes to is not to be a matter of luck.
 coverage: export XENMAPCACHE_MODEL ?= 100
 coverage: export XENMAPCACHE_FUZZ ?= 300
+coverage: export XENMAPCACHE_RACES ?= 3
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 

@@ -37,7 +37,7 @@ IMPORTED_ONCE: Final = (
     "xenmapcache.binding.ctypes_loader",
     "xenmapcache.devicemodel",
 )
-"""What each child would import anew."""
+"""What each child would import again."""
 _MOST_FINDINGS: Final = 60
 _MOST_DEATHS: Final = 4
 _OURS: Final = ("Injected", "ChildLeaves", "MemoryError", "RecursionError")

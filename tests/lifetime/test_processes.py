@@ -8,12 +8,15 @@ import textwrap
 
 import pytest
 
+from tests.effort import RACES
+
 pytestmark = pytest.mark.slow
 
 PRELUDE = """
 import gc, os, signal, sys, threading, errno, warnings
 from pathlib import Path
 from xenmapcache import *
+RACES = int(sys.argv[1])
 domain = MockHypervisor().create_domain(memory="16M")
 backend = open_backend("mock", domain=domain)
 cache = MapCache(backend, bucket_shift=16)
@@ -47,7 +50,7 @@ def mappings():
 def run(script: str) -> None:
     code = PRELUDE + textwrap.dedent(script)
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code],
+        [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code, str(RACES)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -125,7 +128,7 @@ def test_a_lease_that_moves_under_a_reader() -> None:
         thread = threading.Thread(target=look)
         thread.start()
         here, there = 0x10000, 0x40000
-        for _ in range(1000):
+        for _ in range(350 * RACES):
             cache.replace(here, there, 0x10000)
             here, there = there, here
         done.set(); thread.join()
