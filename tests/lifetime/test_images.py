@@ -29,7 +29,6 @@ from xenmapcache.files.image import ImageFile
 
 logging.getLogger("xenmapcache").setLevel(logging.CRITICAL)  # which says that a piece was lost
 path = Path(sys.argv[1])
-RACES = int(sys.argv[2])
 PAGES = path.stat().st_size // 4096
 
 def opened():
@@ -88,9 +87,9 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 
 def run(script: str, path: Path, *before: str) -> None:
-    code = PRELUDE + textwrap.dedent(script)
+    code = f"RACES = {RACES}\n" + PRELUDE + textwrap.dedent(script)
     done = subprocess.run(
-        [*before, sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code, path, str(RACES)],
+        [*before, sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code, path],
         capture_output=True,
         text=True,
         timeout=120,

@@ -16,7 +16,6 @@ PRELUDE = """
 import gc, os, signal, sys, threading, errno, warnings
 from pathlib import Path
 from xenmapcache import *
-RACES = int(sys.argv[1])
 domain = MockHypervisor().create_domain(memory="16M")
 backend = open_backend("mock", domain=domain)
 cache = MapCache(backend, bucket_shift=16)
@@ -48,9 +47,9 @@ def mappings():
 
 
 def run(script: str) -> None:
-    code = PRELUDE + textwrap.dedent(script)
+    code = f"RACES = {RACES}\n" + PRELUDE + textwrap.dedent(script)
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code, str(RACES)],
+        [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code],
         capture_output=True,
         text=True,
         timeout=300,

@@ -148,7 +148,7 @@ class Copy:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short"]
             command += ["-p", "no:cacheprovider", "-p", "tests.mutation.witness"]
             command += ["-p", "no:hypothesispytest"]  # half of the start; @given needs it not
-            environment = EFFORT | os.environ | {
+            environment = {**EFFORT, **os.environ} | {
                 "PYTHONPATH": str(self._root),
                 "TMPDIR": scratch,
                 "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(scratch, "hypothesis")),
