@@ -3,6 +3,13 @@ PYTHON ?= python3
 XEN ?= 4.17 4.20
 VENV := .venv
 BIN := $(VENV)/bin
+# Python starts hundreds of times in a run of the tests. Where no bytecode is kept, each start
+# compiles the package, and each worker all tests.
+test test-quick coverage: export PYTHONDONTWRITEBYTECODE =
+# What no test comes to is not to be a matter of luck.
+coverage: export XENMAPCACHE_MODEL ?= 100
+coverage: export XENMAPCACHE_FUZZ ?= 300
+coverage: export XENMAPCACHE_RACES ?= 3
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 

@@ -1,12 +1,29 @@
-"""How much work a piece of code does, in calls: a limit that no busy machine moves."""
+"""How much work is done: by a piece of code, in calls; and by the tests that can try more.
+
+A limit in calls is one that no busy machine moves. The numbers are those of ``make test``. The
+gates (``.ci/run``, ``.ci/nightly``, ``make coverage``) try more, by these variables:
+``XENMAPCACHE_MODEL``, ``XENMAPCACHE_FUZZ``, ``XENMAPCACHE_RACES``, ``XENMAPCACHE_LEAKS`` and
+``XENMAPCACHE_INTERRUPTS``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Final
+
+MODEL: Final = int(os.environ.get("XENMAPCACHE_MODEL", "30"))
+"""How many sequences of 50 events the model of a cache is compared in."""
+FUZZ: Final = int(os.environ.get("XENMAPCACHE_FUZZ", "60"))
+"""How many damaged files of each kind are read."""
+RACES: Final = int(os.environ.get("XENMAPCACHE_RACES", "1"))
+"""How many times as long threads and processes race that seldom meet; three times in the gates."""
+LEAKS: Final = int(os.environ.get("XENMAPCACHE_LEAKS", "40000"))
+"""How many operations are to leave nothing behind."""
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from xenmapcache.address import MiB
 COMMAND = "python -m tests.benchmarks.before"
 ROUNDS = 7
 SIZE = 64 * MiB
+TIMES = steps.TIMES
 
 Times = dict[str, float]
 
@@ -34,7 +35,7 @@ def measure(tree: Path, image: Path) -> Times:
     Raises:
         RuntimeError: it does not run there; with what was said.
     """
-    command = [sys.executable, steps.__file__, str(image)]
+    command = [sys.executable, steps.__file__, str(image), str(TIMES)]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,6 +1,7 @@
 """A few kinds of work, timed in a process of their own: what ``before`` runs over two trees.
 
-``python steps.py IMAGE`` prints JSON: seconds by work. IMAGE is a file of ``xl save``. It uses
+``python steps.py IMAGE TIMES`` prints JSON: seconds by work. IMAGE is a file of ``xl save``, and
+much is done TIMES times. It uses
 nothing of the tests, and only what old versions of the package have too.
 """
 
@@ -142,4 +143,5 @@ def works(image: str) -> dict[str, Callable[[], float]]:
 
 
 if __name__ == "__main__":
+    TIMES = int(sys.argv[2])
     print(json.dumps({name: work() for name, work in works(sys.argv[1]).items()}))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.effort import calls_at_most
+from tests.effort import FUZZ, calls_at_most
 from tests.images.writers import Load, check_parts, elf_core, elf_core_of, memory, note
 from xenmapcache import CorruptImageError, UnsupportedOperationError
 from xenmapcache.address import PAGE_SIZE
@@ -19,7 +19,7 @@ from xenmapcache.backends.elfcore import ElfCoreBackend
 pytestmark = pytest.mark.slow
 
 bounded = settings(
-    max_examples=int(os.environ.get("XENMAPCACHE_FUZZ", "300")),
+    max_examples=FUZZ,
     deadline=None,  # `check` limits the work instead
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

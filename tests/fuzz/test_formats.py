@@ -6,7 +6,6 @@ contents can be tried than through the backends.
 
 from __future__ import annotations
 
-import os
 import struct
 import tracemalloc
 from itertools import pairwise
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.effort import calls_at_most
+from tests.effort import FUZZ, calls_at_most
 from tests.images import writers, xl_files
 from xenmapcache import CorruptImageError
 from xenmapcache.address import PAGE_SIZE, MiB
@@ -28,7 +27,7 @@ from xenmapcache.formats.signatures import LONGEST, SIGNATURES, Signature, ident
 from xenmapcache.formats.spans import LOST
 from xenmapcache.formats.xl_save import SaveStream
 
-bounded = settings(max_examples=int(os.environ.get("XENMAPCACHE_FUZZ", "300")), deadline=None)
+bounded = settings(max_examples=FUZZ, deadline=None)
 RANGES = [(1, 2), (0x10, 1), (0, 3)]
 SMALL = xl_files.libxc(xl_files.pages(0, 3), xl_files.record(xl_files.END))
 SEEDS = [

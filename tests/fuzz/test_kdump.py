@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.effort import calls_at_most
+from tests.effort import FUZZ, calls_at_most
 from tests.images import kdump_files as files
 from tests.images.writers import memory, note
 from xenmapcache import BackendUnavailableError, CorruptImageError, UnsupportedOperationError
@@ -22,7 +22,7 @@ from xenmapcache.formats.pagebitmap import PageBitmap
 pytestmark = pytest.mark.slow
 
 bounded = settings(
-    max_examples=int(os.environ.get("XENMAPCACHE_FUZZ", "300")),
+    max_examples=FUZZ,
     deadline=None,  # `check` limits the work instead
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

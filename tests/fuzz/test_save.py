@@ -1,6 +1,6 @@
 """Files of xl save that a machine has spoilt: they are read, or are CorruptImageErrors.
 
-``XENMAPCACHE_FUZZ=100000`` says how many of them; a few hundred without it.
+``XENMAPCACHE_FUZZ=100000`` says how many of them, else ``tests/effort.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.effort import calls_at_most
+from tests.effort import FUZZ, calls_at_most
 from tests.images.xl_files import XTAB, libxc, libxl, pages, record, save, xl
 from xenmapcache import CorruptImageError
 from xenmapcache.address import PAGE_SIZE
@@ -21,10 +21,8 @@ from xenmapcache.backends.save import SaveBackend
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = int(os.environ.get("XENMAPCACHE_FUZZ", "300"))
-
 bounded = settings(
-    max_examples=EXAMPLES,
+    max_examples=FUZZ,
     deadline=None,  # `check` limits the work instead
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

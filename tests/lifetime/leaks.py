@@ -266,7 +266,7 @@ def main() -> None:
     use = Use(guest, options.leak)
     use.state()
     # The mock's log of calls, its largest memory, is full then.
-    use.run(100_000 if options.source == "mock" else 10_000)
+    use.run(100_000 if options.source == "mock" else 20_000)
     before = use.state()
     use.run(options.operations)
     after = use.state()

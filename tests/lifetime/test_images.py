@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.effort import RACES
 from tests.files.places import folder_for_mapping
 from tests.images.writers import memory
 
@@ -87,7 +88,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 
 def run(script: str, path: Path, *before: str) -> None:
-    code = PRELUDE + textwrap.dedent(script)
+    code = f"RACES = {RACES}\n" + PRELUDE + textwrap.dedent(script)
     done = subprocess.run(
         [*before, sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code, path],
         capture_output=True,
@@ -114,7 +115,7 @@ def test_threads_over_truncated_file_see_old_content_or_an_error(path: Path) -> 
     run(
         """
         content = path.read_bytes()
-        for round in range(30):
+        for round in range(10 * RACES):
             path.write_bytes(content)
             backend = opened()
             cache = MapCache(backend, bucket_shift=14, max_resident="1M")
@@ -174,7 +175,7 @@ def test_close_races_with_writers(path: Path) -> None:
         """
         writer = disturb()
         def work():
-            for _ in range(300):
+            for _ in range(100 * RACES):
                 with opened() as backend:
                     view = backend.map(0, 64, writable=False).view(0, 64 * 4096)
                     backend.map(3, 4, writable=False)

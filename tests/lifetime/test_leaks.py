@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.effort import LEAKS
 from tests.fake_xen import build, need
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-OPERATIONS = int(os.environ.get("XENMAPCACHE_LEAKS", "100000"))
 
 
 def use(source: str, operations: int, *options: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -44,8 +43,8 @@ def leaks(grew: dict[str, int], operations: int) -> list[str]:
 @pytest.mark.timeout(300)
 def test_many_operations_leave_nothing() -> None:
     """Neither do those that fail, nor views that are kept over evictions and invalidations."""
-    grew, held = use("mock", OPERATIONS)
-    assert leaks(grew, OPERATIONS) == [], grew
+    grew, held = use("mock", LEAKS)
+    assert leaks(grew, LEAKS) == [], grew
     assert not any(held.values()), held
 
 
@@ -55,7 +54,7 @@ def test_so_do_the_bindings(binding: str, tmp_path: Path) -> None:
     """They are the code for live domains, over the stand-in."""
     need("_cffi_backend")
     library = str(build(tmp_path))
-    operations = max(OPERATIONS // 10, 20_000)
+    operations = max(LEAKS // 10, 20_000)
     grew, held = use(
         binding, operations, "--library", library, "--folder", str(tmp_path / "copies")
     )
@@ -66,5 +65,5 @@ def test_so_do_the_bindings(binding: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_leak_is_seen() -> None:
     """One object that is kept for each hundred operations is found."""
-    grew, _ = use("mock", 100_000, "--leak")
-    assert leaks(grew, 100_000) == ["blocks"], grew
+    grew, _ = use("mock", 40_000, "--leak")
+    assert leaks(grew, 40_000) == ["blocks"], grew

@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 
+from tests.effort import RACES
+
 pytestmark = pytest.mark.slow
 
 PRELUDE = """
@@ -45,7 +47,7 @@ def mappings():
 
 
 def run(script: str) -> None:
-    code = PRELUDE + textwrap.dedent(script)
+    code = f"RACES = {RACES}\n" + PRELUDE + textwrap.dedent(script)
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-X", "faulthandler", "-c", code],
         capture_output=True,
@@ -125,7 +127,7 @@ def test_a_lease_that_moves_under_a_reader() -> None:
         thread = threading.Thread(target=look)
         thread.start()
         here, there = 0x10000, 0x40000
-        for _ in range(1000):
+        for _ in range(350 * RACES):
             cache.replace(here, there, 0x10000)
             here, there = there, here
         done.set(); thread.join()

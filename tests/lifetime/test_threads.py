@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.effort import RACES
 from xenmapcache import Backend, MapCache, MockDomain, XenCallError
 
 from .hammer import Values
@@ -31,7 +32,7 @@ def test_four_threads_on_a_ballooning_guest() -> None:
     limits = (
         ["--seconds", seconds, "--operations", str(10**9)]
         if seconds
-        else ["--operations", "2000", "--seconds", "60"]
+        else ["--operations", str(700 * RACES), "--seconds", "60"]
     )
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-m", "tests.lifetime.hammer", *limits],

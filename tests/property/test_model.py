@@ -1,6 +1,7 @@
 """Cache, leases, ballooning, paging and faults against a plain model of what each must show.
 
-``XENMAPCACHE_MODEL=20000`` says how many sequences of 50 steps; a hundred without it.
+``XENMAPCACHE_MODEL=20000`` says how many sequences of 50 steps; ``tests/effort.py`` says
+how many without it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import errno
 import gc
 import logging
-import os
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
+from tests.effort import MODEL
 from xenmapcache import (
     CacheFullError,
     ClosedError,
@@ -36,7 +37,6 @@ from .model import BUCKET, PAGE, PAGES, Held, Window, pages_of, rounded
 
 pytestmark = pytest.mark.slow
 
-SEQUENCES = int(os.environ.get("XENMAPCACHE_MODEL", "100"))
 STEPS = 50
 
 page_numbers = st.integers(0, PAGES - 1)
@@ -376,7 +376,7 @@ def test_the_cache_does_as_the_model(record_property: Callable[[str, object], No
     Guest.ran.clear()
     # Some of those that hypothesis makes are shorter, and do not count. It remembers them all:
     # a thousand at a time take little memory.
-    while missing := max(0, SEQUENCES - Guest.ran.count(STEPS)):
+    while missing := max(0, MODEL - Guest.ran.count(STEPS)):
         run_state_machine_as_test(
             Guest,
             settings=settings(

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.conformance.guests import Guest
+from tests.effort import RACES
 from tests.fake_xen.child import in_child
 from tests.qemu.conftest import LIVE, fresh, lines_of, mock_and_live
 from xenmapcache import CacheFullError, DmaDirection, LeaseError, LeaseKind, MapCache
@@ -32,7 +33,7 @@ def test_defect_25_nobody_steals_the_address_during_replace(guest: Guest) -> Non
 
     QEMU, 2021: it unmapped before it mapped again, and another thread got the address between.
     """
-    rounds = 60 if guest.scratch else 30
+    rounds = RACES * (20 if guest.scratch else 10)
     length = 4 * PAGE_SIZE
     here, there = guest.address, guest.address + MiB
 

@@ -22,6 +22,7 @@ def test_each_work_runs_with_the_package_of_a_tree(
 ) -> None:
     """A tree's own package is what runs: from an empty one nothing is imported."""
     image = make_images(tmp_path, 4 * MiB)["save"]
+    monkeypatch.setattr(before, "TIMES", 200)
     times = before.measure(ROOT, image)
     assert list(times) == list(steps.works(""))
     # What is measured is the package, and not another one of its name that soon is gone.
@@ -55,6 +56,7 @@ def test_all_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     page.write_text("\n".join("\n".join(report.markers(name, before.COMMAND)) for name in names))
     monkeypatch.setattr(before, "PAGE", page)
     monkeypatch.setattr(before, "ROUNDS", 1)
+    monkeypatch.setattr(before, "TIMES", 200)
     monkeypatch.setattr(before, "SIZE", 4 * MiB)
     monkeypatch.setattr(before, "pin", lambda: None)
     monkeypatch.setattr(sys, "argv", ["before", str(ROOT), "--write"])

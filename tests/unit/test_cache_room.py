@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.effort import RACES
 from xenmapcache import (
     Backend,
     CacheFullError,
@@ -37,6 +38,9 @@ def in_thread(call: Callable[[], object]) -> threading.Thread:
     return thread
 
 
+STEPS = 40 if FREE_THREADED else 100 * RACES  # without a GIL they mostly sleep
+
+
 @pytest.mark.parametrize("buckets", [1, 2])
 def test_threads_on_a_small_cache_are_never_refused(
     domain: MockDomain, backend: Backend, buckets: int
@@ -49,7 +53,7 @@ def test_threads_on_a_small_cache_are_never_refused(
 
     def work(seed: int) -> None:
         try:
-            for step in range(40 if FREE_THREADED else 300):  # without a GIL they mostly sleep
+            for step in range(STEPS):
                 gfn = (seed * 31 + step * 7) % 64
                 if cache.read(gfn << 12, 8) != gfn.to_bytes(8, "little"):
                     wrong.append(gfn)

@@ -8,6 +8,9 @@ Each library's ``source`` is plain C, in the words of the header it names.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 TYPES = """
@@ -256,8 +259,9 @@ def _type(text: str) -> str:
     return kind if kind in SCALARS and name not in SCALARS else ""
 
 
-def prototypes(library: Library) -> dict[str, Prototype]:
-    """Read a library's functions out of its C source.
+@cache
+def prototypes(library: Library) -> Mapping[str, Prototype]:
+    """Read a library's functions out of its C source, once.
 
     It understands what :data:`LIBRARIES` holds and raises ValueError for anything else.
     """
@@ -274,4 +278,4 @@ def prototypes(library: Library) -> dict[str, Prototype]:
         if result not in SCALARS | {"*", "void"}:
             raise ValueError(f"{library.name}: cannot read the result of {declaration!r}")
         found[match["name"]] = Prototype(match["name"], result, parameters)
-    return found
+    return MappingProxyType(found)

@@ -15,16 +15,21 @@ import sys
 import warnings
 from pathlib import Path
 
+from xenmapcache.backends import domain, mock, xen
+from xenmapcache.binding import cffi_loader, ctypes_loader
 from xenmapcache.mapping import live_mappings
 
 from .collected import COLLECTED, collect
 from .events import EVENTS, fork
 from .exits import leave
 from .holds import Hold, take
+from .library import misbehave
 from .table import BEHAVIOURS, ENDED, EXITS
 from .world import FakeWorld, MockWorld, World
 
 PATIENCE = 60
+IMPORTED_ONCE = (cffi_loader, ctypes_loader, domain, mock, xen)
+"""What a cell would import when it needs it, and so would each of the next thousand."""
 
 
 def run(world: World, row: str, column: str, outcome: int) -> str:
@@ -94,8 +99,6 @@ def cell(source: str, row: str, column: str, library: Path, folder: Path, outcom
     logging.getLogger("xenmapcache").addHandler(logging.NullHandler())
     world = MockWorld() if source == "mock" else FakeWorld(source, library, folder)
     if column in BEHAVIOURS:
-        from .library import misbehave
-
         assert isinstance(world, FakeWorld)
         said = misbehave(world, row, column)
         settle(world)

@@ -121,7 +121,9 @@ class HeldIterator(Hold):
         self.is_find = kind.startswith("find")
         self.items: Iterator[Any]
         if self.is_find:
-            self.items = GuestMemory(world.cache).find(NEEDLE, 0, NEEDLES[1] + 0x1000)
+            first, last = NEEDLES
+            memory = GuestMemory(world.cache)
+            self.items = memory.find(NEEDLE, first, last - first + 0x1000)
             assert next(self.items) == (NEEDLES[0], NEEDLE)
         else:
             self.items = world.cache.views(UNDER_WAY, 2 * BUCKET)

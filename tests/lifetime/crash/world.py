@@ -18,7 +18,8 @@ SHIFT = 14
 BUCKET = 1 << SHIFT
 RESIDENT = 16 * BUCKET
 NEEDLE = b"needle!!"
-NEEDLES = (0x2000, 0x300000)
+NEEDLES = (0x2C2000, 0x310000)
+"""Further apart than may be resident."""
 PLACE, MOVED = 0x20000, 0x30000
 """Where what is kept lies, and where replace() puts it."""
 UNDER_WAY = 0x100000
