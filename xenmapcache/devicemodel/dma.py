@@ -67,6 +67,7 @@ _HELD_S = 0.001
 """How often a worker looks whether an INVALIDATE is over."""
 
 _call: Callable[[Callable[[], object]], object] = call
+_Done = list[object]  # a name, because a test puts a list there that is interrupted
 
 
 class DmaEngine:
@@ -167,7 +168,7 @@ class DmaEngine:
 
         All of it is one call into C; see rule 1 above.
         """
-        done: list[object] = []
+        done = _Done()
         store = partial(self._table.live.__setitem__, record.number, record)
         steps: tuple[Callable[[], object], ...] = (
             store,
