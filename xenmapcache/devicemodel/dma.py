@@ -308,18 +308,17 @@ class DmaEngine:
         self._wait("INVALIDATE", None, self._table.hold())
 
     def _wait(self, purpose: str, timeout: float | None, accepted: list[DmaRecord]) -> None:
-        waiters = self._table.waiters
         changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         wake = partial(_put_once, changed)
-        wait = Wait(self._table, purpose, timeout, accepted, threading.get_ident())
+        wait = Wait(self._table, purpose, timeout, accepted, threading.get_ident(), wake)
         try:
-            waiters.append(wake)
+            self._table.waits.append(wait)
             while pause := wait.pause():
                 with contextlib.suppress(queue.Empty):
                     changed.get(timeout=pause)
         finally:
             with contextlib.suppress(ValueError):
-                waiters.remove(wake)
+                self._table.waits.remove(wait)
 
 
 def _put_once(changed: queue.SimpleQueue[None]) -> None:

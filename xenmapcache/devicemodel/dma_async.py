@@ -199,15 +199,15 @@ class AsyncDmaEngine:
         await self._wait("INVALIDATE", None, self._table.hold())
 
     async def _wait(self, purpose: str, timeout: float | None, accepted: list[DmaRecord]) -> None:
-        waiters = self._table.waiters
         changed = asyncio.Event()
-        wait = Wait(self._table, purpose, timeout, accepted, asyncio.current_task())
-        waiters.append(changed.set)
+        task = asyncio.current_task()
+        wait = Wait(self._table, purpose, timeout, accepted, task, changed.set)
+        self._table.waits.append(wait)
         try:
             while pause := wait.pause():
-                changed.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await changed.wait()
+                changed.clear()
         finally:
-            waiters.remove(changed.set)
+            self._table.waits.remove(wait)

@@ -27,6 +27,8 @@ _FIRST_S, _NEXT_S = 1.0, 10.0
 """Seconds after which a wait names what it waits for, and the interval of the next warnings."""
 _MAX_NAMED = 8
 """Transfers that one line names."""
+_AGAIN_S = 0.001
+"""Shortest pause."""
 _LOOK_S = 0.1
 """Longest pause of a wait: suspend() wakes nobody, and changes what has to be waited for."""
 
@@ -59,7 +61,7 @@ class TransferTable:
         live: the transfers, by number: oldest first.
         closed: the engine accepts none any longer.
         failures: how many have failed.
-        waiters: are called when a transfer has ended.
+        waits: those under way; they are told when a transfer has ended.
 
     Synchronization: any thread. No method takes a lock that a signal handler can find held.
     """
@@ -82,7 +84,7 @@ class TransferTable:
         self.live: dict[int, DmaRecord] = {}
         self.closed = False
         self.failures = 0
-        self.waiters: list[Callable[[], object]] = []
+        self.waits: list[Wait] = []
         self._limit = limit
         self._hold: Hold | None = None
         self._next_number = itertools.count(1).__next__
@@ -265,8 +267,8 @@ class TransferTable:
         if record.error is not None:
             record.error = record.error.with_traceback(None)  # its frames hold views
         self.live.pop(record.number, None)
-        for wake in [*self.waiters]:
-            wake()
+        for wait in [*self.waits]:
+            wait.ended(record.number)
 
 
 class Wait:
@@ -278,6 +280,7 @@ class Wait:
         timeout: in seconds; None takes the engine's ``drain_timeout``.
         accepted: transfers that have to end although they have not begun.
         carrier: the thread or task that waits; its own transfer does not wait for itself.
+        wake: ends the pause of who waits.
     """
 
     def __init__(
@@ -287,14 +290,23 @@ class Wait:
         timeout: float | None,
         accepted: list[DmaRecord],
         carrier: object,
+        wake: Callable[[], object],
     ) -> None:
         self._table = table
         self._purpose = purpose
         self._timeout = table.drain_timeout if timeout is None else timeout
         self._accepted = accepted
         self._carrier = carrier
+        self._wake = wake
         self._begin = monotonic()
         self._due = self._begin + _FIRST_S
+        self._wanted: set[int] = set()
+
+    def ended(self, number: int) -> None:
+        """Wake who waits if the last transfer has ended that was still under way."""
+        self._wanted.discard(number)
+        if not self._wanted:
+            self._wake()
 
     def pause(self) -> float:
         """Return for how many seconds to wait for a change; 0 if there is nothing to wait for.
@@ -302,9 +314,12 @@ class Wait:
         Raises:
             TimeoutError: the time is up.
         """
+        # First all, then fewer: a transfer that ends from here on is found in one or the other.
+        self._wanted = wanted = set(self._table.live)
         busy = self._table.busy(self._accepted, self._carrier)
         if not busy:
             return 0.0
+        wanted.intersection_update([record.number for record in busy])
         now = monotonic()
         left = self._begin + self._timeout - now
         if left <= 0:
@@ -323,4 +338,4 @@ class Wait:
                 now - self._begin,
                 self._table.describe(busy),
             )
-        return min(left, _LOOK_S, max(self._due - now, 0.001))
+        return min(left, _LOOK_S if wanted else _AGAIN_S, max(self._due - now, _AGAIN_S))

@@ -171,7 +171,7 @@ class Segments(Pieces):
         return tuple(lease for lease in self._leases if not lease.released)
 
     def __enter__(self) -> Self:
-        if self.leases:
+        if self._leases and self.leases:
             raise LeaseError(f"the list is leased already: {self._leases[0]!r}; release it first")
         pairs = [(address, as_int("length", length)) for address, length in self._ranges]
         wanted = [pair for pair in pairs if pair[1]]
@@ -220,6 +220,8 @@ class Segments(Pieces):
     def _end(self, written: int | None, error: BaseException | None) -> None:
         """Release what is held; after an error the frames on the stack may use views rightly."""
         self._views = []
+        if not self._leases:
+            return
         failure: Exception | None = None
         for start, lease in reversed([*zip(self._starts, self._leases, strict=False)]):
             try:
