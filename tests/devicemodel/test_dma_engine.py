@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -160,13 +161,16 @@ def test_what_the_guest_got_wrong_is_a_status(
     engine: DmaEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Addresses without memory, lengths that cannot be: a line each, but five at most."""
+    caplog.set_level(logging.INFO, "xenmapcache")
     hostile = [(0xA0000, 1), (1 << 64, 512), (0x5000, 1 << 40), (0x5000, -1), (-1, 1)]
     transfers = [engine.submit([pair], "from-device", none) for pair in hostile * 2]
     engine.drain()
     assert {each.status for each in transfers} == {FAILED}
     assert isinstance(transfers[0].error, FaultError)
     assert engine.failures == 10
-    assert 5 <= caplog.text.count("of 'disk0'") < 10
+    lines = [each for each in caplog.records if "of 'disk0'" in each.getMessage()]
+    assert 5 <= len(lines) < 10
+    assert (lines[0].levelname, lines[0].exc_info) == ("INFO", None)
 
 
 def test_a_wrong_count_is_a_failure(cache: MapCache, engine: DmaEngine) -> None:

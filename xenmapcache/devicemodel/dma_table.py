@@ -13,7 +13,7 @@ from ..address import as_int
 from ..cache import DmaDirection
 from ..cache.info import as_direction
 from ..cache.locked import locked
-from ..errors import ClosedError, QueueFullError
+from ..errors import ClosedError, FaultError, QueueFullError
 from ..guest.scatter import Segments
 from ..logs import safely
 from .dma_transfer import DmaRecord, DmaStatus, DmaTransfer, Result
@@ -244,7 +244,9 @@ class TransferTable:
 
     def _note_failure(self, record: DmaRecord, error: BaseException) -> None:
         self.failures += 1
-        self._log.line(f"DMA engine {self.name!r}", str(record), error)
+        # The guest chose the address, and its device tells it.
+        level = logging.INFO if isinstance(error, FaultError) else logging.ERROR
+        self._log.line(f"DMA engine {self.name!r}", str(record), error, level)
 
     def _note_end_failure(self, record: DmaRecord, error: BaseException) -> None:
         self._log.line(

@@ -106,7 +106,9 @@ class FailureLog:
                 region = repr(job.region) if job.region is not None else "no region"
                 self.line(region, f"{job.request or 'buffered ring'}: failed", error)
 
-    def line(self, region: str, text: str, error: BaseException) -> None:
+    def line(
+        self, region: str, text: str, error: BaseException, level: int = logging.ERROR
+    ) -> None:
         """Log a failure, unless its region has logged too many."""
         traced = self._is_new(error)
         omitted = self._admit(region, traced)
@@ -115,7 +117,8 @@ class FailureLog:
         kind = "" if isinstance(error, RequestError) else f"{type(error).__name__}: "
         more = f" ({omitted} more failures of {region} were not logged)" if omitted else ""
         safely(
-            logger.error,
+            logger.log,
+            level,
             "domain %d: %s: %s%s%s",
             self._domid,
             text,
