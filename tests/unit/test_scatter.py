@@ -125,7 +125,7 @@ def test_short_transfers_go_on_where_the_kernel_stopped(
 def test_more_ranges_than_the_kernel_takes_in_one_call(
     guest: MockDomain, memory: GuestMemory, tmp_path: Path
 ) -> None:
-    """IOV_MAX is no limit."""
+    """IOV_MAX does not limit a list."""
     count = os.sysconf("SC_IOV_MAX") + 7
     data = os.urandom(8 * count)
     path = tmp_path / "large"

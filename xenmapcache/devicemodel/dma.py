@@ -17,9 +17,9 @@
 #   1. A transfer is accepted by `submit`: one call into C stores it, wakes a worker, and starts
 #      one if fewer than `workers` run. No signal handler runs in between. So after an interrupt
 #      a transfer was not accepted, or a worker carries it out.
-#   2. From the claim on, only the worker that claimed a transfer changes it. Workers are no main
-#      thread, so no signal handler ever interrupts one. The worker that takes leases releases
-#      them, in one `with` block.
+#   2. From the claim on, only the worker that claimed a transfer changes it. A worker is never
+#      the main thread, so a signal handler never interrupts one. The worker that takes leases
+#      releases them, in one `with` block.
 #   3. Every other thread stores only `cancelled = True`, and waits.
 #
 # Races, and what decides them
@@ -138,7 +138,7 @@ class DmaEngine:
         """Accept a transfer, without waiting.
 
         What goes wrong with the transfer itself, for example because the guest chose an address
-        without memory, is no exception here but its status FAILED.
+        without memory, is not raised here: it becomes the transfer's status FAILED.
 
         Args:
             ranges: ``(address, length)`` pairs. They may be hostile; limit their number.
@@ -288,7 +288,7 @@ class DmaEngine:
         try:
             self.drain()
         finally:
-            self._table.cancel()
+            self._table.end()
             for _ in range(self._workers):
                 self._wake.put(None)  # workers that have nothing to do end now
 

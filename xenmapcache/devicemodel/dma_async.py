@@ -165,7 +165,11 @@ class AsyncDmaEngine:
         Those that have not begun never begin. The work of those under way gets CancelledError
         where it awaits, before any other of its code runs. No ``on_end`` of theirs is called.
         """
-        for record in self._table.cancel():
+        self._interrupt(self._table.cancel())
+
+    @staticmethod
+    def _interrupt(records: list[DmaRecord]) -> None:
+        for record in records:
             if isinstance(record.carrier, asyncio.Task):
                 record.carrier.cancel()
 
@@ -181,7 +185,7 @@ class AsyncDmaEngine:
         try:
             await self.drain()
         finally:
-            self.cancel()
+            self._interrupt(self._table.end())
 
     async def __aenter__(self) -> Self:
         return self

@@ -176,6 +176,13 @@ class TransferTable:
             record.cancelled = True
         return records
 
+    def end(self) -> list[DmaRecord]:
+        """Cancel all transfers at the end of the engine, and log how many failures were not."""
+        try:
+            return self.cancel()
+        finally:
+            locked(self._log_lock, self._log.flush)
+
     # --- what is waited for ---------------------------------------------------------------------
 
     def busy(self, accepted: list[DmaRecord], carrier: object) -> list[DmaRecord]:

@@ -122,7 +122,7 @@ class Pieces:
             offset: where in the file.
 
         Returns:
-            How many bytes were written: fewer than ``len()`` only if the file takes no more of
+            How many bytes were written: fewer than ``len()`` only if the file stops taking
             them and gives no error.
 
         Raises:
