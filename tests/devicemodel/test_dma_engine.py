@@ -248,6 +248,18 @@ def test_a_hold_that_comes_after_the_look_finds_the_claim(
     assert transfer.status is DONE
 
 
+def test_a_drain_waits_for_what_was_claimed_too_early(engine: DmaEngine) -> None:
+    """A worker that has not seen the hold yet has a transfer that nobody has accepted."""
+    table = engine._table
+    record = table.make(RANGES, "from-device", none, None)
+    table.hold()
+    table.live[record.number] = record
+    assert table.busy([], None) == []
+    assert record.claim()
+    assert table.busy([], None) == [record]
+    table.finish(record)
+
+
 def test_an_invalidate_that_waits_too_long_names_the_transfer(
     guest: MockDomain,
     cache: MapCache,
@@ -334,16 +346,29 @@ def test_transfers_wait_while_the_guest_is_saved(
 
 def test_a_reset_while_the_guest_is_saved(live: IoreqServer, engine: DmaEngine) -> None:
     """It does not wait for resume(), and what waited at the gate is not carried out after it."""
-    ended: list[DmaTransfer] = []
+    begun: list[object] = []
+    ended: list[object] = []
     live.suspend()
-    transfers = [engine.submit(RANGES, "from-device", none, on_end=ended.append) for _ in range(2)]
+    transfers = [
+        engine.submit(RANGES, "from-device", begun.append, on_end=ended.append) for _ in range(2)
+    ]
     spin_until(lambda: engine._table.live[1].passage)
     engine.cancel()
     assert [each.status for each in transfers] == [CANCELLED, CANCELLED]
     live.resume()
     engine.drain()
     assert [each.status for each in transfers] == [CANCELLED, CANCELLED]
-    assert ended == []
+    assert begun == ended == []
+
+
+def test_what_is_cancelled_does_not_go_to_the_gate(live: IoreqServer, engine: DmaEngine) -> None:
+    """A worker that finds it has no reason to wait for resume()."""
+    live.suspend()
+    record = engine._table.make(RANGES, "from-device", none, None)
+    record.cancelled = True
+    engine._carry_out(record)
+    assert record.status is CANCELLED
+    assert record.passage is None
 
 
 def test_a_server_that_is_closed_while_the_guest_is_saved(
@@ -414,8 +439,9 @@ def test_its_queue_is_bounded(live: IoreqServer) -> None:
         engine.submit(RANGES, "from-device", work)
 
 
-def test_close(live: IoreqServer) -> None:
+def test_close(live: IoreqServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits as long as it is told to, cancels the rest, and can be repeated."""
+    monkeypatch.setattr(dma, "_IDLE_S", 1000.0)  # the workers end all the same
     work = Blocked()
     engine = DmaEngine(live, name="disk0", drain_timeout=0.05)
     running = engine.submit(RANGES, "from-device", work)

@@ -198,7 +198,7 @@ class TransferTable:
         wanted = {record.number for record in accepted}
         found = []
         for record in [*self.live.values()]:
-            if record.carrier == carrier:
+            if record.carrier is not None and record.carrier == carrier:
                 continue  # its work, or its end, waits for itself
             begun = record.is_inside if suspended else not record.unclaimed
             if begun or (record.number in wanted and not suspended):
