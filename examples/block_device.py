@@ -1,8 +1,8 @@
 """A tiny DMA disk over a file, served to a guest through ports.
 
 The guest writes a sector, a guest address and a count to ports, then a command, and
-polls the status port until the transfer is done. The data moves straight between the
-file and the guest's memory: ``preadv`` and ``pwritev`` on the lease's view, no copy.
+polls the status port until the transfer is done. A DmaEngine moves the data straight
+between the file and the guest's memory, without a copy, and takes care of INVALIDATE.
 
 Without arguments it serves a mock guest, whose driver is in this file too. In Dom0:
 ``python block_device.py --domid 3 --disk disk.img`` serves a real one until SIGTERM.
@@ -16,13 +16,13 @@ import os
 import signal
 import tempfile
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypedDict
 
 from xenmapcache import DmaDirection, MapCache, MockDomain, MockHypervisor, open_backend
-from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel import DmaEngine, DmaTransfer, IoreqServer
+from xenmapcache.guest import Segments
 
 PORT = 0x510
 SECTOR, ADDRESS_LOW, ADDRESS_HIGH, COUNT, COMMAND, STATUS, CAPACITY = range(0, 28, 4)
@@ -53,17 +53,14 @@ class BlockDevice:
         state: State | None = None,
     ) -> None:
         state = state or {"registers": [0] * 4, "pending": None, "failed": False}
-        self._server, self._cache = server, cache
         self._registers = dict(zip(REGISTERS, state["registers"], strict=True))
         self._pending, self._failed = state["pending"], state["failed"]
+        self._left = self._pending is not None  # by another process
         self._disk = os.open(path, os.O_RDWR)
         self._capacity = os.fstat(self._disk).st_size // SECTOR_SIZE
-        self._worker = ThreadPoolExecutor(1, "disk0")
-        self._transfer: Future[None] | None = None
+        self._dma = DmaEngine(server, name="disk0")
         self.transfers = 0
         server.claim_ports(port, 28, self)
-        # Before all mappings go, the transfer that is under way is finished.
-        server.on_quiesce(self.drain)
 
     def read(self, offset: int, size: int) -> int:
         """Answer the guest's ``in``."""
@@ -84,12 +81,7 @@ class BlockDevice:
         elif offset == COMMAND and self._pending is None:
             # What the guest writes from now on is for the next one.
             self._pending = [value, *self._registers.values()]
-            self._start(self._pending)
-
-    def drain(self) -> None:
-        """Wait until no transfer is under way. One that is held back has no lease."""
-        if self._transfer is not None and not self._server.suspended:
-            self._transfer.exception()
+            self._start(*self._pending)
 
     def state(self) -> State:
         """Return what is not in the guest's image. The guest is suspended, or the server closed."""
@@ -98,47 +90,36 @@ class BlockDevice:
 
     def _carry_on(self) -> None:
         """Start what another process has left. Here, because the server is open now."""
-        if self._pending is not None and self._transfer is None:
-            self._start(self._pending)
-
-    def _start(self, pending: list[int]) -> None:
-        self.transfers += 1
-        self._transfer = self._worker.submit(self._run, *pending)
+        if self._left and self._pending is not None:
+            self._left = False
+            self._start(*self._pending)
 
     def _status(self) -> int:
         if self._pending is not None:
             return BUSY
         return ERROR if self._failed else DONE
 
-    def _run(self, command: int, sector: int, low: int, high: int, count: int) -> None:
-        # Waits here while the guest is saved. If the server is closed then, this raises, and
-        # the command stays pending: it is part of the state.
-        with self._server.transfer():
-            self._failed = True
-            try:
-                self._move(command, sector, high << 32 | low, count)
-                self._failed = False
-            finally:
-                self._pending = None
-
-    def _move(self, command: int, sector: int, address: int, count: int) -> None:
+    def _start(self, command: int, sector: int, low: int, high: int, count: int) -> None:
+        self.transfers += 1
         if command not in (READ, WRITE) or not 0 < count <= self._capacity - sector:
-            raise ValueError(f"no transfer: command {command}, {count} sectors at {sector}")
-        way = DmaDirection.FROM_DEVICE if command == READ else DmaDirection.TO_DEVICE
-        move = os.preadv if command == READ else os.pwritev
-        with self._cache.map_dma(
-            address, count * SECTOR_SIZE, owner="disk0", direction=way
-        ) as lease:
-            view, position = lease.view, sector * SECTOR_SIZE
-            while view:  # a file may give less than asked
-                moved = move(self._disk, [view], position)
-                if not moved:
-                    raise OSError("the disk's file has become shorter")
-                view, position = view[moved:], position + moved
+            self._failed, self._pending = True, None
+            return
+
+        def move(memory: Segments) -> int:
+            way = memory.read_from if command == READ else memory.write_to
+            return way(self._disk, sector * SECTOR_SIZE)
+
+        def end(transfer: DmaTransfer) -> None:
+            # If the server is closed while the guest is saved, nobody calls this, and the command
+            # stays pending: it is part of the state.
+            self._failed, self._pending = transfer.result != count * SECTOR_SIZE, None
+
+        direction = DmaDirection.FROM_DEVICE if command == READ else DmaDirection.TO_DEVICE
+        self._dma.submit([(high << 32 | low, count * SECTOR_SIZE)], direction, move, on_end=end)
 
     def close(self) -> None:
         """Finish the transfer that is under way, and close the file. The server is closed."""
-        self._worker.shutdown()
+        self._dma.close()
         os.close(self._disk)
 
     def __enter__(self) -> Self:

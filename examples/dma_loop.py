@@ -28,15 +28,15 @@ Ranges = list[tuple[int, int]]
 def read_from_disk(memory: GuestMemory, disk: int, offset: int, ranges: Ranges) -> None:
     """Serve a guest's read request: fill its memory from the disk."""
     way = DmaDirection.FROM_DEVICE
-    with memory.segments(ranges, owner="disk0 read", direction=way) as views:
-        os.preadv(disk, views, offset)
+    with memory.segments(ranges, owner="disk0 read", direction=way) as segments:
+        segments.read_from(disk, offset)
 
 
 def write_to_disk(memory: GuestMemory, disk: int, offset: int, ranges: Ranges) -> None:
     """Serve a guest's write request."""
     way = DmaDirection.TO_DEVICE
-    with memory.segments(ranges, owner="disk0 write", direction=way) as views:
-        os.pwritev(disk, views, offset)
+    with memory.segments(ranges, owner="disk0 write", direction=way) as segments:
+        segments.write_to(disk, offset)
 
 
 def make_request(rng: random.Random) -> tuple[int, Ranges]:

@@ -22,6 +22,7 @@ __all__ = [
     "FaultError",
     "LeaseError",
     "MappingLostError",
+    "QueueFullError",
     "TranslationError",
     "UnsupportedOperationError",
     "WrongFormatError",
@@ -176,6 +177,10 @@ class LeaseError(XenMapCacheError):
 
 class CacheFullError(XenMapCacheError):
     """No room under ``max_resident`` or ``max_copies``: all of it is leased or in use by a view."""
+
+
+class QueueFullError(XenMapCacheError):
+    """A DMA engine has as many transfers under way as it accepts."""
 
 
 class ClosedError(XenMapCacheError, ValueError):

@@ -429,8 +429,8 @@ def test_segments(guest: Guest, cache: MapCache) -> None:
     """A scatter-gather list is mapped whole; one with a hole in it is not mapped at all."""
     memory = GuestMemory(cache)
     ranges = [(guest.address + 5, 7), (guest.address + MiB - 2, 4), (guest.address, PAGE_SIZE)]
-    with memory.segments(ranges, direction=TO_DEVICE) as views:
-        assert [bytes(view) for view in views] == [cache.read(*each) for each in ranges]
+    with memory.segments(ranges, direction=TO_DEVICE) as segments:
+        assert [bytes(view) for view in segments.views] == [cache.read(*each) for each in ranges]
         assert len(cache.leases()) == 3
     with pytest.raises(FaultError):
         memory.segments([*ranges, (guest.hole * PAGE_SIZE, 1)], direction=TO_DEVICE).__enter__()

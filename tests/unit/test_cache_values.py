@@ -190,8 +190,8 @@ def test_segments_are_leased_together_or_not_at_all(cache: MapCache) -> None:
     with pytest.raises(LeaseError, match="released stale"):
         with GuestMemory(strict).segments(
             [(0x1000, 8), (0x2000, 8)], direction="to-device"
-        ) as views:
-            assert [view.readonly for view in views] == [True, True]
+        ) as segments:
+            assert [view.readonly for view in segments.views] == [True, True]
             strict.invalidate()
     assert strict.leases() == ()
     with memory.segments([(0x1000, 8), (0x2000, 8)]):

@@ -139,11 +139,11 @@ def test_segments_move_data_without_a_copy(
     source.write_bytes(b"0123456789")
     fd = os.open(source, os.O_RDWR)
     try:
-        with memory.segments(ranges) as views:
-            assert os.preadv(fd, views, 0) == 10
+        with memory.segments(ranges) as segments:
+            assert os.preadv(fd, segments.views, 0) == 10
         assert [domain.read(*each) for each in ranges] == [b"0123", b"4", b"56789"]
-        with memory.segments(ranges, direction=DmaDirection.TO_DEVICE) as views:
-            assert os.pwritev(fd, views, 10) == 10
+        with memory.segments(ranges, direction=DmaDirection.TO_DEVICE) as segments:
+            assert os.pwritev(fd, segments.views, 10) == 10
     finally:
         os.close(fd)
     assert source.read_bytes() == b"0123456789" * 2
@@ -436,8 +436,8 @@ def test_directions_reach_the_leases(cache: MapCache) -> None:
         _fields_ = (("magic", ctypes.c_uint32),)
 
     with memory.structure(AT, Header, owner="s", direction=way):
-        with memory.segments([(AT, 8)], owner="l", direction=way) as (view,):
-            assert view.readonly
+        with memory.segments([(AT, 8)], owner="l", direction=way) as segments:
+            assert [view.readonly for view in segments.views] == [True]
             assert [(info.owner, info.direction) for info in cache.leases()] == [
                 ("s", way),
                 ("l", way),

@@ -25,7 +25,8 @@ LAYERS = [
     {"mock", "source"},
     {"backends"},
     {"cache"},
-    {"guest", "devicemodel", "writers"},
+    {"guest", "writers"},
+    {"devicemodel"},
     {"adapters", "doctor", "observe"},
     {"cli"},
 ]

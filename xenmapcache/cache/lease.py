@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn, Self
 
+from ..address import as_int
 from ..errors import LeaseError
 from ..mapping import FREE_THREADED
 from .info import DmaDirection, LeaseKind
@@ -120,8 +121,12 @@ class Lease:
         """Whether it was released."""
         return self._record.view is None
 
-    def release(self) -> None:
+    def release(self, *, written: int | None = None) -> None:
         """Give the memory back. DMA that wrote is marked dirty first.
+
+        Args:
+            written: how many bytes, from the first one on, may have been written: only their
+                pages are marked dirty, and copied by ``"copy"``. None if all may have been.
 
         A DMA lease that went stale is reported, as the cache's ``on_stale`` says:
 
@@ -134,6 +139,7 @@ class Lease:
         complete. ``released`` shows which, and a second release completes the first.
 
         Raises:
+            ValueError: ``written`` is negative, or more than the lease has.
             LeaseError: it was released before, or is stale where that is refused. With
                 ``strict_views``: a view is in use; the lease is still held, and can be released
                 when the view is gone.
@@ -143,7 +149,14 @@ class Lease:
             XenCallError, ClosedError: Xen failed, or the backend is closed; the lease is still
                 held, and can be released again.
         """
-        self._registry.release(self._record)
+        if written is not None:
+            written = as_int("written", written)
+            if not 0 <= written <= self.length:
+                raise ValueError(
+                    f"written must be 0 to {self.length}, the bytes of {self._name()}, "
+                    f"not {written}"
+                )
+        self._registry.release(self._record, written=written)
 
     def __enter__(self) -> Self:
         return self

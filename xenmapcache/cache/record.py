@@ -53,6 +53,7 @@ class LeaseRecord:
         told: whether observers know it as held.
         copied_pages, lost_pages: what a copy of it has delivered, and what no guest sees.
         views: of a cache with strict views, those that callers were given; else None.
+        written: how many bytes the last release said were written; None if it did not say.
     """
 
     __slots__ = (
@@ -82,6 +83,7 @@ class LeaseRecord:
         "view",
         "views",
         "warned",
+        "written",
     )
 
     def __init__(
@@ -111,6 +113,12 @@ class LeaseRecord:
         self.released_at: int | None = None
         self.undelivered: XenMapCacheError | None = None
         self.views: Views | None = None
+        self.written: int | None = None
+
+    @property
+    def written_length(self) -> int:
+        """How many bytes, from the first one on, may have been written."""
+        return self.length if self.written is None else self.written
 
     def stale_at(self, sequence: int) -> bool:
         """Tell whether the invalidation of that number has made it stale."""

@@ -179,12 +179,15 @@ class LeaseRegistry:
 
     # --- release -----------------------------------------------------------------
 
-    def release(self, record: LeaseRecord, *, strict: bool = True) -> None:
+    def release(
+        self, record: LeaseRecord, *, strict: bool = True, written: int | None = None
+    ) -> None:
         """End a lease; see :meth:`Lease.release`.
 
         Args:
             record: the lease.
             strict: refuse it while views are in use, if the lease knows its views.
+            written: how many of its bytes may have been written; None if nobody has said.
         """
         table = self.table
         if table.forked:
@@ -203,6 +206,8 @@ class LeaseRegistry:
                     f"({record.views.in_use()}): drop them, and the slices and arrays made of "
                     "them, first; the lease is still held"
                 )
+            if written is not None:
+                record.written = written
             sequence = table.generation.sequence
             stale = record.sequence != sequence and record.kind is _DMA
             if stale:
@@ -264,7 +269,9 @@ class LeaseRegistry:
         view = record.view
         if view is None or view.readonly or self._dirty.mark is None:
             return False
-        gfn, count = page_span(record.address, record.length)
+        if not (length := record.written_length):
+            return False
+        gfn, count = page_span(record.address, length)
         self._dirty.backend.mark_dirty(gfn, count)
         if self._observed:
             self._dirty.tell(gfn, count)

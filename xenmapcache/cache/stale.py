@@ -70,7 +70,7 @@ class StalePolicy:
             return 0
         if self.on_stale == "copy":
             return record.lost_pages
-        return page_span(record.address, record.length)[1]
+        return _written_pages(record)[1]
 
     def verdict(self, record: LeaseRecord, info: LeaseInfo) -> XenMapCacheError | None:
         """Return what a release of a stale lease raises when the lease has ended."""
@@ -106,7 +106,7 @@ class StalePolicy:
 
         A page that is still the same is left alone: the guest may be writing it.
         """
-        first, count = page_span(record.address, record.length)
+        first, count = _written_pages(record)
         fault: XenMapCacheError | None = None
         copied = done = 0
         operation = Operation()
@@ -147,7 +147,7 @@ def _copy_pages(
     """Copy what differs; return how many pages, how many are missing, and the first one's error."""
     fault: XenMapCacheError | None = None
     copied = missed = 0
-    end = record.address + record.length
+    end = record.address + record.written_length
     for page in range(mapping.count):
         base = mapping.gfn + page << PAGE_SHIFT
         first, stop = max(base, record.address), min(base + PAGE_SIZE, end)
@@ -165,6 +165,12 @@ def _copy_pages(
             if isinstance(fault, FaultError):
                 fault = FaultError(first, end - first, fault.errno)
     return copied, missed, fault
+
+
+def _written_pages(record: LeaseRecord) -> tuple[int, int]:
+    """Return ``(gfn, count)`` of the pages that a device may have written."""
+    length = record.written_length
+    return page_span(record.address, length) if length else (0, 0)
 
 
 def _loss(record: LeaseRecord) -> str:

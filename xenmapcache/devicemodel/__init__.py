@@ -1,6 +1,17 @@
 """Device models in Python: an ioreq server over live Xen or over the mock."""
 
+from .dma import DmaEngine
+from .dma_async import AsyncDmaEngine
+from .dma_transfer import DmaStatus, DmaTransfer
 from .regions import Device, Region
 from .server import IoreqServer
 
-__all__ = ["Device", "IoreqServer", "Region"]
+__all__ = [
+    "AsyncDmaEngine",
+    "Device",
+    "DmaEngine",
+    "DmaStatus",
+    "DmaTransfer",
+    "IoreqServer",
+    "Region",
+]

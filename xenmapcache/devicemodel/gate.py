@@ -67,6 +67,13 @@ class Gate:
                 self._changed.wait()
             self._inside.add(transfer)
 
+    def is_inside(self, transfer: object) -> bool:
+        """Return whether a transfer has gone through and has not ended.
+
+        It takes no lock. Once the gate is seen shut, who has gone through is seen, too.
+        """
+        return transfer in self._inside
+
     def leave(self, transfer: object) -> None:
         """Say that a transfer has ended. Can be repeated."""
         with self._changed:
@@ -79,6 +86,11 @@ class Transfer:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+
+    @property
+    def inside(self) -> bool:
+        """Whether it has begun and has not ended."""
+        return self._gate.is_inside(self)
 
     def __enter__(self) -> None:
         self._gate.enter(self)

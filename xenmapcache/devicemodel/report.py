@@ -101,12 +101,15 @@ class FailureLog:
             job, error = self.waiting.popleft()
             if isinstance(error, QuiesceError):
                 for callback, each in error.failures:
-                    self._line("on_quiesce", f"on_quiesce: {callback!r} failed", each)
+                    self.line("on_quiesce", f"on_quiesce: {callback!r} failed", each)
             else:
                 region = repr(job.region) if job.region is not None else "no region"
-                self._line(region, f"{job.request or 'buffered ring'}: failed", error)
+                self.line(region, f"{job.request or 'buffered ring'}: failed", error)
 
-    def _line(self, region: str, text: str, error: Exception) -> None:
+    def line(
+        self, region: str, text: str, error: BaseException, level: int = logging.ERROR
+    ) -> None:
+        """Log a failure, unless its region has logged too many."""
         traced = self._is_new(error)
         omitted = self._admit(region, traced)
         if omitted is None:
@@ -114,7 +117,8 @@ class FailureLog:
         kind = "" if isinstance(error, RequestError) else f"{type(error).__name__}: "
         more = f" ({omitted} more failures of {region} were not logged)" if omitted else ""
         safely(
-            logger.error,
+            logger.log,
+            level,
             "domain %d: %s: %s%s%s",
             self._domid,
             text,
@@ -137,7 +141,7 @@ class FailureLog:
                 )
                 budget.omitted = 0
 
-    def _is_new(self, error: Exception) -> bool:
+    def _is_new(self, error: BaseException) -> bool:
         """Return whether a traceback is worth its lines: a handler's bug, not seen before."""
         if isinstance(error, RequestError | FaultError):
             return False

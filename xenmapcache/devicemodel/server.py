@@ -318,7 +318,7 @@ class IoreqServer:
         """
         return self._gate.is_shut
 
-    def transfer(self) -> AbstractContextManager[None]:
+    def transfer(self) -> Transfer:
         """Return a context manager for a transfer in a thread of its own.
 
         It waits while the guest is saved. Take leases inside of it, and only there. Entering it

@@ -178,10 +178,12 @@ class GuestMemory:
     ) -> scatter.Segments:
         """Lease a scatter-gather list for a ``with`` block: all ranges, or on an error none.
 
-        The views go as they are into ``os.preadv``, ``os.pwritev``, ``socket.sendmsg``.
+        ``read_from(fd, offset)`` and ``write_to(fd, offset)`` move data between the ranges and a
+        file; ``views`` go into ``os.preadv``, ``socket.sendmsg`` and the like. Slices are counted
+        in bytes across all ranges.
 
         Args:
-            ranges: ``(address, length)`` pairs.
+            ranges: ``(address, length)`` pairs. A length of 0 takes no lease.
             owner: of the leases.
             direction: of the leases.
 
