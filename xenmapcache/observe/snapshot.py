@@ -15,12 +15,12 @@ from ..cache.info import CacheStats
 
 VERSION: Final = 1
 """Of the form. A reader reads answers of this version, and ignores keys that it does not know."""
-MAX_BYTES: Final = 1 << 24
+MAX_BYTES: Final = 1 << 22
 """How long an answer may be. What a monitor sends is never longer."""
 MAX_TEXT: Final = 1000
 """How long a text may be, in characters."""
 MAX_LEASES: Final = 10_000
-"""How many leases of one cache may be in an answer."""
+"""How many leases may be in an answer."""
 MAX_FRAMES: Final = 64
 """How many lines of its origin a lease may have."""
 MAX_WATCHED: Final = 1000
@@ -95,7 +95,8 @@ class CurrentRequest:
     Attributes:
         vcpu: that waits; None of a buffered request, or if there is no request.
         kind: ``port``, ``mmio``, ``pci_config``, ``timeoffset``, ``invalidate``, or ``type N`` of
-            one that this package does not know; ``callbacks`` if there is no request.
+            one that this package does not know; ``callbacks`` if there is no request: those of
+            :meth:`IoreqServer.on_quiesce` at the end, or handlers of logging.
         is_read: whether data goes to the guest; None if there is no request.
         address: port, guest-physical address, or ``bdf << 32 | offset``; None likewise.
         size: bytes of one item; None likewise.
@@ -192,6 +193,16 @@ class Snapshot:
             tuple(map(_server, found.objects("servers", MAX_WATCHED))),
             found.number("omitted"),
         )
+
+
+def error_json(text: str) -> str:
+    """Return the answer to what a monitor does not understand, or cannot do."""
+    return json.dumps({"version": VERSION, "error": cut(text)}, separators=(",", ":"))
+
+
+def cut(text: str) -> str:
+    """Return a text, or its beginning if it is too long for an answer."""
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}..."
 
 
 def _lease(found: _Fields) -> LeaseState:
@@ -321,7 +332,7 @@ class _Fields:
         return None if value is None else _Fields(f"{self.place}.{key}", value)
 
     def objects(self, key: str, most: int) -> Iterator[_Fields]:
-        """Yield the objects of a list of at most so many."""
+        """Yield the objects of a list of up to ``most``."""
         for number, value in enumerate(self._list(key, most)):
             yield _Fields(f"{self.place}.{key}[{number}]", value)
 
