@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Self
+
 from xenmapcache import CacheStats
 from xenmapcache.observe.snapshot import (
     CacheState,
@@ -78,3 +84,80 @@ SNAPSHOT = Snapshot(
     ),
     omitted=0,
 )
+
+
+class Program:
+    """A child process that runs some code, and has printed a line. Also a context manager.
+
+    Args:
+        code: it imports what it needs, prints a line when it is ready, and reads a line to wait.
+        folder: for the sockets.
+        monitor: the value of XENMAPCACHE_MONITOR.
+
+    Attributes:
+        said: the line that it has printed.
+    """
+
+    def __init__(self, code: str, folder: Path, monitor: str = "") -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "XENMAPCACHE_RUNTIME_DIR": str(folder),
+            "XENMAPCACHE_MONITOR": monitor,
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self.said = self.line()
+
+    def line(self) -> str:
+        """Wait for the next line that it prints."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().rstrip("\n")
+
+    def end(self) -> int:
+        """Let it end, and return its status."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+STUCK = """
+import sys, threading
+from xenmapcache import open_cache
+cache = open_cache("mock:16M", bucket_shift=16, record_origin=True)
+threading.current_thread().name = "worker-1"
+stale = cache.map_dma(0x1000, 0x2000, owner="disk0", direction="from-device")
+device = cache.map_device(0xA0000, 0x10000, owner="vga\\x1b[31m")
+cache.invalidate()
+held = threading.Event()
+def hold():
+    with cache._budget.lock:
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+print("stuck", flush=True)
+sys.stdin.readline()
+"""
+"""A program of which a thread holds the cache's lock for ever. It holds two leases."""
