@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from xenmapcache import CacheStats
+from xenmapcache.observe.answering import Responder
 from xenmapcache.observe.snapshot import (
     CacheState,
     CurrentRequest,
@@ -16,6 +19,7 @@ from xenmapcache.observe.snapshot import (
     ServerState,
     Snapshot,
 )
+from xenmapcache.observe.sockets import SocketFolder
 
 S = 1_000_000_000
 NOW = 1_800_000_000 * S
@@ -43,7 +47,7 @@ LEASES = (
     ),
     LeaseState(
         4,
-        "disk0 \x1b[31m",
+        "disk0",
         "dma",
         0x7F000,
         0x80010,
@@ -51,7 +55,7 @@ LEASES = (
         NOW - 61 * S,
         True,
         "worker-1",
-        ("disk.py:9 in serve", "disk.py:77 in start_read"),
+        ("device.py:9 in serve", "device.py:77 in start_read"),
     ),
     LeaseState(
         9, "net", "dma", 0, 1 << 52, "to-device", NOW - S // 2, False, "MainThread", ()
@@ -76,7 +80,14 @@ SNAPSHOT = Snapshot(
             0,
             (
                 CurrentRequest(
-                    1, "port", False, 0x1F0, 2, NOW - 9 * S, "<PORT region 0x1f0..0x1f8>", "Disk.w"
+                    1,
+                    "port",
+                    False,
+                    0x1F0,
+                    2,
+                    NOW - 9 * S,
+                    "<PORT region 0x1f0..0x1f8>",
+                    "Disk.write",
                 ),
                 CurrentRequest(None, "callbacks", None, None, None, NOW - 10 * S, None, None),
             ),
@@ -84,6 +95,22 @@ SNAPSHOT = Snapshot(
     ),
     omitted=0,
 )
+
+
+@contextmanager
+def processes(folder: Path, *snapshots: Snapshot) -> Iterator[None]:
+    """Be processes that answer what is given. In the folder there may be others."""
+    responders = []
+    with SocketFolder(folder, create=True) as opened:
+        for each in snapshots:
+            line = each.to_json().encode() + b"\n"
+            responders.append(Responder(opened.listen(each.pid), lambda _, line=line: line, b""))
+            responders[-1].start()
+    try:
+        yield
+    finally:
+        for responder in responders:
+            responder.stop()
 
 
 class Program:
