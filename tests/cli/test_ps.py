@@ -96,7 +96,7 @@ def test_the_table_fits_80_columns(folder: Path, capsys: pytest.CaptureFixture[s
 def test_what_could_not_be_read_is_not_told_as_0(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A sum that lacks a part is none."""
+    """A sum that lacks a part is left out."""
     unread = replace(SNAPSHOT.caches[0], leases=(), stats=None, incomplete=True)
     found = replace(SNAPSHOT, caches=(SNAPSHOT.caches[0], unread))
     with processes(folder, found):
@@ -147,7 +147,7 @@ def test_a_real_process_that_is_stuck(folder: Path, capsys: pytest.CaptureFixtur
     assert (process["pid"], process["problem"]) == (program.pid, None)
     assert (process["leases"], process["stale_dma"], process["domids"]) == (2, 1, [1])
     assert process["resident_bytes"] == 0x20000
-    assert 0 < process["uptime_ns"]
+    assert process["uptime_ns"] > 0
     assert report(capsys, 1) == []
 
 

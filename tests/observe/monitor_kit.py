@@ -43,24 +43,42 @@ STATS = CacheStats(
 )
 LEASES = (
     LeaseState(
-        1, "vga", "device", 0x1000, 0x2000, None, NOW - 100 * S, False, "MainThread", None
+        id=1,
+        owner="vga",
+        kind="device",
+        start=0xA0000,
+        end=0xC0000,
+        direction=None,
+        taken_ns=NOW - 3650 * S,
+        stale=False,
+        thread="MainThread",
+        origin=None,
     ),
     LeaseState(
-        4,
-        "disk0",
-        "dma",
-        0x7F000,
-        0x80010,
-        "from-device",
-        NOW - 61 * S,
-        True,
-        "worker-1",
-        ("device.py:9 in serve", "device.py:77 in start_read"),
+        id=4,
+        owner="disk0",
+        kind="dma",
+        start=0x7F000,
+        end=0x80010,
+        direction="from-device",
+        taken_ns=NOW - 61 * S,
+        stale=True,
+        thread="worker-1",
+        origin=("device.py:9 in serve", "device.py:77 in start_read"),
     ),
     LeaseState(
-        9, "net", "dma", 0, 1 << 52, "to-device", NOW - S // 2, False, "MainThread", ()
+        id=9,
+        owner="net",
+        kind="dma",
+        start=0x13F00F000,
+        end=0x13F00F800,
+        direction="to-device",
+        taken_ns=NOW - S // 2,
+        stale=False,
+        thread="MainThread",
+        origin=(),
     ),
-)  # fmt: skip
+)
 SNAPSHOT = Snapshot(
     pid=4321,
     argv="python3 device.py --disk0",
@@ -103,8 +121,8 @@ def processes(folder: Path, *snapshots: Snapshot) -> Iterator[None]:
     responders = []
     with SocketFolder(folder, create=True) as opened:
         for each in snapshots:
-            line = each.to_json().encode() + b"\n"
-            responders.append(Responder(opened.listen(each.pid), lambda _, line=line: line, b""))
+            answers = {b"state": each.to_json().encode() + b"\n"}
+            responders.append(Responder(opened.listen(each.pid), answers.__getitem__, b""))
             responders[-1].start()
     try:
         yield

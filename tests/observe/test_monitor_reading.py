@@ -167,7 +167,7 @@ def test_too_many_caches_are_counted(
 
 
 def changed(times: int, error: Exception) -> Callable[..., Any]:
-    """Return a function that fails so many times, and then returns its argument."""
+    """Return a function that fails N times, and then returns its argument."""
     left = [error] * times
 
     def function(value: object) -> object:

@@ -154,7 +154,7 @@ def test_numbers_are_found(folder: SocketFolder) -> None:
 
 
 def test_a_socket_that_refuses_is_removed(folder: SocketFolder) -> None:
-    """Its process has ended. One that is missing is no error."""
+    """Its process has ended. A missing one raises no error."""
     folder.listen(7).close()
     assert folder.connect(7) is None
     assert folder.pids() == []
