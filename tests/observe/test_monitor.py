@@ -38,7 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def connect(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(20)
-    connection.connect(path)
+    folder, name = os.path.split(path)
+    fd = os.open(folder, os.O_PATH)
+    try:
+        connection.connect(f"/proc/self/fd/{fd}/{name}")  # however long the path is
+    finally:
+        os.close(fd)
     return connection
 
 

@@ -165,7 +165,7 @@ def test_sockets_of_ended_processes_are_removed(folder: SocketFolder) -> None:
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing one is skipped; an unsafe one is told. Of two sockets of a process, one is asked."""
+    """A missing one is skipped, an unsafe one told. Of two sockets of a process, one is asked."""
     first, second, unsafe = (tmp_path / name for name in ("first", "second", "unsafe"))
     unsafe.mkdir()
     unsafe.chmod(0o755)
