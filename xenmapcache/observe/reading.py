@@ -119,12 +119,13 @@ def read_process(watched: Iterable[Watched], started_ns: int) -> Snapshot:
             else:
                 omitted += 1
     # Leases last: those of one cache do not take the room of the next cache itself.
+    states = tuple([_read_cache(cache, each, room) for cache, each in caches])
     return Snapshot(
         os.getpid(),
         cut(printable(" ".join(sys.orig_argv))),
         started_ns,
         now(),
-        tuple([_read_cache(cache, each, room) for cache, each in caches]),
+        states,
         tuple(servers),
         omitted,
     )
