@@ -166,7 +166,7 @@ def test_a_process_that_cannot_be_read(
         patch.setattr(module, "read_process", fail)
         error = command(monitor.path, b"state")["error"]
         assert error == "this process cannot be read: KeyError('a fault')"
-        (answer,) = ask().answers
+        (answer,) = ask(timeout=20).answers
         assert answer.problem == f"the monitor reports: {error}"
         patch.undo()
         assert ask_here().pid == os.getpid()
@@ -223,7 +223,7 @@ def test_a_socket_that_cannot_be_removed(
     assert "the monitor's socket is not removed" in caplog.text
     assert module._process._responder is None
     folder.chmod(0o700)
-    assert ask().answers == ()
+    assert ask(timeout=20).answers == ()
     assert [*folder.iterdir()] == []
 
 
@@ -280,7 +280,7 @@ def test_a_forked_child_answers_for_itself(cache: MapCache, backend: Backend, fo
                 assert len(ask_here().caches) == 1
 
         assert in_child(work) == 0
-        assert [each.pid for each in ask().answers] == [os.getpid()]
+        assert [each.pid for each in ask(timeout=20).answers] == [os.getpid()]
         assert ask_here().pid == os.getpid()
 
 
@@ -295,7 +295,7 @@ def test_forgetting(cache: MapCache, folder: Path) -> None:
     assert [each.name for each in folder.iterdir()] == [f"{os.getpid()}.sock"]
     responder.stop()
     module._process.forget()
-    assert ask().answers == ()
+    assert ask(timeout=20).answers == ()
 
 
 PROGRAM = """
@@ -350,7 +350,7 @@ def test_what_a_killed_process_leaves_is_removed(folder: Path) -> None:
     with Program(FORKED, folder, "1") as program:
         program.kill()
         assert [each.name for each in folder.iterdir()] == [f"{program.pid}.sock"]
-        assert ask().answers == ()
+        assert ask(timeout=20).answers == ()
         assert [*folder.iterdir()] == []
 
 

@@ -154,13 +154,13 @@ def test_a_socket_that_cannot_be_connected_to(
 
     with folder.listen(20):
         monkeypatch.setattr(SocketFolder, "connect", refuse)
-        (found,) = ask().answers
+        (found,) = ask(timeout=20).answers
     assert found.problem == "cannot be asked: Permission denied"
 
 
 def test_sockets_of_ended_processes_are_removed(folder: SocketFolder) -> None:
     folder.listen(20).close()
-    assert ask().answers == ()
+    assert ask(timeout=20).answers == ()
     assert folder.pids() == []
 
 
