@@ -15,7 +15,9 @@ from . import (
     find,
     holders,
     info,
+    leases,
     mount,
+    ps,
     qemu_log,
     read,
     strings,
@@ -38,6 +40,8 @@ COMMANDS = (
     qemu_log,
     events,
     holders,
+    ps,
+    leases,
     demo,
     doctor,
 )
