@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -168,7 +168,7 @@ _Static_assert(__builtin_offsetof(extent, first_pfn) == 8, "first_pfn");
 # --- the parser -------------------------------------------------------------------------
 
 
-def parse(source: str) -> dict[str, Prototype]:
+def parse(source: str) -> Mapping[str, Prototype]:
     return prototypes(LIBC._replace(source=source))
 
 
