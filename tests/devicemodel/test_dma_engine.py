@@ -528,6 +528,17 @@ def test_a_worker_without_work_ends(live: IoreqServer, monkeypatch: pytest.Monke
             spin_until(lambda: engine._idle)
 
 
+def test_a_closed_engine_has_no_threads(live: IoreqServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that waits for work ends with its engine, and not later."""
+    monkeypatch.setattr(dma, "_IDLE_S", 1000.0)
+    with DmaEngine(live) as engine:
+        engine.submit(RANGES, "from-device", none)
+        engine.drain()
+        assert not engine._idle
+        spin_until(engine._wake.empty)  # it waits for the next one
+    spin_until(lambda: engine._idle)
+
+
 def test_a_transfer_that_comes_as_the_worker_ends(
     live: IoreqServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
