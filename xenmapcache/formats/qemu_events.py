@@ -23,6 +23,7 @@ from ..events import (
     RequestsHandled,
 )
 from ..ioreq import BUS_OFFSET, RequestKind
+from .qemu_blocks import Misses
 
 EVENTS: Final = {
     "xen_map_cache": 1,
@@ -46,6 +47,7 @@ EVENTS: Final = {
 """How many numbers each event has. Other events are not looked into."""
 
 MIB_SHIFT: Final = 20
+_new_mapped: Final = tuple.__new__  # a third of the time of the class
 _CONFIG: Final = ("cpu_ioreq_config_read", "cpu_ioreq_config_write")
 _SHIFTS: Final = (MIB_SHIFT, 16, PAGE_SHIFT)
 """Buckets of a 64-bit host; of a 32-bit host; of grants."""
@@ -104,8 +106,31 @@ class Assembler:
 
     def add_hits(self, bucket: int, count: int) -> None:
         """Add accesses that were served without a map call, to a MiB of that number."""
-        self._access = None  # what began before them was retried
         self._accesses[bucket] = self._accesses.get(bucket, 0) + count
+
+    def begin_run(self, accesses: int, misses: int) -> None:
+        """Begin a run of complete accesses, of which some are misses: what began before ends."""
+        self.end()
+        self.names["xen_map_cache"] += accesses
+        self.names["xen_map_cache_return"] += accesses
+        self.names["xen_remap_bucket"] += misses
+
+    def add_misses(self, misses: Misses) -> None:
+        """Add complete accesses that had a bucket mapped, of a run that was begun."""
+        append = self._events.append
+        shift, length, mask = self._shift, 1 << self._shift, (1 << self._shift) - 1
+        for time, address, bucket, end, host in zip(*misses, strict=True):
+            if address >> shift != bucket:  # a bucket of another size
+                self._mapped(_Miss(time, address, bucket), end, host)
+                shift, length, mask = self._shift, 1 << self._shift, (1 << self._shift) - 1
+                continue
+            duration = None
+            if time is not None and end is not None and end >= time:
+                duration = end - time
+            start = host - (address & mask)
+            append(
+                _new_mapped(BucketMapped, (time, bucket << shift, length, duration, start, None))
+            )
 
     def add_requests(self, key: RequestKey, count: int) -> None:
         """Add ioreqs that have the same key."""
