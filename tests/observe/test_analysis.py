@@ -13,7 +13,7 @@ from tests.benchmarks.policies import Ours
 from tests.observe import qemu_logs as logs
 from xenmapcache.events import BucketMapped, LeaseHeld, RequestKey, RequestsHandled
 from xenmapcache.formats.qemu_log import LogParser
-from xenmapcache.observe import qemu
+from xenmapcache.observe import bursts, qemu, remaps
 from xenmapcache.observe.model import CacheModel
 from xenmapcache.observe.platform import Platform
 from xenmapcache.observe.qemu import START_BYTES, QemuAnalysis, make_parser
@@ -96,7 +96,7 @@ def test_bursts() -> None:
 
 def test_only_the_worst_bursts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of all is still known."""
-    monkeypatch.setattr(qemu, "_SHOWN", 2)
+    monkeypatch.setattr(bursts, "_SHOWN", 2)
     found = report_of(at(*((second, logs.INVALIDATE) for second in range(1, 20))))
     assert len(found["invalidations"]["largest"]) == 2
     assert found["invalidations"]["bursts"] == 19
@@ -105,11 +105,11 @@ def test_only_the_worst_bursts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mappings and buckets beyond the limit are counted."""
     monkeypatch.setattr(qemu, "_MAX_LEASES", 3)
-    monkeypatch.setattr(qemu, "_MAX_BUCKETS", 3)
+    monkeypatch.setattr(remaps, "_MAX_BUCKETS", 3)
     analysis = QemuAnalysis()
     analysis.add(BucketMapped(None, bucket * MiB, MiB, None, None) for bucket in range(9))
     analysis.add(LeaseHeld(None, 0, MiB, host, 0) for host in range(9))
-    assert len(analysis._buckets) == 3
+    assert len(analysis._remaps._mapped) == 3
     assert len(analysis._round) <= 4
     found = analysis.report(LogParser())
     assert (found["dma_held"]["leases"], found["dma_held"]["lines_of_other_leases"]) == (3, 6)

@@ -11,13 +11,14 @@ from typing import Any, TypeAlias
 
 from ..events import BucketMapped, CacheOpened, Event, Invalidated, LeaseHeld, MapFailed
 from ..files.logfile import LogFile
+from ..formats.qemu_events import Found, separate
 from ..observe.qemu import START_BYTES, Parser, QemuAnalysis, make_parser
 from ..observe.recording import write_recording
 from .arguments import FILES, CommandError, Commands, add_command
 from .output import Output, flush, print_json, print_json_line, print_line, progress, size
 from .sources import usage_errors
 
-Write: TypeAlias = Callable[[list[Event]], object]
+Write: TypeAlias = Callable[[list[Found]], object]
 
 _WAIT_S = 0.5
 _ROUND_EVENTS = 20
@@ -86,7 +87,7 @@ def _recording(path: str | None, log: str) -> Iterator[Write]:
         yield lambda _: None
         return
     with write_recording(path, log) as recording:
-        yield recording.write
+        yield lambda found: recording.write(separate(found))
 
 
 class _Reader:
@@ -98,8 +99,8 @@ class _Reader:
         self._parser: Parser | None = None
         self._start = b""
 
-    def read(self, data: bytes, path: str) -> list[Event]:
-        """Analyse a chunk; return its events."""
+    def read(self, data: bytes, path: str) -> list[Found]:
+        """Analyse a chunk; return what it has."""
         if self._parser is None:
             self._start += data
             if len(self._start) < START_BYTES:
@@ -109,7 +110,7 @@ class _Reader:
         self._add(events)
         return events
 
-    def _add(self, events: list[Event]) -> None:
+    def _add(self, events: list[Found]) -> None:
         self.analysis.add(events)
         self._write(events)
 
@@ -158,10 +159,10 @@ def _follow(options: argparse.Namespace, output: Output | None) -> int:
                 _print_report(output, report)
 
 
-def _print_events(events: list[Event], *, as_json: bool) -> None:
+def _print_events(found: list[Found], *, as_json: bool) -> None:
     """Print the rare ones of a chunk's events, and how many were left out."""
     shown: Counter[str] = Counter()
-    for event in events:
+    for event in separate(found):
         name, text = _notable(event)
         if not name:
             continue

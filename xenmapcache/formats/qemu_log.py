@@ -23,9 +23,9 @@ from operator import itemgetter, not_
 from typing import Final
 
 from ..address import PAGE_SHIFT
-from ..events import Event, RequestKey
+from ..events import RequestKey
 from .qemu_blocks import ACCESS_GROUPS, ISO, STAMP, Form, decode_misses, form_of, iso_time
-from .qemu_events import EVENTS, MIB_SHIFT, Assembler, request_key
+from .qemu_events import EVENTS, MIB_SHIFT, Assembler, Found, request_key
 
 MAX_LINE_BYTES: Final = 1 << 16
 _SHOWN_LINES: Final = 5
@@ -129,7 +129,7 @@ class LogParser:
         self._skips = False
         self._decoded: dict[bytes, RequestKey] = {}
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[Found]:
         """Return the events of the lines that are complete now."""
         data = self._rest + data
         self._rest = b""
@@ -148,7 +148,7 @@ class LogParser:
             self._rest, self._skips = b"", True
         return self.assembler.take()
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[Found]:
         """Return the events of a last line that has no end."""
         events = self.feed(b"\n") if self._rest else []
         self.assembler.end()

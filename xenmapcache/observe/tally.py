@@ -54,6 +54,10 @@ class Tally(Generic[Key]):
             self.folded += len(self.counts) - len(kept)
             self.counts = dict(kept)
 
+    def has_room(self, keys: int) -> bool:
+        """Return whether that many further keys fit without folding any."""
+        return len(self.counts) + keys <= 2 * self._limit
+
     def top(self, number: int) -> Top[Key]:
         """Return that many of the largest counts."""
         entries = nlargest(number, self.counts.items(), key=itemgetter(1))
