@@ -20,6 +20,8 @@ ISO: Final = rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(?:\.[0-9]{1,6})?Z"
 """The time of QEMU 10.1 and later, without the blank after it."""
 ACCESS_GROUPS: Final = 5
 """Of :attr:`Form.accesses`."""
+NOTICE_GROUPS: Final = 5
+"""Of :attr:`Form.notices`."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -41,12 +43,16 @@ class Form(NamedTuple):
             the last three.
         ioreqs: matches ``handle_ioreq``, but no INVALIDATE. Its group is what is counted: all that
             :func:`.decode_ioreq` needs, and of MMIO only the page.
+        notices: matches an INVALIDATE, or DMA that was held across one. Groups: the time, which the
+            message of QEMU 2.10 to 8.2 lacks; the bucket and the host address of an event; and
+            these of a message. An INVALIDATE lacks the last four.
         times: returns the times of texts, in ns.
     """
 
     name: str
     accesses: re.Pattern[bytes]
     ioreqs: re.Pattern[bytes]
+    notices: re.Pattern[bytes]
     times: Callable[[Sequence[bytes]], Times]
 
 
@@ -99,6 +105,15 @@ def _form(name: str, prefix: bytes, time: bytes, times: Callable[[Sequence[bytes
             rb"[0-9a-f]{0,3}(?: data=%b)? count=[0-9]{1,10} size=[0-9]{1,10}(?=\n)"
             % (prefix, _HEX, _OLD_HEX, _OLD_HEX, _OLD_HEX, _OLD_HEX)
         ),
+        re.compile(
+            rb"\n(?:%b(?:"
+            rb"handle_ioreq I/O=%b type=8 dir=[0-9] df=[0-9] ptr=[0-9] port=%b data=%b "
+            rb"count=[0-9]{1,10} size=[0-9]{1,10}|"
+            rb"xen_invalidate_map_cache Locked DMA mapping while invalidating mapcache (%b) -> (%b)"
+            rb" is present)|"
+            rb"Locked DMA mapping while invalidating mapcache! ([0-9a-f]{16}) -> (%b) is present)"
+            rb"(?=\n)" % (time, _HEX, _OLD_HEX, _OLD_HEX, _HEX, _HEX, _HEX)
+        ),
         times,
     )
 
@@ -114,16 +129,16 @@ FORMS: Final = {
 }
 """Each form, by its name."""
 _ANY: Final = re.compile(
-    rb"\n(?:(?P<pid>%b)|(?P<iso>%b )|(?P<plain>))(?:xen_map_cache want|handle_ioreq) "
+    rb"\n(?:(?P<pid>%b)|(?P<iso>%b )|(?P<plain>))(?:xen_(?:map|invalidate_map)_cache|handle_ioreq) "
     % (STAMP, _ISO_TIME)
 )
 
 
-def form_of(text: bytes) -> Form | None:
-    """Return the most frequent form in a few samples of a text; None if no line is frequent."""
+def form_of(text: bytes) -> Form:
+    """Return the most frequent form in a few samples of a text; without events the plain one."""
     starts = [len(text) * number // _SAMPLES for number in range(_SAMPLES)]
     found = Counter(match.lastgroup for match in (_ANY.search(text, at) for at in starts) if match)
-    return FORMS[found.most_common(1)[0][0] or ""] if found else None
+    return FORMS[max(found, key=found.__getitem__, default=None) or "plain"]
 
 
 class Misses(NamedTuple):

@@ -166,10 +166,7 @@ class Assembler:
                 [bucket << shift for bucket in buckets],
                 length,
                 list(map(_duration, times, ends)),
-                [
-                    host - (address & length - 1)
-                    for address, host in zip(addresses, hosts, strict=True)
-                ],
+                [host - (at & mask) for at, host in zip(addresses, hosts, strict=True)],
             )
         )
 
@@ -203,6 +200,12 @@ class Assembler:
             self.add_requests(
                 request_key(RequestKind.PCI_CONFIG, name == _CONFIG[0], address, data), 1
             )
+
+    def add_invalidated(self, time: int | None) -> None:
+        """Add an INVALIDATE."""
+        self._flush()
+        self._invalidations += 1
+        self._events.append(Invalidated(time, self._invalidations))
 
     def add_held(self, time: int | None, index: int, host: int) -> None:
         """Add DMA that was held across an INVALIDATE, in the bucket of an index."""
@@ -266,9 +269,7 @@ class Assembler:
     def _request(self, time: int | None, numbers: tuple[int, ...]) -> None:
         _, kind, direction, _, _, address, data, _, _ = numbers
         if kind == RequestKind.INVALIDATE:
-            self._flush()
-            self._invalidations += 1
-            self._events.append(Invalidated(time, self._invalidations))
+            self.add_invalidated(time)
             return
         self.add_requests(request_key(kind, bool(direction), address, data), 1)
 

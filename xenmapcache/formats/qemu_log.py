@@ -10,7 +10,8 @@ Theory of operation
     are counted by the text that tells them apart, and each text is converted once. Misses become
     events column by column. Only lines between are parsed one by one, and they say where a run of
     accesses ends. Ioreqs are therefore not in order with the others, which nothing needs; but an
-    INVALIDATE matches neither expression, and keeps its place.
+    INVALIDATE matches neither expression, and keeps its place. A third expression finds INVALIDATEs
+    and held DMA in what is left.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from typing import Final
 
 from ..address import PAGE_SHIFT
 from ..events import RequestKey
-from .qemu_blocks import ACCESS_GROUPS, ISO, STAMP, Form, decode_misses, form_of, iso_time
+from .qemu_blocks import (
+    ACCESS_GROUPS,
+    ISO,
+    NOTICE_GROUPS,
+    STAMP,
+    Form,
+    decode_misses,
+    form_of,
+    iso_time,
+)
 from .qemu_events import EVENTS, MIB_SHIFT, Assembler, Found, request_key
 
 MAX_LINE_BYTES: Final = 1 << 16
@@ -98,6 +108,8 @@ _TEXTS: Final = {
     "cpu_ioreq_config_write": _CONFIG,
 }
 """What follows an event's name, with a group for each of its numbers."""
+_WORDS: Final = (b"xen_", b"ioreq", b"mapcache")
+"""A line without any of them is none of these events, and no message that is read."""
 _FORMS: Final = {name.encode(): pattern for name, pattern in _TEXTS.items()}
 
 
@@ -174,10 +186,7 @@ class LogParser:
         return max(0, text.rfind(b"\n", 0, max(0, text.find(b"handle_ioreq "))))
 
     def _parse_block(self, text: bytes) -> None:
-        form = self._form_of(text)
-        if form is None:
-            self._parse_lines(text)
-            return
+        form = form_of(text)
         if b"handle_ioreq " in text:
             parts = form.ioreqs.split(text)
             if len(parts) > 1:
@@ -192,12 +201,8 @@ class LogParser:
             if start < number:
                 self._take_accesses(form, [column[start:number] for column in columns])
             start = number
-            self._parse_lines(between[number])
+            self._parse_rest(form, between[number])
         # The text ends with an end of line, so the last accesses were taken before it.
-
-    def _form_of(self, text: bytes) -> Form | None:
-        """Return the form of a text's frequent lines; None to parse each line on its own."""
-        return form_of(text)
 
     def _take_accesses(self, form: Form, columns: Sequence[Sequence[bytes]]) -> None:
         """Take a run of hits and misses, in the columns of :attr:`.Form.accesses`."""
@@ -212,6 +217,34 @@ class LogParser:
         if misses:
             found = [list(compress(column, buckets)) for column in columns]
             self.assembler.add_misses(decode_misses(form, found))
+
+    def _parse_rest(self, form: Form, text: bytes) -> None:
+        """Parse what is between accesses."""
+        parts = form.notices.split(text)
+        self._parse_others(parts[0])
+        columns = [parts[group :: NOTICE_GROUPS + 1] for group in range(1, NOTICE_GROUPS + 2)]
+        times = iter(form.times([stamp for stamp in columns[0] if stamp is not None]))
+        for stamp, bucket, host, message, message_host, others in zip(*columns, strict=True):
+            if stamp is None:
+                self.forms.add("message")
+                self.assembler.add_held(None, int(message, 16), int(message_host, 16))
+            elif host is None:
+                self.assembler.names["handle_ioreq"] += 1
+                self.assembler.add_invalidated(next(times))
+            else:
+                self.assembler.names["xen_invalidate_map_cache"] += 1
+                self.assembler.add_held(next(times), int(bucket, 16), int(host, 16))
+            if others:
+                self._parse_others(others)
+        if any(stamp is not None for stamp in columns[0]):
+            self.forms.add(form.name)
+
+    def _parse_others(self, text: bytes) -> None:
+        """Parse lines that are no frequent events."""
+        if any(word in text for word in _WORDS):
+            self._parse_lines(text)
+        else:
+            self.others += sum(map(bool, text.split(b"\n")))
 
     def _parse_lines(self, text: bytes) -> None:
         """Parse lines one by one."""
