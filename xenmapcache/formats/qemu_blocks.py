@@ -45,7 +45,8 @@ class Form(NamedTuple):
             :func:`.decode_ioreq` needs, and of MMIO only the page.
         notices: matches an INVALIDATE, or DMA that was held across one. Groups: the time, which the
             message of QEMU 2.10 to 8.2 lacks; the bucket and the host address of an event; and
-            these of a message. An INVALIDATE lacks the last four.
+            these of a message. An INVALIDATE lacks the last four. The last line may lack its
+            end.
         times: returns the times of texts, in ns.
     """
 
@@ -112,7 +113,7 @@ def _form(name: str, prefix: bytes, time: bytes, times: Callable[[Sequence[bytes
             rb"xen_invalidate_map_cache Locked DMA mapping while invalidating mapcache (%b) -> (%b)"
             rb" is present)|"
             rb"Locked DMA mapping while invalidating mapcache! ([0-9a-f]{16}) -> (%b) is present)"
-            rb"(?=\n)" % (time, _HEX, _OLD_HEX, _OLD_HEX, _HEX, _HEX, _HEX)
+            rb"(?=\n|\Z)" % (time, _HEX, _OLD_HEX, _OLD_HEX, _HEX, _HEX, _HEX)
         ),
         times,
     )

@@ -11,6 +11,7 @@ from .remaps import Timed
 
 _GAP_NS: Final = 100_000_000
 _SHOWN: Final = 20
+_KEPT: Final = 10 * _SHOWN
 
 
 class _Cost:
@@ -129,7 +130,7 @@ class Bursts:
     def _end(self) -> None:
         if self._current is not None:
             self._worst.append(self._current)
-            if len(self._worst) > 2 * _SHOWN:
+            if len(self._worst) > _KEPT:
                 self._worst = _largest(self._worst)
             self._current = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import nlargest
+from heapq import nsmallest
 from typing import Any, Final, Protocol
 
 from ..events import (
@@ -120,9 +120,6 @@ class QemuAnalysis:
     def _take(self, event: Found) -> None:
         if isinstance(event, MappedRun):
             self._take_mapped(event)
-        elif isinstance(event, BucketMapped):
-            time, start, length, duration, host, _ = event
-            self._take_mapped(MappedRun((time,), (start,), length, (duration,), (host,)))
         elif isinstance(event, Accessed):
             self._bursts.add_access()
             self._hits += sum(event.counts.values())
@@ -134,6 +131,9 @@ class QemuAnalysis:
         elif isinstance(event, RequestsHandled):
             for key, count in event.counts.items():
                 self._take_requests(key, count)
+        elif isinstance(event, BucketMapped):
+            time, start, length, duration, host, _ = event
+            self._take_mapped(MappedRun((time,), (start,), length, (duration,), (host,)))
         elif isinstance(event, CacheOpened):
             self._opened += 1
             self._remaps.restart()
@@ -272,7 +272,7 @@ class QemuAnalysis:
         merged: dict[tuple[int, int], list[int]] = {}
         for (kind, address, is_read), count in self._requests.counts.items():
             merged.setdefault((kind, address), [0, 0])[is_read] += count
-        shown = nlargest(_SHOWN, merged.items(), key=lambda entry: sum(entry[1]))
+        shown = nsmallest(_SHOWN, merged.items(), key=lambda entry: (-sum(entry[1]), entry[0]))
         counted = sum(writes + reads for _, (writes, reads) in shown)
         devices: Tally[str] = Tally()
         for (kind, address), counts in merged.items():
