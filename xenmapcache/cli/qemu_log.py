@@ -267,23 +267,49 @@ def _print_more(output: Output, count: int, what: str) -> None:
 
 
 def _print_invalidations(output: Output, found: dict[str, Any], start: float | None) -> None:
-    output.section(f"INVALIDATE: {found['count']} in {found['bursts']} bursts")
+    bursts = found["bursts"]
+    output.section(f"INVALIDATE: {found['count']}" + (f" in {bursts} bursts" if bursts else ""))
+    if not found["count"]:
+        return
+    output.text(_cost(found))
+    if bursts is None:
+        output.text("Without times and accesses, the log does not show where a burst ends.")
+        return
     rows = [
         (
             str(each["first"]),
             str(each["count"]),
             _at(each["time"], start),
-            "" if each["duration"] is None else f"{each['duration']:.3f} s",
+            _time(each["duration"]),
             str(each["dma_held"]),
-            str(each["mapped_again"]),
-            "" if each["map_seconds"] is None else f"{each['map_seconds']:.3f} s",
+            "" if each["mapped_again"] is None else str(each["mapped_again"]),
+            _time(each["map_seconds"]),
+            _after(each["recovery_seconds"]),
         )
         for each in found["largest"]
     ]
-    header = ("first", "count", "at", "lasted", "DMA held", "mapped again", "time of that")
-    if rows:
-        output.table(header, rows)
-    _print_more(output, found["bursts"] - len(rows), "bursts")
+    header = ("first", "count", "at", "lasted", "DMA held", "mapped again", "map time", "last map")
+    output.table(header, rows)
+    _print_more(output, bursts - len(rows), "bursts")
+
+
+def _cost(found: dict[str, Any]) -> str:
+    """Return a sentence about what all INVALIDATEs cost."""
+    calls = found["mapped_again"]
+    if calls is None:
+        return "Their cost is unknown, because xen_remap_bucket is not in this log."
+    mean = f"{calls / found['count']:.1f} for each INVALIDATE"
+    seconds = found["map_seconds"]
+    spent = "" if seconds is None else f", in {seconds:.3f} s"
+    return f"They cost {calls} map calls, {mean}{spent}."
+
+
+def _after(seconds: float | None) -> str:
+    return "" if seconds is None else f"after {seconds:.3f} s"
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3f} s"
 
 
 def _print_cache(output: Output, cache: dict[str, Any]) -> None:

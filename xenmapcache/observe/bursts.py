@@ -37,7 +37,8 @@ class _Cost:
 
     def report(self, *, is_known: bool) -> dict[str, Any]:
         """Return it for JSON; without the event of a map call there is no number."""
-        seconds = self.map_ns / 1e9 if is_known and self.timed == self.calls else None
+        is_timed = is_known and self.timed == self.calls > 0
+        seconds = self.map_ns / 1e9 if is_timed else None
         return {"mapped_again": self.calls if is_known else None, "map_seconds": seconds}
 
 
@@ -134,19 +135,20 @@ class Bursts:
                 self._worst = _largest(self._worst)
             self._current = None
 
-    def report(self, *, is_known: bool) -> dict[str, Any]:
+    def report(self, *, has_maps: bool, has_ends: bool) -> dict[str, Any]:
         """Return everything for JSON; times are in seconds.
 
         Args:
-            is_known: whether the log has the event of a map call.
+            has_maps: whether the log has the event of a map call.
+            has_ends: whether it shows where a burst ends: it has times, or accesses.
         """
-        current = [self._current] if self._current is not None else []
+        current = [self._current] if self._current is not None and has_ends else []
         largest = sorted(_largest([*self._worst, *current]), key=lambda burst: burst.number)
         return {
             "count": self.invalidations,
-            "bursts": self.count,
-            **self._total.report(is_known=is_known and bool(self.count)),
-            "largest": [burst.report(is_known=is_known) for burst in largest],
+            "bursts": self.count if has_ends else None,
+            **self._total.report(is_known=has_maps),
+            "largest": [burst.report(is_known=has_maps) for burst in largest],
         }
 
 

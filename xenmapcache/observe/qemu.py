@@ -211,7 +211,10 @@ class QemuAnalysis:
                 "starts": self._opened,
             },
             "dma_held": self._report_held(),
-            "invalidations": self._bursts.report(is_known="xen_remap_bucket" in names),
+            "invalidations": self._bursts.report(
+                has_maps="xen_remap_bucket" in names,
+                has_ends=first is not None or "xen_map_cache" in names,
+            ),
             "map_cache": self._report_cache(names),
             "ioreqs": self._report_requests(),
             "hints": self._hints(parser, names),
@@ -308,8 +311,9 @@ class QemuAnalysis:
             hints.append(f"Not in this log; to have it: device_model_args = [ {listed} ]")
         if parser.assembler.first_time is None:
             hints.append(
-                'The lines have no times; from QEMU 6.0 on: device_model_args = [ "-msg", '
-                '"timestamp=on" ]'
+                "The lines have no times, so the log does not show how long a burst of INVALIDATEs "
+                "and its map calls took; from QEMU 6.0 on: device_model_args = "
+                '[ "-msg", "timestamp=on" ]'
             )
         if any(self._address_of(held.event)["address"] is None for held in self._held.values()):
             hints.append(
