@@ -18,8 +18,8 @@ from pathlib import Path
 from tests.observe import qemu_logs as logs
 
 LIMIT = 5
-LINES = 1_500_000
-ROUNDS = 5
+LINES = 3_000_000
+ROUNDS = 3
 
 
 def synthetic(folder: Path) -> Iterator[Path]:
