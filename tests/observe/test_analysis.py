@@ -117,7 +117,7 @@ def test_bursts_without_times() -> None:
 
 
 def test_what_bursts_cost_is_unknown_without_the_events_of_it() -> None:
-    """It is not 0; and where nothing separates INVALIDATEs, they are no single burst."""
+    """It is not 0; and where nothing separates INVALIDATEs, they are not shown as one burst."""
     untraced = report_of(logs.text(*[logs.INVALIDATE] * 3))["invalidations"]
     assert untraced == {
         "count": 3, "bursts": None, "mapped_again": None, "map_seconds": None, "largest": [],

@@ -158,6 +158,36 @@ def test_both_ways_are_the_same(data: bytes, step: int) -> None:
     check_same(data, 1 << 20)
 
 
+WANT, REMAP, BACK = logs.miss(0x70_5000)
+PORT = logs.ioreq(0, 0x70)
+DAMAGED = {
+    "hit-ends-late": [WANT, f"{BACK} x"],
+    "miss-ends-late": [WANT, REMAP, f"{BACK}\r"],
+    "address-too-long": [f"{WANT}0000000000000000", BACK],
+    "host-0": [WANT, REMAP, "xen_map_cache_return 0x0"],
+    "port-without-data": [PORT.replace("data=0x0 ", "")],
+    "port-too-long": [logs.ioreq(0, 0x12345678123456789)],
+    "configuration-with-two-data": [logs.ioreq(2, 0x10).replace(" count", " data=0x2 count")],
+    "page-with-too-few-digits": [logs.ioreq(1, 0x12)],
+    "invalidate-ends-late": [f"{logs.INVALIDATE} x"],
+    "message-ends-late": [f"{logs.HELD} x"],
+    "event-ends-late": [f"{HELD_EVENT} x"],
+}
+
+
+@pytest.mark.parametrize("lines", DAMAGED.values(), ids=DAMAGED)
+def test_lines_that_are_nearly_frequent_events(lines: list[str]) -> None:
+    """What the parser of lines takes for damaged is not taken in bulk."""
+    check_same(logs.text(*lines, *logs.hit(0x5000), PORT, logs.INVALIDATE, *lines), 1 << 20)
+
+
+@pytest.mark.parametrize("lines", [[PORT], [logs.INVALIDATE], [BACK, WANT], [WANT, BACK]])
+def test_each_event_shows_the_form(lines: list[str]) -> None:
+    """Also alone in a log."""
+    parser = check_same(logs.text(*lines, prefix=logs.PREFIXES["pid"]), 1 << 20)
+    assert parser.forms == {"pid"}
+
+
 @pytest.mark.parametrize("form", logs.PREFIXES)
 def test_the_frequent_events_are_found_in_bulk(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one of their lines is parsed on its own, whatever the prefix."""
@@ -208,7 +238,7 @@ def test_configuration_before_the_first_ioreq_counts() -> None:
 
 
 def test_an_access_before_a_run_ends() -> None:
-    """A bucket that was mapped for it stays a map call, and a retry is no second access."""
+    """Its bucket stays a map call, and a retry does not count as a second access."""
     want, remap, _ = logs.miss(0x70_5000)
     for lines in ([want, remap], [want], [want, want]):
         check_same(logs.text(*lines, *logs.hit(0x5000), *lines, *logs.hit(0x5000)), 1 << 20)

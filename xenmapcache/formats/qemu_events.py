@@ -160,12 +160,13 @@ class Assembler:
                 self._mapped(_Miss(time, address, bucket), end, host)
             return
         length, mask = 1 << shift, (1 << shift) - 1
+        is_timed = times.count(None) < len(times)
         self._events.append(
             MappedRun(
                 times,
                 [bucket << shift for bucket in buckets],
                 length,
-                list(map(_duration, times, ends)),
+                list(map(_duration, times, ends)) if is_timed else times,
                 [host - (at & mask) for at, host in zip(addresses, hosts, strict=True)],
             )
         )

@@ -109,7 +109,7 @@ _TEXTS: Final = {
 }
 """What follows an event's name, with a group for each of its numbers."""
 _WORDS: Final = (b"xen_", b"ioreq", b"mapcache")
-"""A line without any of them is none of these events, and no message that is read."""
+"""A line without any of them has neither such an event nor a message that is read."""
 _FORMS: Final = {name.encode(): pattern for name, pattern in _TEXTS.items()}
 
 
@@ -179,7 +179,7 @@ class LogParser:
     def _first_ioreq(self, text: bytes) -> int:
         """Return where the line of the log's first ``handle_ioreq`` begins; otherwise 0.
 
-        Before it, PCI configuration events count as ioreqs, and behind it they do not.
+        Before it, PCI configuration events count as ioreqs, and after it they do not.
         """
         if self.assembler.names["handle_ioreq"]:
             return 0
@@ -208,15 +208,15 @@ class LogParser:
         """Take a run of hits and misses, in the columns of :attr:`.Form.accesses`."""
         self.forms.add(form.name)
         _, addresses, buckets, _, _ = columns
-        hits, misses = addresses, len(buckets) - buckets.count(None)
+        misses = len(buckets) - buckets.count(None)
         self.assembler.begin_run(len(addresses), misses)
-        if misses:
-            hits = list(compress(addresses, map(not_, buckets)))
+        hits = addresses if not misses else list(compress(addresses, map(not_, buckets)))
         for text, number in Counter(map(_BUCKET_OF, hits)).items():
             self.assembler.add_hits(int(text[2:] or b"0", 16), number)
         if misses:
-            found = [list(compress(column, buckets)) for column in columns]
-            self.assembler.add_misses(decode_misses(form, found))
+            if hits:
+                columns = [list(compress(column, buckets)) for column in columns]
+            self.assembler.add_misses(decode_misses(form, columns))
 
     def _parse_rest(self, form: Form, text: bytes) -> None:
         """Parse what is between accesses."""
@@ -240,7 +240,7 @@ class LogParser:
             self.forms.add(form.name)
 
     def _parse_others(self, text: bytes) -> None:
-        """Parse lines that are no frequent events."""
+        """Parse lines that are neither accesses nor notices."""
         if any(word in text for word in _WORDS):
             self._parse_lines(text)
         else:
