@@ -18,7 +18,7 @@ from pathlib import Path
 from tests.observe import qemu_logs as logs
 
 LIMIT = 5
-LINES = 3_000_000
+LOG_BYTES = 256 << 20
 ROUNDS = 3
 
 
@@ -45,7 +45,7 @@ def synthetic(folder: Path) -> Iterator[Path]:
     for name, (lines, prefix) in kinds.items():
         path = folder / f"{name}.log"
         text = logs.text(*lines, prefix=prefix)
-        path.write_bytes(text * (LINES // len(lines)))
+        path.write_bytes(text * (LOG_BYTES // len(text)))
         yield path
         path.unlink()
 

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.benchmarks.policies import Ours
 from tests.observe import qemu_logs as logs
-from xenmapcache.events import BucketMapped, LeaseHeld, RequestKey, RequestsHandled
+from xenmapcache.events import BucketMapped, Invalidated, LeaseHeld, RequestKey, RequestsHandled
 from xenmapcache.formats.qemu_log import LogParser
 from xenmapcache.observe import bursts, qemu, remaps
 from xenmapcache.observe.model import CacheModel
@@ -166,6 +166,10 @@ def test_only_the_worst_bursts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     found = report_of(at(*((second, logs.INVALIDATE) for second in range(1, 20))))
     assert len(found["invalidations"]["largest"]) == 2
     assert found["invalidations"]["bursts"] == 19
+    several = bursts.Bursts()
+    for number in range(1, 20):
+        several.add_invalidated(Invalidated(number * 10**9, number))
+    assert len(several._worst) <= 5
 
 
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +268,7 @@ def test_a_tally_folds_small_counts() -> None:
 STEPS = st.lists(st.one_of(st.none(), st.integers(0, 7)), max_size=60)
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_the_model_counts_what_the_cache_maps(steps: list[int | None]) -> None:
     """Over the mock, with the policy of the benchmark; None is an invalidation."""
@@ -301,6 +306,7 @@ TRACE = logs.trace(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([GOOD, TRACE]),
     st.lists(st.tuples(st.integers(24, 600), st.binary(max_size=12)), max_size=8),

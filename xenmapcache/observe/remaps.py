@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Final, TypeAlias
 
 from ..formats.qemu_events import MappedRun
@@ -49,35 +50,37 @@ class Remaps:
 
     def add(self, run: MappedRun) -> list[Timed]:
         """Add map calls; return those of buckets that were mapped before the last INVALIDATE."""
-        buckets = len(set(run.starts))
-        if len(self._mapped) + buckets <= _MAX_BUCKETS and self.again.has_room(buckets):
-            return self._add_run(run)
+        counts = Counter(run.starts)
+        if len(self._mapped) + len(counts) <= _MAX_BUCKETS and self.again.has_room(len(counts)):
+            return self._add_run(run, counts)
         dropped: list[Timed] = []
         for time, start, length, duration, host, _ in run.events():
             # One by one, because which bucket is forgotten depends on the order.
             if len(self._mapped) >= _MAX_BUCKETS and start not in self._mapped:
                 del self._mapped[next(iter(self._mapped))]
-            dropped += self._add_run(MappedRun((time,), (start,), length, (duration,), (host,)))
+            single = MappedRun((time,), (start,), length, (duration,), (host,))
+            dropped += self._add_run(single, {start: 1})
         return dropped
 
-    def _add_run(self, run: MappedRun) -> list[Timed]:
-        """Add map calls for which there is room."""
-        starts = run.starts
-        first = dict(zip(reversed(starts), range(len(starts) - 1, -1, -1), strict=True))
-        dropped = []
-        for start, count in Counter(starts).items():
+    def _add_run(self, run: MappedRun, counts: Mapping[int, int]) -> list[Timed]:
+        """Add map calls for which there is room; ``counts`` says how many each start has."""
+        stale = []
+        for start, count in counts.items():
             epoch, _ = self._mapped.get(start, (None, None))
             again = count - (epoch is None)
             if epoch is not None and epoch < self._epoch:
-                place = first[start]
-                dropped.append((run.times[place], run.durations[place]))
+                stale.append(start)
             if again:
                 self.again.add((start, run.length), again)
                 self.without += again
-        self.after_invalidate += len(dropped)
-        self.without -= len(dropped)
-        hosts = dict(zip(starts, run.hosts, strict=True))  # the last one of each
-        for start in reversed(dict.fromkeys(reversed(starts))):
+        self.after_invalidate += len(stale)
+        self.without -= len(stale)
+        last = dict(zip(run.starts, range(len(run.starts)), strict=True))
+        for start in sorted(last, key=last.__getitem__):
             self._mapped.pop(start, None)
-            self._mapped[start] = self._epoch, hosts[start]
-        return dropped
+            self._mapped[start] = self._epoch, run.hosts[last[start]]
+        if not stale:
+            return []
+        places = range(len(run.starts) - 1, -1, -1)
+        first = dict(zip(reversed(run.starts), places, strict=True))
+        return [(run.times[first[start]], run.durations[first[start]]) for start in stale]
