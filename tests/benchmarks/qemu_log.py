@@ -18,8 +18,8 @@ from pathlib import Path
 from tests.observe import qemu_logs as logs
 
 LIMIT = 5
-LOG_BYTES = 256 << 20
-ROUNDS = 3
+LOG_BYTES = 128 << 20
+ROUNDS = 2
 
 
 def synthetic(folder: Path) -> Iterator[Path]:
