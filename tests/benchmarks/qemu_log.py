@@ -1,8 +1,9 @@
 """Reading QEMU's logs, compared with ``wc -l`` and with ``awk`` that splits the same fields.
 
 ``python -m tests.benchmarks.qemu_log [LOG...]`` times the tools in turn, in one run. Without a log
-it writes three: hits with few ioreqs, as the boot of a guest has; ioreqs; and misses only. The time
-is processor time, of whole processes.
+it writes one of each kind: hits with few ioreqs, as the boot of a guest has; ioreqs; map calls,
+with each prefix; a guest that balloons, with four INVALIDATEs for 30 hits and 8 map calls;
+INVALIDATEs only; messages only. The time is processor time, of whole processes.
 """
 
 from __future__ import annotations
@@ -17,22 +18,36 @@ from pathlib import Path
 from tests.observe import qemu_logs as logs
 
 LIMIT = 5
-LINES = 1_500_000
-ROUNDS = 5
+LOG_BYTES = 128 << 20
+ROUNDS = 2
 
 
 def synthetic(folder: Path) -> Iterator[Path]:
-    """Write the three logs."""
-    parts = {
-        "hits": [*logs.miss(0x5000), *logs.hit(0x6001) * 30, logs.ioreq(1, 0xB8000)],
-        "ioreqs": [logs.ioreq(0, 0x3C9, data=7), logs.ioreq(1, 0xB8122), logs.ioreq(0, 0xCF8)],
-        "misses": logs.miss(0x5000) + logs.miss(0x705000),
+    """Write the logs, one at a time."""
+    hits = [*logs.miss(0x5000), *logs.hit(0x6001) * 30, logs.ioreq(1, 0xB8000)]
+    misses = logs.miss(0x5000) + logs.miss(0x705000)
+    ballooning = [*[logs.INVALIDATE] * 4, *misses * 4, *logs.hit(0x6001) * 30]
+    stamped = logs.PREFIXES["pid"]
+    kinds = {
+        "hits": (hits, stamped),
+        "ioreqs": (
+            [logs.ioreq(0, 0x3C9, data=7), logs.ioreq(1, 0xB8122), logs.ioreq(0, 0xCF8)],
+            stamped,
+        ),
+        "misses": (misses, stamped),
+        "misses-without-times": (misses, logs.PREFIXES["plain"]),
+        "misses-in-UTC": (misses, logs.PREFIXES["iso"]),
+        "ballooning": (ballooning, stamped),
+        "INVALIDATEs": ([logs.INVALIDATE], stamped),
+        "DMA-held": ([logs.HELD], logs.PREFIXES["plain"]),
+        "messages": (["qemu-system-i386: warning: a message of QEMU's about something else"], ""),
     }
-    for name, lines in parts.items():
+    for name, (lines, prefix) in kinds.items():
         path = folder / f"{name}.log"
-        text = logs.text(*lines, prefix="223@1795888038.{:06}:")
-        path.write_bytes(text * (LINES // len(lines)))
+        text = logs.text(*lines, prefix=prefix)
+        path.write_bytes(text * (LOG_BYTES // len(text)))
         yield path
+        path.unlink()
 
 
 def cpu_seconds(command: list[str]) -> float:

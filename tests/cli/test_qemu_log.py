@@ -52,6 +52,39 @@ def test_json(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first["dma_held"]["entries"][0]["address"] == 0x2000
 
 
+@pytest.mark.parametrize(
+    ("form", "shown", "hidden"),
+    [
+        ("pid", ["2 in 1 bursts", "They cost 1 map calls, 0.5 for each INVALIDATE, in 0.000 s",
+                 "last map", "after 0.000 s"], ["have no times"]),
+        ("plain", ["2 in 1 bursts", "They cost 1 map calls, 0.5 for each INVALIDATE.\n",
+                   "have no times"], ["after 0"]),
+    ],
+)  # fmt: skip
+def test_cost_of_bursts(
+    form: str, shown: list[str], hidden: list[str], log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Map calls always; times where the log has them."""
+    lines = [*logs.miss(0), *[logs.INVALIDATE] * 2, *logs.miss(0)]
+    log.write_bytes(logs.text(*lines, prefix=logs.PREFIXES[form]))
+    assert main(["qemu-log", str(log)]) == 0
+    text = capsys.readouterr().out
+    assert [part for part in shown if part not in text] == []
+    assert [part for part in hidden if part in text] == []
+
+
+def test_unknown_cost_of_bursts(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The report says which event is missing, and claims no burst."""
+    log.write_bytes(logs.text(*[logs.INVALIDATE] * 2))
+    assert main(["qemu-log", str(log)]) == 0
+    text = capsys.readouterr().out
+    for part in ("INVALIDATE: 2\n", "cost is unknown, because xen_remap_bucket", "burst ends"):
+        assert part in text, part
+    log.write_bytes(logs.text(logs.INVALIDATE, *logs.hit(0), logs.INVALIDATE))
+    assert main(["qemu-log", str(log)]) == 0
+    assert "2 in 2 bursts" in capsys.readouterr().out
+
+
 def test_compressed_logs(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.benchmarks.policies import Ours
 from tests.observe import qemu_logs as logs
-from xenmapcache.events import BucketMapped, LeaseHeld, RequestKey, RequestsHandled
+from xenmapcache.events import BucketMapped, Invalidated, LeaseHeld, RequestKey, RequestsHandled
 from xenmapcache.formats.qemu_log import LogParser
-from xenmapcache.observe import qemu
+from xenmapcache.observe import bursts, qemu, remaps
 from xenmapcache.observe.model import CacheModel
 from xenmapcache.observe.platform import Platform
 from xenmapcache.observe.qemu import START_BYTES, QemuAnalysis, make_parser
@@ -81,35 +81,105 @@ def test_bursts() -> None:
             (5, back),
         )
     )  # fmt: skip
-    first, second = found["invalidations"]["largest"]
+    invalidations = found["invalidations"]
+    first, second = invalidations["largest"]
     assert (first["count"], first["mapped_again"], first["map_seconds"]) == (2, 1, 0.25)
     assert first["duration"] == pytest.approx(0.05)
+    assert first["mean_interval"] == pytest.approx(0.05)
+    assert first["recovery_seconds"] == pytest.approx(0.75)
     assert (second["first"], second["count"], second["mapped_again"]) == (3, 1, 1)
+    assert (second["map_seconds"], second["recovery_seconds"]) == (0.5, 1.5)
+    assert (second["duration"], second["mean_interval"]) == (0, None)
+    assert (invalidations["mapped_again"], invalidations["map_seconds"]) == (2, 0.75)
     cache = found["map_cache"]
     assert (cache["mapped_again_after_invalidate"], cache["mapped_again_without"]) == (2, 1)
     assert (cache["map_calls"], cache["map_calls_of_our_cache"]) == (4, 3)
     assert cache["longest_map_seconds"] == 0.5
     assert found["log"]["qemu"] == "2.6 to 10.0"
-    untimed = report_of(logs.text(*[logs.INVALIDATE] * 3, *logs.hit(0), logs.INVALIDATE))
-    assert untimed["invalidations"]["bursts"] == 2
+
+
+def test_bursts_without_times() -> None:
+    """An access ends a burst; the map calls that it cost are known, and no time."""
+    found = report_of(
+        logs.text(
+            *logs.miss(0), *logs.miss(MiB), *[logs.INVALIDATE] * 3, *logs.miss(0), *logs.miss(MiB),
+            *logs.miss(MiB), logs.INVALIDATE, *logs.hit(0), logs.INVALIDATE,
+        )
+    )  # fmt: skip
+    invalidations = found["invalidations"]
+    assert (invalidations["bursts"], invalidations["mapped_again"]) == (3, 2)
+    assert [burst["count"] for burst in invalidations["largest"]] == [3, 1, 1]
+    assert [burst["mapped_again"] for burst in invalidations["largest"]] == [2, 0, 0]
+    for name in ("time", "duration", "mean_interval", "map_seconds", "recovery_seconds"):
+        assert {burst[name] for burst in invalidations["largest"]} == {None}
+    assert invalidations["map_seconds"] is None
+    assert any("how long a burst of INVALIDATEs" in hint for hint in found["hints"])
+
+
+def test_what_bursts_cost_is_unknown_without_the_events_of_it() -> None:
+    """It is not 0; and where nothing separates INVALIDATEs, they are not shown as one burst."""
+    untraced = report_of(logs.text(*[logs.INVALIDATE] * 3))["invalidations"]
+    assert untraced == {
+        "count": 3, "bursts": None, "mapped_again": None, "map_seconds": None, "largest": [],
+    }  # fmt: skip
+    hits = report_of(logs.text(logs.INVALIDATE, *logs.hit(0), logs.INVALIDATE))["invalidations"]
+    assert (hits["bursts"], hits["mapped_again"]) == (2, None)
+    assert {burst["mapped_again"] for burst in hits["largest"]} == {None}
+    want, remap, back = logs.miss(0)
+    some = at((1, want), (1, remap), (1, back), (2, logs.INVALIDATE), (3, remap))
+    (burst,) = report_of(some)["invalidations"]["largest"]  # this map call has no return
+    assert (burst["mapped_again"], burst["map_seconds"], burst["recovery_seconds"]) == (1, None, 1)
+
+
+def test_messages_without_ioreqs_have_no_bursts() -> None:
+    """A map call after them is one after an INVALIDATE all the same."""
+    found = report_of(logs.text(*logs.miss(0), logs.HELD, *logs.miss(0)))
+    assert found["map_cache"]["mapped_again_after_invalidate"] == 1
+    assert (found["invalidations"]["count"], found["invalidations"]["mapped_again"]) == (0, 0)
+
+
+def test_a_clock_that_is_set_back_ends_a_burst() -> None:
+    """No time is negative."""
+    want, remap, back = logs.miss(0)
+    found = report_of(
+        at((5, want), (5, remap), (5, back), (9, logs.INVALIDATE), (8, logs.INVALIDATE), (7, want),
+           (7, remap), (7, back))
+    )["invalidations"]  # fmt: skip
+    assert found["bursts"] == 2
+    assert [burst["recovery_seconds"] for burst in found["largest"]] == [None, None]
+
+
+def test_the_costliest_bursts_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with the most map calls, then those with the most DMA."""
+    monkeypatch.setattr(bursts, "_SHOWN", 2)
+    found = report_of(
+        at((1, logs.miss(0)[1]), (2, logs.INVALIDATE), (3, logs.INVALIDATE), (3, logs.HELD),
+           (4, logs.INVALIDATE), (4, logs.miss(0)[1]), (5, logs.INVALIDATE), (5, logs.INVALIDATE))
+    )["invalidations"]  # fmt: skip
+    assert [burst["first"] for burst in found["largest"]] == [2, 3]
 
 
 def test_only_the_worst_bursts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of all is still known."""
-    monkeypatch.setattr(qemu, "_SHOWN", 2)
+    monkeypatch.setattr(bursts, "_SHOWN", 2)
+    monkeypatch.setattr(bursts, "_KEPT", 4)
     found = report_of(at(*((second, logs.INVALIDATE) for second in range(1, 20))))
     assert len(found["invalidations"]["largest"]) == 2
     assert found["invalidations"]["bursts"] == 19
+    several = bursts.Bursts()
+    for number in range(1, 20):
+        several.add_invalidated(Invalidated(number * 10**9, number))
+    assert len(several._worst) <= 5
 
 
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mappings and buckets beyond the limit are counted."""
     monkeypatch.setattr(qemu, "_MAX_LEASES", 3)
-    monkeypatch.setattr(qemu, "_MAX_BUCKETS", 3)
+    monkeypatch.setattr(remaps, "_MAX_BUCKETS", 3)
     analysis = QemuAnalysis()
     analysis.add(BucketMapped(None, bucket * MiB, MiB, None, None) for bucket in range(9))
     analysis.add(LeaseHeld(None, 0, MiB, host, 0) for host in range(9))
-    assert len(analysis._buckets) == 3
+    assert len(analysis._remaps._mapped) == 3
     assert len(analysis._round) <= 4
     found = analysis.report(LogParser())
     assert (found["dma_held"]["leases"], found["dma_held"]["lines_of_other_leases"]) == (3, 6)
@@ -198,6 +268,7 @@ def test_a_tally_folds_small_counts() -> None:
 STEPS = st.lists(st.one_of(st.none(), st.integers(0, 7)), max_size=60)
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_the_model_counts_what_the_cache_maps(steps: list[int | None]) -> None:
     """Over the mock, with the policy of the benchmark; None is an invalidation."""
@@ -235,6 +306,7 @@ TRACE = logs.trace(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([GOOD, TRACE]),
     st.lists(st.tuples(st.integers(24, 600), st.binary(max_size=12)), max_size=8),

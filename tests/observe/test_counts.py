@@ -102,6 +102,14 @@ def test_owners_are_folded() -> None:
     assert [observer.label_of(owner) for owner in ("a", "c")] == ["a", OTHER]
 
 
+def test_the_label_of_all_others_takes_no_place() -> None:
+    """An owner that comes after the first one that was folded still has a label of its own."""
+    observer = counts(max_owners=2)
+    for lease, owner in enumerate(("a", OTHER, "b")):
+        observer(taken(lease, owner))
+    assert list(observer.owners) == ["a", OTHER, "b"]
+
+
 def test_names_that_are_remembered_are_bounded() -> None:
     """A guest that multiplies names takes no memory, and the counts stay right."""
     observer = counts(max_owners=1)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from xenmapcache import (
     ClosedError,
     FaultError,
     Lease,
+    LeaseKind,
     MapCache,
     MockDomain,
     open_backend,
@@ -120,6 +121,21 @@ def test_the_leases_that_are_held(fed: FedCache, registry: CollectorRegistry) ->
     assert 0 < age <= fed.leases()[0].age
     lease.release()
     assert lines(registry, "stale_dma_leases")[0].endswith(" 0.0")
+
+
+def test_the_age_is_that_of_the_oldest_lease(
+    fed: FedCache, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the order of the leases."""
+    metrics.export(fed, registry=registry, name="web")
+    held = [
+        SimpleNamespace(owner="disk0", kind=LeaseKind.DMA, length=1, age=age, stale=False)
+        for age in (2.0, 5.0, 3.0)
+    ]
+    monkeypatch.setattr(fed, "leases", lambda: held)
+    assert lines(registry, "lease_oldest_age_seconds") == [
+        'lease_oldest_age_seconds{cache="web",kind="dma",owner="other"} 5.0'
+    ]
 
 
 def test_what_owners_did(fed: FedCache, registry: CollectorRegistry) -> None:

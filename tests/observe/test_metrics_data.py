@@ -113,6 +113,47 @@ def test_the_dashboard_can_be_imported() -> None:
     assert dashboard["templating"]["list"][0]["name"] == "datasource"
 
 
+DASHBOARD_KEYS = {
+    "title": str, "uid": str, "description": str, "tags": list, "schemaVersion": int,
+    "version": int, "editable": bool, "refresh": str, "time": dict, "templating": dict,
+    "panels": list,
+}  # fmt: skip
+PANEL_KEYS = {
+    "id": int, "type": str, "title": str, "description": str, "datasource": dict, "gridPos": dict,
+    "fieldConfig": dict, "options": dict, "targets": list,
+}  # fmt: skip
+UNITS = {"short", "s", "bytes", "ops", "Bps"}
+"""Those of Grafana's units that the dashboard needs, by the names that its panel editor writes."""
+BUILT_IN = {"__range", "__rate_interval", "datasource"}
+USED = re.compile(r"\$\{?(\w+)")
+
+
+def test_the_dashboard_has_the_form_of_grafana() -> None:
+    """Members, types, units, limits and variables are those of the dashboard JSON model."""
+    dashboard = json.loads((DATA / "dashboard.json").read_text(encoding="utf-8"))
+    assert {key: type(value) for key, value in dashboard.items()} == DASHBOARD_KEYS
+    assert re.fullmatch(r"[A-Za-z0-9_-]{1,40}", dashboard["uid"])
+    assert dashboard["time"].keys() == {"from", "to"}
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]} | BUILT_IN
+    for panel in dashboard["panels"]:
+        assert {key: type(value) for key, value in panel.items()} == PANEL_KEYS
+        assert panel["type"] in {"stat", "timeseries"}
+        assert panel["gridPos"].keys() == {"x", "y", "w", "h"}
+        config = panel["fieldConfig"]
+        assert config.keys() == {"defaults", "overrides"}
+        assert config["defaults"]["unit"] in UNITS
+        if panel["type"] == "stat":
+            steps = config["defaults"]["thresholds"]["steps"]
+            assert steps[0]["value"] is None  # what is below the first limit
+            limits = [step["value"] for step in steps[1:]]
+            assert limits == sorted(limits)
+            assert panel["options"]["reduceOptions"]["calcs"] == ["lastNotNull"]
+        references = [target["refId"] for target in panel["targets"]]
+        assert references == list("ABCDEFGH"[: len(references)])
+        used = {name for target in panel["targets"] for name in USED.findall(target["expr"])}
+        assert used - variables == set()
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_names_follow_the_rules(family: Family) -> None:
     """Counters end in _total and nothing else does; times are in seconds, sizes in bytes."""

@@ -152,6 +152,33 @@ def test_promtool_accepts_the_rules() -> None:
     assert "SUCCESS: 6 rules found" in done
 
 
+def test_promtool_parses_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    """As expressions of rules, with values in the place of Grafana's variables."""
+    dashboard = json.loads((DATA / "dashboard.json").read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    rules = [
+        {
+            "record": f"query:{number}",
+            "expr": re.sub(r"\$__\w+", "5m", query)
+            .replace("$cache", ".*")
+            .replace("$instance", ".*"),
+        }
+        for number, query in enumerate(queries)
+    ]
+    path = tmp_path / "rules.json"  # what is JSON is YAML, too
+    for wrong, expected in (("", f"SUCCESS: {len(queries)} rules found"), (")", "unexpected")):
+        rules[-1]["expr"] += wrong
+        path.write_text(json.dumps({"groups": [{"name": "queries", "rules": rules}]}))
+        done = subprocess.run(
+            [program("promtool"), "check", "rules", path],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert expected in done.stdout + done.stderr
+        assert (done.returncode == 0) == (not wrong)
+
+
 def test_the_rules_fire_and_clear_in_time(tmp_path: Path) -> None:
     """Promtool runs the tests of rules, over hours of made-up samples."""
     shutil.copy(DATA / "alerts.yml", tmp_path)

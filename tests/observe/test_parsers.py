@@ -21,6 +21,7 @@ from xenmapcache.events import (
     RequestsHandled,
 )
 from xenmapcache.formats import qemu_log
+from xenmapcache.formats.qemu_events import Found, separate
 from xenmapcache.formats.qemu_log import MAX_LINE_BYTES, LogParser
 from xenmapcache.formats.qemu_simple import SimpleParser, byte_order
 
@@ -30,15 +31,15 @@ MiB = 1 << 20
 
 def parse(data: bytes) -> tuple[list[Event], LogParser]:
     parser = LogParser()
-    return parser.feed(data) + parser.finish(), parser
+    return list(separate(parser.feed(data) + parser.finish())), parser
 
 
 def parse_simple(data: bytes, step: int = 1 << 20) -> tuple[list[Event], SimpleParser]:
     parser = SimpleParser(data[:24], "trace-1")
-    events = []
+    events: list[Found] = []
     for start in range(0, len(data), step):
         events += parser.feed(data[start : start + step])
-    return events + parser.finish(), parser
+    return list(separate(events + parser.finish())), parser
 
 
 def merged(events: list[Event]) -> tuple[dict[int, int], dict[RequestKey, int], list[Event]]:
@@ -296,10 +297,10 @@ def test_real_logs(name: str, lines: int, invalidations: int, held: int, step: i
     data = path.read_bytes()
     data = gzip.decompress(data) if name.endswith(".gz") else data
     parser = LogParser()
-    events: list[Event] = []
+    events: list[Found] = []
     for start in range(0, len(data), step):
         events += parser.feed(data[start : start + step])
-    accesses, requests, others = merged(events + parser.finish())
+    accesses, requests, others = merged(list(separate(events + parser.finish())))
     kinds = [type(event) for event in others]
     assert (parser.lines, parser.damaged) == (lines, 0)
     assert (kinds.count(Invalidated), kinds.count(LeaseHeld)) == (invalidations, held)

@@ -11,13 +11,14 @@ from typing import Any, TypeAlias
 
 from ..events import BucketMapped, CacheOpened, Event, Invalidated, LeaseHeld, MapFailed
 from ..files.logfile import LogFile
+from ..formats.qemu_events import Found, separate
 from ..observe.qemu import START_BYTES, Parser, QemuAnalysis, make_parser
 from ..observe.recording import write_recording
 from .arguments import FILES, CommandError, Commands, add_command
 from .output import Output, flush, print_json, print_json_line, print_line, progress, size
 from .sources import usage_errors
 
-Write: TypeAlias = Callable[[list[Event]], object]
+Write: TypeAlias = Callable[[list[Found]], object]
 
 _WAIT_S = 0.5
 _ROUND_EVENTS = 20
@@ -86,7 +87,7 @@ def _recording(path: str | None, log: str) -> Iterator[Write]:
         yield lambda _: None
         return
     with write_recording(path, log) as recording:
-        yield recording.write
+        yield lambda found: recording.write(separate(found))
 
 
 class _Reader:
@@ -98,8 +99,8 @@ class _Reader:
         self._parser: Parser | None = None
         self._start = b""
 
-    def read(self, data: bytes, path: str) -> list[Event]:
-        """Analyse a chunk; return its events."""
+    def read(self, data: bytes, path: str) -> list[Found]:
+        """Analyse a chunk; return what it has."""
         if self._parser is None:
             self._start += data
             if len(self._start) < START_BYTES:
@@ -109,7 +110,7 @@ class _Reader:
         self._add(events)
         return events
 
-    def _add(self, events: list[Event]) -> None:
+    def _add(self, events: list[Found]) -> None:
         self.analysis.add(events)
         self._write(events)
 
@@ -158,10 +159,10 @@ def _follow(options: argparse.Namespace, output: Output | None) -> int:
                 _print_report(output, report)
 
 
-def _print_events(events: list[Event], *, as_json: bool) -> None:
+def _print_events(found: list[Found], *, as_json: bool) -> None:
     """Print the rare ones of a chunk's events, and how many were left out."""
     shown: Counter[str] = Counter()
-    for event in events:
+    for event in separate(found):
         name, text = _notable(event)
         if not name:
             continue
@@ -266,23 +267,49 @@ def _print_more(output: Output, count: int, what: str) -> None:
 
 
 def _print_invalidations(output: Output, found: dict[str, Any], start: float | None) -> None:
-    output.section(f"INVALIDATE: {found['count']} in {found['bursts']} bursts")
+    bursts = found["bursts"]
+    output.section(f"INVALIDATE: {found['count']}" + (f" in {bursts} bursts" if bursts else ""))
+    if not found["count"]:
+        return
+    output.text(_cost(found))
+    if bursts is None:
+        output.text("Without times and accesses, the log does not show where a burst ends.")
+        return
     rows = [
         (
             str(each["first"]),
             str(each["count"]),
             _at(each["time"], start),
-            "" if each["duration"] is None else f"{each['duration']:.3f} s",
+            _time(each["duration"]),
             str(each["dma_held"]),
-            str(each["mapped_again"]),
-            "" if each["map_seconds"] is None else f"{each['map_seconds']:.3f} s",
+            "" if each["mapped_again"] is None else str(each["mapped_again"]),
+            _time(each["map_seconds"]),
+            _after(each["recovery_seconds"]),
         )
         for each in found["largest"]
     ]
-    header = ("first", "count", "at", "lasted", "DMA held", "mapped again", "time of that")
-    if rows:
-        output.table(header, rows)
-    _print_more(output, found["bursts"] - len(rows), "bursts")
+    header = ("first", "count", "at", "lasted", "DMA held", "mapped again", "map time", "last map")
+    output.table(header, rows)
+    _print_more(output, bursts - len(rows), "bursts")
+
+
+def _cost(found: dict[str, Any]) -> str:
+    """Return a sentence about what all INVALIDATEs cost."""
+    calls = found["mapped_again"]
+    if calls is None:
+        return "Their cost is unknown, because xen_remap_bucket is not in this log."
+    mean = f"{calls / found['count']:.1f} for each INVALIDATE"
+    seconds = found["map_seconds"]
+    spent = "" if seconds is None else f", in {seconds:.3f} s"
+    return f"They cost {calls} map calls, {mean}{spent}."
+
+
+def _after(seconds: float | None) -> str:
+    return "" if seconds is None else f"after {seconds:.3f} s"
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3f} s"
 
 
 def _print_cache(output: Output, cache: dict[str, Any]) -> None:

@@ -7,7 +7,10 @@ QEMU reports a miss as three events: ``xen_map_cache``, ``xen_remap_bucket`` and
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import rshift
+from typing import Final, NamedTuple, TypeAlias
 
 from ..address import PAGE_MASK, PAGE_SHIFT
 from ..events import (
@@ -23,6 +26,7 @@ from ..events import (
     RequestsHandled,
 )
 from ..ioreq import BUS_OFFSET, RequestKind
+from .qemu_blocks import Misses
 
 EVENTS: Final = {
     "xen_map_cache": 1,
@@ -49,6 +53,40 @@ MIB_SHIFT: Final = 20
 _CONFIG: Final = ("cpu_ioreq_config_read", "cpu_ioreq_config_write")
 _SHIFTS: Final = (MIB_SHIFT, 16, PAGE_SHIFT)
 """Buckets of a 64-bit host; of a 32-bit host; of grants."""
+
+
+class MappedRun(NamedTuple):
+    """Map calls that follow each other: columns in the place of many ``BucketMapped``. Immutable.
+
+    Attributes:
+        times, starts, durations, hosts: as :class:`.BucketMapped` has them.
+        length: of all buckets, in bytes.
+    """
+
+    times: Sequence[int | None]
+    starts: Sequence[int]
+    length: int
+    durations: Sequence[int | None]
+    hosts: Sequence[int | None]
+
+    def events(self) -> Iterator[BucketMapped]:
+        """Yield each map call on its own."""
+        columns = self.times, self.starts, self.durations, self.hosts
+        for time, start, duration, host in zip(*columns, strict=True):
+            yield BucketMapped(time, start, self.length, duration, host)
+
+
+Found: TypeAlias = Event | MappedRun
+"""What a parser finds."""
+
+
+def separate(found: Iterable[Found]) -> Iterator[Event]:
+    """Yield each event on its own."""
+    for each in found:
+        if isinstance(each, MappedRun):
+            yield from each.events()
+        else:
+            yield each
 
 
 class _Miss(NamedTuple):
@@ -79,14 +117,14 @@ class Assembler:
         self.names = dict.fromkeys(EVENTS, 0)
         self.first_time: int | None = None
         self.last_time: int | None = None
-        self._events: list[Event] = []
+        self._events: list[Found] = []
         self._accesses: dict[int, int] = {}
         self._requests: dict[RequestKey, int] = {}
         self._access: _Miss | None = None
         self._shift = MIB_SHIFT
         self._invalidations = 0
 
-    def take(self) -> list[Event]:
+    def take(self) -> list[Found]:
         """Return the events since the last call."""
         self._flush()
         if self._requests:
@@ -104,8 +142,34 @@ class Assembler:
 
     def add_hits(self, bucket: int, count: int) -> None:
         """Add accesses that were served without a map call, to a MiB of that number."""
-        self._access = None  # what began before them was retried
         self._accesses[bucket] = self._accesses.get(bucket, 0) + count
+
+    def begin_run(self, accesses: int, misses: int) -> None:
+        """Begin a run of complete accesses, of which some are misses: what began before ends."""
+        self.end()
+        self.names["xen_map_cache"] += accesses
+        self.names["xen_map_cache_return"] += accesses
+        self.names["xen_remap_bucket"] += misses
+
+    def add_misses(self, misses: Misses) -> None:
+        """Add complete accesses that had a bucket mapped, of a run that was begun."""
+        shift = self._shift
+        times, addresses, buckets, ends, hosts = misses
+        if list(map(rshift, addresses, repeat(shift))) != buckets:  # buckets of another size
+            for time, address, bucket, end, host in zip(*misses, strict=True):
+                self._mapped(_Miss(time, address, bucket), end, host)
+            return
+        length, mask = 1 << shift, (1 << shift) - 1
+        is_timed = times.count(None) < len(times)
+        self._events.append(
+            MappedRun(
+                times,
+                [bucket << shift for bucket in buckets],
+                length,
+                list(map(_duration, times, ends)) if is_timed else times,
+                [host - (at & mask) for at, host in zip(addresses, hosts, strict=True)],
+            )
+        )
 
     def add_requests(self, key: RequestKey, count: int) -> None:
         """Add ioreqs that have the same key."""
@@ -137,6 +201,12 @@ class Assembler:
             self.add_requests(
                 request_key(RequestKind.PCI_CONFIG, name == _CONFIG[0], address, data), 1
             )
+
+    def add_invalidated(self, time: int | None) -> None:
+        """Add an INVALIDATE."""
+        self._flush()
+        self._invalidations += 1
+        self._events.append(Invalidated(time, self._invalidations))
 
     def add_held(self, time: int | None, index: int, host: int) -> None:
         """Add DMA that was held across an INVALIDATE, in the bucket of an index."""
@@ -192,9 +262,7 @@ class Assembler:
             if shift != PAGE_SHIFT:
                 self._shift = shift
         length = 1 << shift
-        duration = None
-        if time is not None and access.time is not None and time >= access.time:
-            duration = time - access.time
+        duration = _duration(access.time, time)
         if host is not None:
             host -= access.address & length - 1
         self._events.append(BucketMapped(access.time, index << shift, length, duration, host))
@@ -202,11 +270,14 @@ class Assembler:
     def _request(self, time: int | None, numbers: tuple[int, ...]) -> None:
         _, kind, direction, _, _, address, data, _, _ = numbers
         if kind == RequestKind.INVALIDATE:
-            self._flush()
-            self._invalidations += 1
-            self._events.append(Invalidated(time, self._invalidations))
+            self.add_invalidated(time)
             return
         self.add_requests(request_key(kind, bool(direction), address, data), 1)
+
+
+def _duration(start: int | None, end: int | None) -> int | None:
+    """Return the time between; None if one is unknown, or the clock was set back."""
+    return end - start if start is not None and end is not None and end >= start else None
 
 
 def request_key(kind: int, is_read: bool, address: int, data: int) -> RequestKey:

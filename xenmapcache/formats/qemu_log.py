@@ -4,66 +4,59 @@ A line is a trace event with one of four prefixes, or a message. Two messages of
 are what later became trace events. The forms are in docs/qemu-logs.md.
 
 Theory of operation
-    Nearly all lines of a large log are hits and ioreqs. For these there is no work in Python for
-    each line: a regular expression splits a chunk of the log into its ioreqs and the rest, and
-    another one splits the rest into hits and what is between them. Ioreqs and hits are counted by
-    the text that tells them apart, and each text is converted once. Only lines between are parsed
-    one by one. Ioreqs are therefore not in order with the others, which nothing needs; but an
-    INVALIDATE matches neither expression, and keeps its place.
+    Nearly all lines of a large log are accesses and ioreqs. For these there is little work in
+    Python for each line. A regular expression splits a chunk of the log into its ioreqs and the
+    rest, and another one splits the rest into accesses and what is between them. Ioreqs and hits
+    are counted by the text that tells them apart, and each text is converted once. Misses become
+    events column by column. Only lines between are parsed one by one, and they say where a run of
+    accesses ends. Ioreqs are therefore not in order with the others, which nothing needs; but an
+    INVALIDATE matches neither expression, and keeps its place. A third expression finds INVALIDATEs
+    and held DMA in what is left.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from datetime import UTC, datetime, timedelta
-from operator import itemgetter
+from collections.abc import Sequence
+from itertools import compress, count
+from operator import itemgetter, not_
 from typing import Final
 
 from ..address import PAGE_SHIFT
-from ..events import Event, RequestKey
-from .qemu_events import EVENTS, MIB_SHIFT, Assembler, request_key
+from ..events import RequestKey
+from .qemu_blocks import (
+    ACCESS_GROUPS,
+    ISO,
+    NOTICE_GROUPS,
+    STAMP,
+    Form,
+    decode_misses,
+    form_of,
+    iso_time,
+)
+from .qemu_events import EVENTS, MIB_SHIFT, Assembler, Found, request_key
 
 MAX_LINE_BYTES: Final = 1 << 16
 _SHOWN_LINES: Final = 5
 _SHOWN_BYTES: Final = 160
 _MAX_DECODED: Final = 1 << 14
 
-_STAMP: Final = rb"[0-9]{1,10}@[0-9]{1,11}\.[0-9]{6}:"
-_ISO: Final = rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}(?:\.[0-9]{1,6})?Z"
-_PREFIX: Final = rb"(?:" + _STAMP + rb"|" + _ISO + rb" )?"
-_HEX: Final = rb"(?:0x[0-9a-f]{1,16}|0)"
-
-_HIT = re.compile(
-    rb"\n%bxen_map_cache want (%b)\n%bxen_map_cache_return 0x[0-9a-f]{1,16}(?=\n)"
-    % (_PREFIX, _HEX, _PREFIX)
-)
-_IOREQ = re.compile(
-    rb"\n%bhandle_ioreq I/O=0x[0-9a-f]{1,16} "
-    rb"(type=(?:"
-    rb"0 dir=[01] df=[01] ptr=[01] port=%b|"
-    # Of MMIO, only the page.
-    rb"1 dir=[01] df=[01] ptr=[01] port=0x[0-9a-f]{0,13}(?=[0-9a-f]{3} )|"
-    rb"2 dir=[01] df=[01] ptr=[01] port=%b data=%b))"
-    rb"[0-9a-f]{0,3}(?: data=%b)? count=[0-9]{1,10} size=[0-9]{1,10}(?=\n)"
-    % (_PREFIX, _HEX, _HEX, _HEX, _HEX)
-)
 _BUCKET_OF = itemgetter(slice(None, -(MIB_SHIFT // 4)))
 """Cuts off the digits of an address in its MiB."""
 _REQUEST: Final = re.compile(rb"type=(\d) dir=(\d) df=\d ptr=\d port=(\w*)(?: data=(\w+))?")
 
 _LINE: Final = re.compile(
-    rb"(?:[0-9]{1,10}@([0-9]{1,11})\.([0-9]{6}):|(%b) )?([a-z][a-z0-9_]*) (.*)" % _ISO, re.DOTALL
+    rb"(?:[0-9]{1,10}@([0-9]{1,11})\.([0-9]{6}):|(%b) )?([a-z][a-z0-9_]*) (.*)" % ISO, re.DOTALL
 )
 _TORN: Final = re.compile(rb"\b(%b) (.*)" % b"|".join(each.encode() for each in EVENTS), re.DOTALL)
 _REPEATED: Final = re.compile(
-    rb"\n%b(?:handle_ioreq_(?:read|write)|cpu_ioreq_(?:pio|move)) I/O=[^\n]*(?=\n)" % _PREFIX
+    rb"\n(?:%b|%b )?(?:handle_ioreq_(?:read|write)|cpu_ioreq_(?:pio|move)) I/O=[^\n]*(?=\n)"
+    % (STAMP, ISO)
 )
 """Events that say again what ``handle_ioreq`` has said."""
-_TIME: Final = re.compile(rb"\n(?:[0-9]{1,10}@([0-9]{1,11})\.([0-9]{6}):|(%b) )" % _ISO)
+_TIME: Final = re.compile(rb"\n(?:[0-9]{1,10}@([0-9]{1,11})\.([0-9]{6}):|(%b) )" % ISO)
 _EDGE_BYTES: Final = 1 << 12
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _DIGITS: Final = rb"(0x[0-9a-f]{1,16}|0|\(nil\))"
 _NUMBER: Final = rb"(0x[0-9a-f]{1,16}|[0-9]{1,20})"
 _HELD: Final = re.compile(
@@ -115,6 +108,8 @@ _TEXTS: Final = {
     "cpu_ioreq_config_write": _CONFIG,
 }
 """What follows an event's name, with a group for each of its numbers."""
+_WORDS: Final = (b"xen_", b"ioreq", b"mapcache")
+"""A line without any of them has neither such an event nor a message that is read."""
 _FORMS: Final = {name.encode(): pattern for name, pattern in _TEXTS.items()}
 
 
@@ -146,7 +141,7 @@ class LogParser:
         self._skips = False
         self._decoded: dict[bytes, RequestKey] = {}
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[Found]:
         """Return the events of the lines that are complete now."""
         data = self._rest + data
         self._rest = b""
@@ -165,7 +160,7 @@ class LogParser:
             self._rest, self._skips = b"", True
         return self.assembler.take()
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[Found]:
         """Return the events of a last line that has no end."""
         events = self.feed(b"\n") if self._rest else []
         self.assembler.end()
@@ -177,38 +172,95 @@ class LogParser:
         self._note_times(text)
         if b"cpu_ioreq_" in text or b"handle_ioreq_" in text:
             text = _REPEATED.sub(b"", text)
-        parts = _IOREQ.split(text)
-        if len(parts) > 1:
-            self._count_ioreqs(parts[1::2])
-            text = b"".join(parts[::2])
-        parts = _HIT.split(text)
-        between, addresses = parts[::2], parts[1::2]
-        for name in ("xen_map_cache", "xen_map_cache_return"):
-            self.assembler.names[name] += len(addresses)
+        place = self._first_ioreq(text)
+        self._parse_block(text[:place] + b"\n")
+        self._parse_block(text[place:])
+
+    def _first_ioreq(self, text: bytes) -> int:
+        """Return where the line of the log's first ``handle_ioreq`` begins; otherwise 0.
+
+        Before it, PCI configuration events count as ioreqs, and after it they do not.
+        """
+        if self.assembler.names["handle_ioreq"]:
+            return 0
+        return max(0, text.rfind(b"\n", 0, max(0, text.find(b"handle_ioreq "))))
+
+    def _parse_block(self, text: bytes) -> None:
+        form = form_of(text)
+        if b"handle_ioreq " in text:
+            parts = form.ioreqs.split(text)
+            if len(parts) > 1:
+                self.forms.add(form.name)
+                self._count_ioreqs(parts[1::2])
+                text = b"".join(parts[::2])
+        parts = form.accesses.split(text)
+        between = parts[:: ACCESS_GROUPS + 1]
+        columns = [parts[group :: ACCESS_GROUPS + 1] for group in range(1, ACCESS_GROUPS + 1)]
         start = 0
-        for number, lines in enumerate(between):
-            if lines:
-                self._count_hits(addresses[start:number])
-                start = number
-                for line in lines.split(b"\n"):
-                    if line:
-                        self._parse_line(line)
-        # The text ends with an end of line, so the last hits were counted before it.
+        for number in compress(count(), between):
+            if start < number:
+                self._take_accesses(form, [column[start:number] for column in columns])
+            start = number
+            self._parse_rest(form, between[number])
+        # The text ends with an end of line, so the last accesses were taken before it.
+
+    def _take_accesses(self, form: Form, columns: Sequence[Sequence[bytes]]) -> None:
+        """Take a run of hits and misses, in the columns of :attr:`.Form.accesses`."""
+        self.forms.add(form.name)
+        _, addresses, buckets, _, _ = columns
+        misses = len(buckets) - buckets.count(None)
+        self.assembler.begin_run(len(addresses), misses)
+        hits = addresses if not misses else list(compress(addresses, map(not_, buckets)))
+        for text, number in Counter(map(_BUCKET_OF, hits)).items():
+            self.assembler.add_hits(int(text[2:] or b"0", 16), number)
+        if misses:
+            if hits:
+                columns = [list(compress(column, buckets)) for column in columns]
+            self.assembler.add_misses(decode_misses(form, columns))
+
+    def _parse_rest(self, form: Form, text: bytes) -> None:
+        """Parse what is between accesses."""
+        parts = form.notices.split(text)
+        self._parse_others(parts[0])
+        columns = [parts[group :: NOTICE_GROUPS + 1] for group in range(1, NOTICE_GROUPS + 2)]
+        times = iter(form.times([stamp for stamp in columns[0] if stamp is not None]))
+        for stamp, bucket, host, message, message_host, others in zip(*columns, strict=True):
+            if stamp is None:
+                self.forms.add("message")
+                self.assembler.add_held(None, int(message, 16), int(message_host, 16))
+            elif host is None:
+                self.assembler.names["handle_ioreq"] += 1
+                self.assembler.add_invalidated(next(times))
+            else:
+                self.assembler.names["xen_invalidate_map_cache"] += 1
+                self.assembler.add_held(next(times), int(bucket, 16), int(host, 16))
+            if others:
+                self._parse_others(others)
+        if any(stamp is not None for stamp in columns[0]):
+            self.forms.add(form.name)
+
+    def _parse_others(self, text: bytes) -> None:
+        """Parse lines that are neither accesses nor notices."""
+        if any(word in text for word in _WORDS):
+            self._parse_lines(text)
+        else:
+            self.others += sum(map(bool, text.split(b"\n")))
+
+    def _parse_lines(self, text: bytes) -> None:
+        """Parse lines one by one."""
+        for line in text.split(b"\n"):
+            if line:
+                self._parse_line(line)
 
     def _count_ioreqs(self, texts: list[bytes]) -> None:
         self.assembler.names["handle_ioreq"] += len(texts)
-        for text, count in Counter(texts).items():
+        for text, number in Counter(texts).items():
             key = self._decoded.get(text)
             if key is None:
                 if len(self._decoded) >= _MAX_DECODED:
                     self._decoded.clear()
                 key = self._decoded[text] = _decode_ioreq(text)
-            self.assembler.add_requests(key, count)
-
-    def _count_hits(self, addresses: list[bytes]) -> None:
-        if addresses:
-            for text, count in Counter(map(_BUCKET_OF, addresses)).items():
-                self.assembler.add_hits(int(text[2:] or b"0", 16), count)
+            self.assembler.add_requests(key, number)
 
     def _parse_line(self, line: bytes) -> None:
         match = _LINE.match(line)
@@ -225,7 +277,7 @@ class LogParser:
             time = int(seconds) * 1_000_000_000 + int(micros) * 1000
             self.forms.add("pid")
         elif iso is not None:
-            time = _iso_time(iso)
+            time = iso_time(iso)
             self.forms.add("iso")
         else:
             self.forms.add("plain")
@@ -264,7 +316,7 @@ class LogParser:
             for stamp in filter(None, stamps):
                 seconds, micros, iso = stamp.groups()
                 if iso is not None:
-                    self.assembler.note_time(_iso_time(iso))
+                    self.assembler.note_time(iso_time(iso))
                 else:
                     self.assembler.note_time(int(seconds) * 1_000_000_000 + int(micros) * 1000)
 
@@ -283,12 +335,3 @@ def _number(text: bytes) -> int:
     if text == b"(nil)":
         return 0
     return int(text, 16 if text.startswith(b"0x") else 10)
-
-
-def _iso_time(text: bytes) -> int | None:
-    """Return a time in ns since the epoch; None if the calendar lacks it."""
-    try:
-        moment = datetime.fromisoformat(text.decode())
-    except ValueError:
-        return None
-    return (moment - _EPOCH) // _MICROSECOND * 1000

@@ -14,8 +14,7 @@ from typing import Final, Literal
 
 from ..errors import UnsupportedOperationError
 from ..escape import printable
-from ..events import Event
-from .qemu_events import EVENTS, Assembler
+from .qemu_events import EVENTS, Assembler, Found
 
 _BEGIN: Final = 0xFFFF_FFFF_FFFF_FFFF
 _MAGIC: Final = 0xF2B1_77CB_0AA4_29B4
@@ -93,7 +92,7 @@ class SimpleParser:
         self._offset = 0  # of the rest in the file
         self._skips = False
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[Found]:
         """Return the events of the records that are complete now."""
         data = self._rest + data
         place = 0
@@ -107,7 +106,7 @@ class SimpleParser:
         self._offset += place
         return self.assembler.take()
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[Found]:
         """End: a record that is cut off is damaged."""
         if self._rest:
             self._note_damaged(self._offset, len(self._rest))

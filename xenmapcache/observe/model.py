@@ -30,8 +30,13 @@ class CacheModel:
 
     def access(self, buckets: Iterable[int]) -> None:
         """Access buckets, by their numbers, in this order."""
+        accessed = list(buckets)
+        latest = list(dict.fromkeys(reversed(accessed)))
+        latest.reverse()
         mapped = self._mapped
-        for bucket in buckets:
+        if len(mapped) + len(latest) <= self._limit:  # none is evicted: only the last access counts
+            accessed = latest
+        for bucket in accessed:
             if bucket in mapped:
                 del mapped[bucket]
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import nlargest
+from heapq import nsmallest
 from typing import Any, Final, Protocol
 
 from ..events import (
@@ -11,27 +11,26 @@ from ..events import (
     BucketMapped,
     BucketReplaced,
     CacheOpened,
-    Event,
     Invalidated,
     LeaseHeld,
     RequestKey,
     RequestsHandled,
 )
-from ..formats.qemu_events import MIB_SHIFT, Assembler
+from ..formats.qemu_events import MIB_SHIFT, Assembler, Found, MappedRun
 from ..formats.qemu_log import LogParser
 from ..formats.qemu_simple import SimpleParser, byte_order
 from ..ioreq import BUS_OFFSET, RequestKind
+from .bursts import Bursts
 from .model import CacheModel
 from .platform import Platform
+from .remaps import Remaps
 from .tally import Tally, Top
 
 START_BYTES: Final = 24
 """How much of a file :func:`make_parser` looks at."""
 
-_BURST_GAP_NS: Final = 100_000_000
 _SHOWN: Final = 20
 _MAX_LEASES: Final = 4096
-_MAX_BUCKETS: Final = 1 << 16
 _KINDS: Final = {
     RequestKind.PORT: "port",
     RequestKind.MMIO: "MMIO",
@@ -69,10 +68,10 @@ class Parser(Protocol):
     examples: list[str]
     forms: set[str]
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[Found]:
         """Return the events that are complete now."""
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[Found]:
         """Return the events at the end of the file."""
 
 
@@ -83,18 +82,6 @@ def make_parser(start: bytes, path: str) -> Parser:
         UnsupportedOperationError: it is a trace file of a version that is not read.
     """
     return SimpleParser(start, path) if byte_order(start) else LogParser()
-
-
-class _Burst:
-    """INVALIDATEs that follow each other closely."""
-
-    __slots__ = ("count", "first", "held", "last", "map_ns", "number", "remapped")
-
-    def __init__(self, event: Invalidated) -> None:
-        self.first = self.last = event.time
-        self.number = event.number
-        self.count = 1
-        self.held = self.remapped = self.map_ns = 0
 
 
 class _Held:
@@ -109,103 +96,70 @@ class _Held:
 class QemuAnalysis:
     """Takes events, and keeps what a report needs of them, in bounded memory.
 
-    Attributes:
-        invalidations: how many INVALIDATEs there were.
-        bursts: how many bursts they came in.
-
     Synchronization: for one thread.
     """
 
     def __init__(self) -> None:
-        self.invalidations = self.bursts = 0
-        self._hits = self._maps = self._failed = self._map_ns = self._max_map_ns = 0
-        self._timed = self._remaps_invalidated = self._remaps_other = 0
+        self._hits = self._maps = self._failed = 0
+        self._timed = self._map_ns = self._max_map_ns = 0
         self._opened = self._replaced = self._requests_total = 0
         self._model = CacheModel()
-        self._buckets: dict[int, tuple[int, int | None]] = {}  # epoch of the map call, host address
-        self._remaps: Tally[tuple[int, int]] = Tally()
-        self._burst: _Burst | None = None
-        self._worst: list[_Burst] = []
-        self._since_invalidation = False
+        self._remaps = Remaps()
+        self._bursts = Bursts()
         self._held: dict[tuple[int, int], _Held] = {}
-        self._held_total = self._held_lost = self._epoch = 0
+        self._held_total = self._held_lost = 0
         self._round: set[tuple[int, int]] = set()
         self._requests: Tally[tuple[int, int, bool]] = Tally()
         self._platform = Platform()
 
-    def add(self, events: Iterable[Event]) -> None:
-        """Take events, in their order."""
+    def add(self, events: Iterable[Found]) -> None:
+        """Take what a parser found, in its order."""
         for event in events:
-            if isinstance(event, BucketMapped):
-                self._take_mapped(event)
-            elif isinstance(event, Accessed):
-                self._since_invalidation = True
-                self._hits += sum(event.counts.values())
-                self._model.access(event.counts)
-            elif isinstance(event, Invalidated):
-                self._take_invalidated(event)
-            elif isinstance(event, LeaseHeld):
-                self._take_held(event)
-            elif isinstance(event, RequestsHandled):
-                for key, count in event.counts.items():
-                    self._take_requests(key, count)
-            elif isinstance(event, CacheOpened):
-                self._opened += 1
-                self._buckets.clear()  # QEMU was started again
-                self._model.invalidate()
-            elif isinstance(event, BucketReplaced):
-                self._replaced += 1
-            else:  # MapFailed
-                self._failed += 1
+            self._take(event)
 
-    def _take_mapped(self, event: BucketMapped) -> None:
-        self._maps += 1
-        self._since_invalidation = True
-        self._model.access((event.start >> MIB_SHIFT,))
-        duration = event.duration or 0
-        if event.duration is not None:
-            self._timed += 1
-            self._map_ns += duration
-            self._max_map_ns = max(self._max_map_ns, duration)
-        known = self._buckets.pop(event.start, None)
-        if known is not None:
-            self._remaps.add((event.start, event.length))
-            if known[0] < self._epoch:
-                self._remaps_invalidated += 1
-                if self._burst is not None:
-                    self._burst.remapped += 1
-                    self._burst.map_ns += duration
-            else:
-                self._remaps_other += 1
-        elif len(self._buckets) >= _MAX_BUCKETS:
-            del self._buckets[next(iter(self._buckets))]
-        self._buckets[event.start] = self._epoch, event.host
+    def _take(self, event: Found) -> None:
+        if isinstance(event, MappedRun):
+            self._take_mapped(event)
+        elif isinstance(event, Accessed):
+            self._bursts.add_access()
+            self._hits += sum(event.counts.values())
+            self._model.access(event.counts)
+        elif isinstance(event, Invalidated):
+            self._take_invalidated(event)
+        elif isinstance(event, LeaseHeld):
+            self._take_held(event)
+        elif isinstance(event, RequestsHandled):
+            for key, count in event.counts.items():
+                self._take_requests(key, count)
+        elif isinstance(event, BucketMapped):
+            time, start, length, duration, host, _ = event
+            self._take_mapped(MappedRun((time,), (start,), length, (duration,), (host,)))
+        elif isinstance(event, CacheOpened):
+            self._opened += 1
+            self._remaps.restart()
+            self._model.invalidate()
+        elif isinstance(event, BucketReplaced):
+            self._replaced += 1
+        else:  # MapFailed
+            self._failed += 1
+
+    def _take_mapped(self, run: MappedRun) -> None:
+        self._maps += len(run.starts)
+        self._bursts.add_access()
+        self._model.access([start >> MIB_SHIFT for start in run.starts])
+        durations = [duration for duration in run.durations if duration is not None]
+        self._timed += len(durations)
+        self._map_ns += sum(durations)
+        self._max_map_ns = max(self._max_map_ns, max(durations, default=0))
+        self._bursts.add_mapped_again(self._remaps.add(run))
 
     def _take_invalidated(self, event: Invalidated) -> None:
-        self.invalidations += 1
-        self._epoch += 1
+        self._bursts.add_invalidated(event)
+        self._invalidate()
+
+    def _invalidate(self) -> None:
+        self._remaps.invalidate()
         self._model.invalidate()
-        burst = self._burst
-        if burst is not None and self._continues(burst, event.time):
-            burst.count += 1
-            burst.last = event.time
-        else:
-            self._end_burst()
-            self.bursts += 1
-            self._burst = _Burst(event)
-        self._since_invalidation = False
-
-    def _continues(self, burst: _Burst, time: int | None) -> bool:
-        if time is None or burst.last is None:
-            return not self._since_invalidation
-        return 0 <= time - burst.last <= _BURST_GAP_NS
-
-    def _end_burst(self) -> None:
-        if self._burst is not None:
-            self._worst.append(self._burst)
-            if len(self._worst) > 2 * _SHOWN:
-                self._worst = _largest(self._worst)
-            self._burst = None
 
     def _take_held(self, event: LeaseHeld) -> None:
         self._held_total += 1
@@ -213,11 +167,9 @@ class QemuAnalysis:
         if not event.number:  # no INVALIDATE in the log: a repetition shows that there was one
             if not self._round or key in self._round or len(self._round) > _MAX_LEASES:
                 self._round.clear()
-                self._epoch += 1
-                self._model.invalidate()
+                self._invalidate()
             self._round.add(key)
-        if self._burst is not None:
-            self._burst.held += 1
+        self._bursts.add_held()
         held = self._held.get(key)
         if held is None:
             if len(self._held) >= _MAX_LEASES:
@@ -259,7 +211,10 @@ class QemuAnalysis:
                 "starts": self._opened,
             },
             "dma_held": self._report_held(),
-            "invalidations": self._report_invalidations(),
+            "invalidations": self._bursts.report(
+                has_maps="xen_remap_bucket" in names,
+                has_ends=first is not None or "xen_map_cache" in names,
+            ),
             "map_cache": self._report_cache(names),
             "ioreqs": self._report_requests(),
             "hints": self._hints(parser, names),
@@ -288,35 +243,15 @@ class QemuAnalysis:
 
     def _address_of(self, event: LeaseHeld) -> dict[str, Any]:
         """Return the guest address of a lease, if the log shows where its bucket is mapped."""
-        _, host = self._buckets.get(event.start, (0, None))
+        host = self._remaps.host_of(event.start)
         if host is not None and 0 <= event.host - host < event.length:
             return {"address": event.start + event.host - host}
         return {"address": None}
 
-    def _report_invalidations(self) -> dict[str, Any]:
-        current = [self._burst] if self._burst is not None else []
-        worst = sorted(_largest([*self._worst, *current]), key=lambda burst: burst.number)
-        return {
-            "count": self.invalidations,
-            "bursts": self.bursts,
-            "largest": [
-                {
-                    "first": burst.number,
-                    "count": burst.count,
-                    "time": _seconds(burst.first),
-                    "duration": _difference(burst.first, burst.last),
-                    "dma_held": burst.held,
-                    "mapped_again": burst.remapped,
-                    "map_seconds": burst.map_ns / 1e9 if burst.first is not None else None,
-                }
-                for burst in worst
-            ],
-        }
-
     def _report_cache(self, names: dict[str, int]) -> dict[str, Any]:
         accesses = self._hits + self._maps + self._failed
         complete = "xen_map_cache" in names and "xen_remap_bucket" in names
-        top = self._remaps.top(_SHOWN)
+        top = self._remaps.again.top(_SHOWN)
         return {
             "accesses": accesses if "xen_map_cache" in names else None,
             "hits": self._hits if complete else None,
@@ -327,8 +262,8 @@ class QemuAnalysis:
             "dummies_replaced": self._replaced,
             "map_seconds": self._map_ns / 1e9 if self._timed else None,
             "longest_map_seconds": self._max_map_ns / 1e9 if self._timed else None,
-            "mapped_again_after_invalidate": self._remaps_invalidated,
-            "mapped_again_without": self._remaps_other,
+            "mapped_again_after_invalidate": self._remaps.after_invalidate,
+            "mapped_again_without": self._remaps.without,
             "mapped_again": [
                 {"address": start, "length": length, "times": count}
                 for (start, length), count in top.entries
@@ -340,7 +275,7 @@ class QemuAnalysis:
         merged: dict[tuple[int, int], list[int]] = {}
         for (kind, address, is_read), count in self._requests.counts.items():
             merged.setdefault((kind, address), [0, 0])[is_read] += count
-        shown = nlargest(_SHOWN, merged.items(), key=lambda entry: sum(entry[1]))
+        shown = nsmallest(_SHOWN, merged.items(), key=lambda entry: (-sum(entry[1]), entry[0]))
         counted = sum(writes + reads for _, (writes, reads) in shown)
         devices: Tally[str] = Tally()
         for (kind, address), counts in merged.items():
@@ -376,8 +311,9 @@ class QemuAnalysis:
             hints.append(f"Not in this log; to have it: device_model_args = [ {listed} ]")
         if parser.assembler.first_time is None:
             hints.append(
-                'The lines have no times; from QEMU 6.0 on: device_model_args = [ "-msg", '
-                '"timestamp=on" ]'
+                "The lines have no times, so the log does not show how long a burst of INVALIDATEs "
+                "and its map calls took; from QEMU 6.0 on: device_model_args = "
+                '[ "-msg", "timestamp=on" ]'
             )
         if any(self._address_of(held.event)["address"] is None for held in self._held.values()):
             hints.append(
@@ -389,20 +325,12 @@ class QemuAnalysis:
         return hints
 
 
-def _largest(bursts: list[_Burst]) -> list[_Burst]:
-    return nlargest(_SHOWN, bursts, key=lambda burst: (burst.held, burst.count))
-
-
 def _others(top: Top[tuple[int, int]]) -> dict[str, int]:
     return {"other_buckets": top.other_keys, "other_times": top.other_count}
 
 
 def _seconds(time: int | None) -> float | None:
     return None if time is None else time / 1e9
-
-
-def _difference(first: int | None, last: int | None) -> float | None:
-    return None if first is None or last is None else (last - first) / 1e9
 
 
 def _qemu_version(parser: Parser) -> str | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from heapq import nlargest
-from operator import itemgetter
+from heapq import nsmallest
 from typing import Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -14,7 +13,7 @@ class Top(NamedTuple, Generic[Key]):
     """The largest counts, and the rest. Immutable.
 
     Attributes:
-        entries: ``(key, count)``, the largest count first.
+        entries: ``(key, count)``, the largest count first; of equal counts the smallest key.
         other_keys: how many other keys there are, at least.
         other_count: the sum of their counts.
     """
@@ -22,6 +21,12 @@ class Top(NamedTuple, Generic[Key]):
     entries: list[tuple[Key, int]]
     other_keys: int
     other_count: int
+
+
+def _rank(entry: tuple[Key, int]) -> tuple[int, Key]:
+    """Return what sorts entries: the largest count first; of equal ones the smallest key."""
+    key, count = entry
+    return -count, key
 
 
 class Tally(Generic[Key]):
@@ -50,12 +55,16 @@ class Tally(Generic[Key]):
         self.total += count
         self.counts[key] = self.counts.get(key, 0) + count
         if len(self.counts) > 2 * self._limit:
-            kept = nlargest(self._limit, self.counts.items(), key=itemgetter(1))
+            kept = nsmallest(self._limit, self.counts.items(), key=_rank)
             self.folded += len(self.counts) - len(kept)
             self.counts = dict(kept)
 
+    def has_room(self, keys: int) -> bool:
+        """Return whether that many further keys fit without folding any."""
+        return len(self.counts) + keys <= 2 * self._limit
+
     def top(self, number: int) -> Top[Key]:
         """Return that many of the largest counts."""
-        entries = nlargest(number, self.counts.items(), key=itemgetter(1))
+        entries = nsmallest(number, self.counts.items(), key=_rank)
         others = len(self.counts) - len(entries) + self.folded
         return Top(entries, others, self.total - sum(count for _, count in entries))
