@@ -51,7 +51,7 @@ def each_library_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read = libraries._symbol_versions
 
     def remembered(path: str) -> Symbols:
-        if "elftools" in sys.modules and sys.modules["elftools"] is None or not Path(path).exists():
+        if sys.modules.get("elftools", sys) is None or not Path(path).exists():
             return read(path)
         state = Path(path).stat()
         key = (path, state.st_ino, state.st_size, state.st_mtime_ns)
