@@ -169,7 +169,7 @@ _Static_assert(__builtin_offsetof(extent, first_pfn) == 8, "first_pfn");
 
 
 def parse(source: str) -> dict[str, Prototype]:
-    return prototypes(LIBC._replace(source=source))
+    return dict(prototypes(LIBC._replace(source=source)))
 
 
 def test_parser_reads_what_c_means() -> None:
