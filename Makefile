@@ -5,11 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Python starts hundreds of times in a run of the tests. Where no bytecode is kept, each start
 # compiles the package, and each worker all tests.
-test test-quick coverage: export PYTHONDONTWRITEBYTECODE =
-# What no test comes to is not to be a matter of luck.
-coverage: export XENMAPCACHE_MODEL ?= 100
-coverage: export XENMAPCACHE_FUZZ ?= 300
-coverage: export XENMAPCACHE_RACES ?= 3
+export PYTHONDONTWRITEBYTECODE =
+# For coverage: what no test comes to is not to be a matter of luck.
+MORE := XENMAPCACHE_MODEL=$${XENMAPCACHE_MODEL:-100} XENMAPCACHE_FUZZ=$${XENMAPCACHE_FUZZ:-300} \
+	XENMAPCACHE_RACES=$${XENMAPCACHE_RACES:-3}
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
@@ -32,7 +31,7 @@ test-bare:  ## run demo and test on a bare Debian without a compiler and Xen's f
 
 coverage: $(VENV)/test.stamp  ## run the tests, and check that they reach every line and branch
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -q -n 2 --dist worksteal
+	$(MORE) $(BIN)/python -m coverage run -m pytest -q -n 2 --dist worksteal
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report
 
@@ -110,6 +109,8 @@ clean:  ## remove all that the targets have made
 $(VENV)/%.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	# Each worker would compile all tests in the first run. An error is one there, and is shown there.
+	if [ $* = test ]; then $(BIN)/python -m pytest -q --collect-only > /dev/null || true; fi
 	touch $@
 
 # If a peer cannot be installed, the benchmark reports the reason from the log. The newest pykdumpfile

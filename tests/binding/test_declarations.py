@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,8 +168,8 @@ _Static_assert(__builtin_offsetof(extent, first_pfn) == 8, "first_pfn");
 # --- the parser -------------------------------------------------------------------------
 
 
-def parse(source: str) -> Mapping[str, Prototype]:
-    return prototypes(LIBC._replace(source=source))
+def parse(source: str) -> dict[str, Prototype]:
+    return dict(prototypes(LIBC._replace(source=source)))
 
 
 def test_parser_reads_what_c_means() -> None:

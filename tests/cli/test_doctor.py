@@ -39,6 +39,27 @@ from xenmapcache.doctor import guest, libraries
 from xenmapcache.errors import errno_name
 
 Findings = dict[str, dict[str, Any]]
+Symbols = tuple[dict[str, str], list[str]]
+
+SYMBOLS: dict[tuple[object, ...], Symbols] = {}
+"""Of each library's file, as it was read first: pyelftools needs a while for each."""
+
+
+@pytest.fixture(autouse=True)
+def each_library_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what pyelftools has read, if it is there, of a file that has not changed."""
+    read = libraries._symbol_versions
+
+    def remembered(path: str) -> Symbols:
+        if sys.modules.get("elftools", sys) is None or not Path(path).exists():
+            return read(path)
+        state = Path(path).stat()
+        key = (path, state.st_ino, state.st_size, state.st_mtime_ns)
+        if key not in SYMBOLS:
+            SYMBOLS[key] = read(path)
+        return SYMBOLS[key]
+
+    monkeypatch.setattr(libraries, "_symbol_versions", remembered)
 
 
 def examine(capsys: pytest.CaptureFixture[str], *options: str, status: int = 1) -> Findings:

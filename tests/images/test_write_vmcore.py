@@ -317,13 +317,14 @@ class Scattered(Backend):
     def __init__(self, count: int) -> None:
         self.count = count
         self.memory_end = 2 * count * PAGE_SIZE
+        self.zeros = copy_pages(1, [bytes(PAGE_SIZE)])
 
     def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
         return ((number, 1) for number in range(gfn, gfn + count, 2))
 
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
         assert (gfn % 2, count) == (0, 1)
-        return copy_pages(gfn, [memory(gfn, 1) if gfn % 999 == 0 else bytes(PAGE_SIZE)])
+        return self.zeros if gfn % 999 else copy_pages(gfn, [memory(gfn, 1)])
 
     def close(self) -> None:
         pass

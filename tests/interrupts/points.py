@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TextIO
 
+from xenmapcache.binding.declarations import LIBRARIES, prototypes
+
 from .injector import DEPTHS, Injector, Outcome, quiet
 from .world import (
     ChildLeaves,
@@ -221,6 +223,8 @@ class Runner:
         self.seed = seed
         for name in IMPORTED_ONCE:
             importlib.import_module(name)
+        for library in LIBRARIES:
+            prototypes(library)  # which remembers them
         quiet()  # here, so that no child has to look through what was there before it
 
     def run(

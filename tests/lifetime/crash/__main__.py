@@ -17,6 +17,7 @@ from pathlib import Path
 
 from xenmapcache.backends import domain, mock, xen
 from xenmapcache.binding import cffi_loader, ctypes_loader
+from xenmapcache.binding.declarations import LIBRARIES, prototypes
 from xenmapcache.mapping import live_mappings
 
 from .collected import COLLECTED, collect
@@ -111,6 +112,8 @@ def cell(source: str, row: str, column: str, library: Path, folder: Path, outcom
 
 def serve(library: Path, folder: Path) -> None:
     """Answer until the last question."""
+    for each in LIBRARIES:
+        prototypes(each)  # which remembers them
     gc.freeze()  # what is imported need not be looked through in each child, nor copied by that
     for number, line in enumerate(sys.stdin):
         source, row, column = json.loads(line)
