@@ -38,7 +38,6 @@ _make_released = cast(
 
 def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
     """Return the event of a lease."""
-    record.told = True
     direction = record.direction
     values = (
         time,
@@ -57,8 +56,7 @@ def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
 
 def taken(stream: EventStream, record: LeaseRecord, sequence: int) -> None:
     """Tell of a lease that was taken; called without the lock."""
-    stream.put(held(record, now(), sequence))
-    stream.deliver()
+    stream.tell(held(record, now(), sequence), record)
 
 
 def ended(stream: EventStream, record: LeaseRecord) -> None:
@@ -66,11 +64,10 @@ def ended(stream: EventStream, record: LeaseRecord) -> None:
     sequence = record.released_at
     if sequence is None:
         return
-    told, record.told = record.told, False
-    if told:
+    if record.told:
         stale, copied, lost = record.stale_at(sequence), record.copied_pages, record.lost_pages
-        stream.put(_make_released((now(), record.id, stale, copied, lost)))
-        stream.deliver()
+        event = _make_released((now(), record.id, stale, copied, lost))
+        stream.tell(event, record, False)
 
 
 def moved(stream: EventStream, old: int, new: int) -> None:
@@ -138,4 +135,9 @@ def snapshot(
         yield _bucket(mapping, time, None)
     for record in records:
         since = int(record.since * _S) + WALL_CLOCK_OFFSET_NS
-        yield held(record, since, sequence)
+        record.told = True
+        # From here on its end is told. If it ended before, and that was not told, nor is this.
+        if record.released_at is None or not record.told:
+            yield held(record, since, sequence)
+        else:
+            record.told = False
