@@ -282,6 +282,30 @@ class RequestHandled(NamedTuple):
     region: str | None = None
 
 
+class ServerOpened(NamedTuple):
+    """An ioreq server was made, or an observer was attached to one that exists. Immutable.
+
+    Attributes:
+        time: in ns.
+        domain: the number of the domain that it serves.
+        source: what it is, for people; None if it is unknown.
+    """
+
+    time: int | None
+    domain: int
+    source: str | None = None
+
+
+class ServerClosed(NamedTuple):
+    """An ioreq server was closed: no request reaches it any more. Immutable.
+
+    Attributes:
+        time: in ns.
+    """
+
+    time: int | None
+
+
 class Quiesced(NamedTuple):
     """An ioreq server has stopped DMA before an invalidation. Immutable.
 
@@ -322,6 +346,8 @@ Event: TypeAlias = (
     | Invalidated
     | LeaseHeld
     | BucketReplaced
+    | ServerOpened
+    | ServerClosed
     | RequestHandled
     | RequestsHandled
     | Quiesced

@@ -31,7 +31,6 @@ import os
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import repeat, starmap
@@ -42,6 +41,7 @@ from .events import WALL_CLOCK_OFFSET_NS, Event, EventsLost
 from .logs import safely
 
 Observer: TypeAlias = Callable[[Event], object]
+_Direct: TypeAlias = tuple[deque[Event], Callable[[deque[Event]], bool]]
 
 new_hooks: list[Callable[[Callable[[Observer], Observation]], object]] = []
 """Functions to call with the method ``observe`` of each new cache and server, when it is ready."""
@@ -70,29 +70,30 @@ class _Nothing:
 
     __slots__ = ("told",)
 
+    told: bool
+
 
 _NOTHING: Final = _Nothing()
 
 
-class QueueObserver(ABC):
-    """An observer that takes several events at once from the queue where they wait for it."""
+class QueueObserver:
+    """An observer that takes several events at once from the queue where they wait for it.
 
-    __slots__ = ()
+    Attributes:
+        drain: takes events from the left of a queue until it is empty, and returns True; or returns
+            False if it cannot now, and will do so later. An event leaves the queue in the moment
+            when it has been dealt with, so that an interrupt loses none. It may be called inside of
+            itself, and in several threads at once.
+    """
 
-    @abstractmethod
-    def __call__(self, event: Event, /) -> object:
+    __slots__ = ("drain",)
+
+    def __init__(self, drain: Callable[[deque[Event]], bool]) -> None:
+        self.drain = drain
+
+    def __call__(self, event: Event) -> None:
         """Take one event."""
-
-    @abstractmethod
-    def drain(self, queue: deque[Event], /) -> bool:
-        """Take events from the left of a queue until it is empty.
-
-        An event is to leave the queue in the moment when it has been dealt with, so that an
-        interrupt loses none. May be called inside of itself, and in several threads at once.
-
-        Returns:
-            False if it could not now, and will do so later.
-        """
+        self.drain(deque((event,)))
 
 
 class Observation:
@@ -148,7 +149,17 @@ class EventStream:
     Synchronization: any thread.
     """
 
-    __slots__ = ("__weakref__", "_pending", "_sole", "_thread", "_turn", "guards", "observations")
+    __slots__ = (
+        "__weakref__",
+        "_demoted",
+        "_direct",
+        "_pending",
+        "_sole",
+        "_thread",
+        "_turn",
+        "guards",
+        "observations",
+    )
 
     def __init__(self) -> None:
         self.observations: dict[Observation, None] = {}
@@ -157,6 +168,8 @@ class EventStream:
         self._thread: int | None = None  # which delivers
         self._pending = False  # whether something may be queued
         self._sole: Observation | None = None  # if there is no other one
+        self._direct: _Direct | None = None  # of a QueueObserver that is the sole one
+        self._demoted = False  # whether one of these was unset, and may be set again
         _streams.add(self)
 
     def attach(
@@ -176,7 +189,7 @@ class EventStream:
         observation = Observation(self, observer)
         try:
             self.observations[observation] = None
-            self._sole = None
+            self._sole = self._direct = None
             observation.queue.extendleft(reversed([*snapshot()]))
             observation.ready = True
             self._pending = True
@@ -192,18 +205,20 @@ class EventStream:
         # Nothing here calls: no signal handler comes between.
         if observation in self.observations:
             del self.observations[observation]
-        self._sole = None
+        self._sole = self._direct = None
         observation.ready = False
         observation.queue.clear()
         self._choose_sole()
 
     def _choose_sole(self) -> None:
         for observation in tuple(self.observations):
-            only = {observation: None}
-            ready = HAS_GIL and observation.ready
-            # No other thread comes between the comparison and the store.
+            queue, drain, only = observation.queue, observation.drain, {observation: None}
+            direct = None if drain is None else (queue, drain)
+            # Below, no other thread comes between the comparison and the stores.
+            ready = HAS_GIL and observation.ready and not observation.lost
             if ready and self.observations == only:
                 self._sole = observation
+                self._direct = direct
 
     def put(self, event: Event, subject: Subject = _NOTHING, known: bool = True) -> None:
         """Queue an event for each observer. Takes no lock and calls no code of others.
@@ -215,7 +230,7 @@ class EventStream:
                 has ended is left out if they do not know it.
         """
         sole = self._sole
-        if sole is not None and not sole.lost and len(sole.queue) < MAX_QUEUED:
+        if sole is not None and len(sole.queue) < MAX_QUEUED:
             self._pending = True
             if known or subject.told:
                 subject.told = known
@@ -225,6 +240,8 @@ class EventStream:
         for observation in tuple(self.observations):
             if len(observation.queue) >= MAX_QUEUED and observation.ready:
                 observation.lost += 1  # no call in here: no other thread counts in between
+                self._sole = self._direct = None
+                self._demoted = True
                 continue
             if observation.lost:
                 self._tell_lost(observation)
@@ -242,33 +259,32 @@ class EventStream:
         Raises:
             BaseException: as :meth:`deliver`.
         """
-        sole = self._sole
-        if sole is None or sole.drain is None:
-            self.put(event, subject, known)
-            self.deliver()
-            return
-        for guard in self.guards:
-            if guard():
-                self.put(event, subject, known)
-                return
-        if sole is self._sole and not sole.lost and len(sole.queue) < MAX_QUEUED:
-            queue = sole.queue
-            try:
-                if known or subject.told:
-                    subject.told = known
-                    queue.append(event)
-                if not sole.drain(queue):
+        direct = self._direct
+        if direct is not None:
+            for guard in self.guards:
+                if guard():
+                    self.put(event, subject, known)
+                    return
+            queue, drain = direct
+            if self._direct is direct:
+                try:
+                    if known or subject.told:
+                        subject.told = known
+                        queue.append(event)
+                    if drain(queue):
+                        if not queue and self._direct is direct:
+                            self._pending = False
+                        return
+                    self._direct = None
+                    self._demoted = True
+                except BaseException as error:
                     self._pending = True
-                elif not queue and self._sole is sole:
-                    self._pending = False
-            except BaseException as error:
+                    if not isinstance(error, Exception):
+                        raise
                 self._pending = True
-                if not isinstance(error, Exception):
-                    raise
-            else:
+                self.deliver()
                 return
-        else:
-            self.put(event, subject, known)
+        self.put(event, subject, known)
         self.deliver()
 
     @staticmethod
@@ -318,6 +334,9 @@ class EventStream:
                     raise interrupt
                 if postponed:
                     return
+                if self._demoted:
+                    self._demoted = False
+                    self._choose_sole()
                 complete = True
             finally:
                 del interrupt  # its traceback holds this frame
@@ -337,7 +356,7 @@ class EventStream:
     def forget(self) -> None:
         """In a forked child: the observers are the parent's."""
         self.observations.clear()
-        self._sole = None
+        self._sole = self._direct = None
         self._turn = threading.RLock()
         self._thread = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time as clock
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
@@ -24,10 +25,12 @@ from ..events import (
 )
 from ..mapping import Mapping
 from ..stream import EventStream, now
-from .info import Invalidation
+from .info import Invalidation, LeaseKind
 from .record import LeaseRecord
 
 _S = 1_000_000_000
+_DEVICE = LeaseKind.DEVICE  # CPython 3.11 takes long to find it in the class
+_monotonic_ns = clock.monotonic_ns
 
 # As their classes make them, in a third of the time; leases come often.
 _make_taken = cast(Callable[[tuple[object, ...]], LeaseTaken], partial(tuple.__new__, LeaseTaken))
@@ -38,17 +41,17 @@ _make_released = cast(
 
 def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
     """Return the event of a lease."""
-    direction = record.direction
+    direction, kind = record.direction, record.kind
     values = (
         time,
         record.id,
-        record.kind._value_,
+        kind._value_,
         record.address,
         record.length,
         record.owner,
         None if direction is None else direction._value_,
-        record.thread.name,
-        record.stale_at(sequence),
+        record.thread._name,  # type: ignore[attr-defined] # noqa: SLF001 - `name` is a slow call
+        record.lost or (kind is not _DEVICE and record.sequence < sequence),
         record.origin,
     )
     return _make_taken(values)
@@ -56,18 +59,18 @@ def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
 
 def taken(stream: EventStream, record: LeaseRecord, sequence: int) -> None:
     """Tell of a lease that was taken; called without the lock."""
-    stream.tell(held(record, now(), sequence), record)
+    stream.tell(held(record, _monotonic_ns() + WALL_CLOCK_OFFSET_NS, sequence), record)
 
 
 def ended(stream: EventStream, record: LeaseRecord) -> None:
     """Tell that a lease has ended, if it has, and observers know it; called without the lock."""
-    sequence = record.released_at
-    if sequence is None:
-        return
     if record.told:
-        stale, copied, lost = record.stale_at(sequence), record.copied_pages, record.lost_pages
-        event = _make_released((now(), record.id, stale, copied, lost))
-        stream.tell(event, record, False)
+        sequence = record.released_at
+        if sequence is not None:
+            stale = record.lost or (record.kind is not _DEVICE and record.sequence < sequence)
+            time = _monotonic_ns() + WALL_CLOCK_OFFSET_NS
+            values = time, record.id, stale, record.copied_pages, record.lost_pages
+            stream.tell(_make_released(values), record, False)
 
 
 def moved(stream: EventStream, old: int, new: int) -> None:

@@ -112,15 +112,17 @@ class Halves:
             self.limit = self._end
         finally:
             self._busy = False
-            if self._closing:
-                self.close()
+            self._finish()
         return True
 
     def close(self) -> None:
         """Close the file, or have that done by who makes room. Idempotent."""
         self._closing = True
         self.limit = -1
-        if self._busy or self.file.closed:
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._closing or self._busy or self.file.closed:
             return
         self.memory.close()
         if not self.number:

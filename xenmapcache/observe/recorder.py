@@ -39,6 +39,8 @@ from ..events import (
     LeaseTaken,
     PagesDirtied,
     RequestHandled,
+    ServerClosed,
+    ServerOpened,
 )
 from ..files.atomic import new_file
 from ..stream import HAS_GIL, Observation, Observer, QueueObserver, now
@@ -234,17 +236,14 @@ class State(NamedTuple):
 class _Pen(QueueObserver):
     """The observer that stores the events of one stream."""
 
-    __slots__ = ("_recorder", "drain")
+    __slots__ = ("_recorder",)
 
     def __init__(self, recorder: Recorder, stream: int) -> None:
         self._recorder = recorder
-        self.drain = _make_drain(recorder, stream, self)  # type: ignore[method-assign] # faster
+        super().__init__(_make_drain(recorder, stream, self))
 
     def __repr__(self) -> str:  # for the stream's warning
         return repr(self._recorder)
-
-    def __call__(self, event: Event) -> None:
-        self.drain(deque((event,)))
 
 
 def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[Any]], bool]:
@@ -254,7 +253,7 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
     event's line but the numbers is formatted once.
     """
     templates: dict[object, bytes] = {}
-    halves, held, states = recorder.halves, recorder.held, recorder.states
+    halves, held = recorder.halves, recorder.held
     memory = halves.memory
 
     def new_template(key: object, event: Event, numbers: tuple[str, ...]) -> bytes:
@@ -268,8 +267,9 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
             event = queue[0]
             kind = event.__class__
             # What changes with the event: table[key] = value, or its end if there is no value.
-            table: dict[Any, Any] | None = None
-            value: object = None
+            table: Any = None
+            key: Any = None
+            value: Any = None
             if kind is LeaseTaken:
                 at, key, what, start, length, owner, way, thread, stale, origin = event
                 common: object = what, owner, way, thread, stale, origin
@@ -322,12 +322,12 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
 
 def _change_of(
     recorder: Recorder, stream: int, event: Event, line: bytes
-) -> tuple[dict[Any, Any] | None, object, object]:
+) -> tuple[Any, object, object]:
     """Return what is to be restated after an event: a table, a key, and a value or None."""
     states = recorder.states
     state = states.get(stream) or State(b"", {})
     match event:
-        case CacheOpened():
+        case CacheOpened() | ServerOpened():
             return states, stream, State(line, state.mapped)
         case BucketMapped():
             return state.mapped, event.start, line
@@ -335,7 +335,7 @@ def _change_of(
             return state.mapped, event.start, None
         case Invalidated():
             return states, stream, State(state.opened, {})
-        case CacheClosed():
+        case CacheClosed() | ServerClosed():
             recorder.end_stream(stream)
             return states, stream, None
     return None, None, None
