@@ -119,8 +119,8 @@ class LeaseReleased(NamedTuple):
         lease: its number.
         stale: whether an invalidation had made it stale.
         copied: how many pages ``on_stale="copy"`` has copied to the guest.
-        lost: how many pages a device could have written that the guest may never see. It is 0 if
-            ``close(force=True)`` has ended a lease of a cache that copies: nothing was tried.
+        lost: how many pages a device could have written that the guest may never see. If
+            ``close(force=True)`` has ended a stale lease, these are all of them: it copies nothing.
     """
 
     time: int | None

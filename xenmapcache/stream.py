@@ -82,7 +82,7 @@ class QueueObserver:
     Attributes:
         drain: takes events from the left of a queue until it is empty, and returns True; or returns
             False if it cannot now, and will do so later. An event leaves the queue in the moment
-            when it has been dealt with, so that an interrupt loses none. It may be called inside of
+            when it has been handled, so that an interrupt loses none. It may be called inside of
             itself, and in several threads at once.
     """
 

@@ -27,6 +27,8 @@ from xenmapcache.events import (
     Event,
     Invalidated,
     RequestHandled,
+    ServerClosed,
+    ServerOpened,
 )
 from xenmapcache.observe import eventlines, halves
 from xenmapcache.observe import recorder as module
@@ -103,7 +105,7 @@ def test_several_streams(path: Path) -> None:
             recorder.add(each.observe)
         for each in caches:
             each.tell(taken(), released(), *TIMED)
-        assert [entry.stream for entry in read(path).entries()] == [0] * 17 + [1] * 17
+        assert [entry.stream for entry in read(path).entries()] == [0] * 19 + [1] * 19
     with pytest.raises(ClosedError, match="make another one"):
         recorder.add(caches[0].observe)
 
@@ -539,12 +541,20 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCapture
     assert "missing" in caplog.text
 
 
-def test_closed_caches_are_forgotten(cache: Cache, path: Path) -> None:
-    """A program that makes one cache after the other does not collect their streams."""
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [(CacheOpened(START, 1), CacheClosed(START)), (ServerOpened(START, 3), ServerClosed(START))],
+)
+def test_closed_caches_and_servers_are_forgotten(
+    cache: Cache, path: Path, opened: Event, closed: Event
+) -> None:
+    """A program that makes one after the other does not collect their streams."""
     with Recorder(path, MiB) as recorder:
         for _ in range(9):
             recorder.add(cache.observe)
-            cache.tell(CacheOpened(START, 1), CacheClosed(START))
+            cache.tell(opened)
+            assert any(state.opened for state in recorder.states.values())
+            cache.tell(closed)
         assert not recorder._observations
         assert not any(state.opened for state in recorder.states.values())
     cache.tell(released())  # such a stream is not detached, but is not listened to either

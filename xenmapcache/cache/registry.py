@@ -213,7 +213,7 @@ class LeaseRegistry:
                 return
             info = record.info(sequence)
             error = self.policy.verdict(record, info)
-            record.lost_pages = self.policy.lost(record)
+            record.lost_pages = self.policy.lost(record, sequence)
             self._end(record)
         finally:
             self._releasing.pop(token, None)
@@ -251,7 +251,7 @@ class LeaseRegistry:
             sequence = self.table.generation.sequence
             info = record.info(sequence)
             if info.stale and record.kind is _DMA:
-                record.lost_pages = self.policy.lost(record)
+                record.lost_pages = self.policy.lost(record, sequence)
             self._drop(record, sequence)
             if self._observed:
                 telling.ended(self.table.stream, record)

@@ -50,7 +50,7 @@ def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
         record.length,
         record.owner,
         None if direction is None else direction._value_,
-        record.thread._name,  # type: ignore[attr-defined] # noqa: SLF001 - `name` is a slow call
+        record.thread._name,  # type: ignore[attr-defined] # noqa: SLF001 - name() is slow
         record.lost or (kind is not _DEVICE and record.sequence < sequence),
         record.origin,
     )

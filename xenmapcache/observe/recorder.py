@@ -7,8 +7,8 @@ the other one with lines that restate what is open, mapped and held.
 # Rules
 #   1. An event leaves its queue in the moment when it is stored. So an interrupt neither loses it,
 #      nor has it stored twice. What is done before that can be done again.
-#   2. Whoever comes while room is made leaves its events in their queue. Who makes the room stores
-#      them at its end.
+#   2. A thread that comes while room is made leaves its events in their queue. They are stored
+#      when the room is made.
 #   3. A forked child has the mapping, but not the recording: it stores nothing.
 
 from __future__ import annotations
