@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from . import bindings, caches, images, mocks, servers
+from . import bindings, caches, images, mocks, observers, servers
 from .world import Operation
 
 OPERATIONS: Final[dict[str, Operation]] = {
     operation.name: operation
-    for module in (caches, images, servers, mocks, bindings)
+    for module in (caches, observers, images, servers, mocks, bindings)
     for operation in module.OPERATIONS
 }
 

@@ -25,7 +25,16 @@ from .table import EXPECTED, OPERATIONS, Expected, is_known
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = os.environ.get("XENMAPCACHE_INTERRUPTS", "1")
-SUBJECTS = ("cache.[!w]*", "cache.w*", "lease.*", "image.*", "server.*", "mock.*", "binding.*")
+SUBJECTS = (
+    "cache.[!w]*",
+    "cache.w*",
+    "lease.*",
+    "observe.*",
+    "image.*",
+    "server.*",
+    "mock.*",
+    "binding.*",
+)
 SECONDS = 3000 if SAMPLES == "all" else 280
 
 
