@@ -67,6 +67,7 @@ class LeaseRegistry:
         self.table = table
         self._dirty = dirty
         self._observed = table.stream.observations
+        table.held_dma = self.held_dma
         self.policy: StalePolicy
         # Two, so that device leases and windows, which are few, are found among any number of DMA.
         self._device: dict[int, LeaseRecord] = {}
@@ -94,6 +95,10 @@ class LeaseRegistry:
             found = [record for record in found if record.kind is kind]
         found.sort(key=id_of)  # leases are granted in any order
         return found
+
+    def held_dma(self, sequence: int) -> tuple[int, ...]:
+        """Return the ids of the DMA held across an invalidation, if observers know it."""
+        return tuple([r.id for r in self.held(_DMA) if r.told and r.sequence < sequence])
 
     def infos(self) -> tuple[LeaseInfo, ...]:
         """Return what is known of every lease that is held, oldest first."""
@@ -160,9 +165,11 @@ class LeaseRegistry:
 
     def withdraw(self, record: LeaseRecord) -> None:
         """Remove a lease that no caller has got. May be repeated."""
-        self._drop(record, self.table.generation.sequence)
-        if self._observed:
-            telling.ended(self.table.stream, record)
+        try:
+            self._drop(record, self.table.generation.sequence)
+        finally:
+            if self._observed:
+                telling.ended(self.table.stream, record)
 
     def tell_taken(self, record: LeaseRecord) -> None:
         """Tell the observers of a lease; called without the lock, when it is granted."""
@@ -216,9 +223,14 @@ class LeaseRegistry:
             record.lost_pages = self.policy.lost(record, sequence)
             self._end(record)
         finally:
-            self._releasing.pop(token, None)
-            if self._observed:
-                telling.ended(self.table.stream, record)
+            try:
+                self._releasing.pop(token, None)
+                if self._observed:
+                    telling.ended(self.table.stream, record)
+            except BaseException:  # an interrupt, perhaps right before it
+                if self._observed:
+                    telling.ended(self.table.stream, record)
+                raise
         try:
             self.policy.warn(record, info)
             if error is not None:
@@ -253,11 +265,16 @@ class LeaseRegistry:
             if info.stale and record.kind is _DMA:
                 record.lost_pages = self.policy.lost(record, sequence)
             self._drop(record, sequence)
-            if self._observed:
-                telling.ended(self.table.stream, record)
             return info, failure
         finally:
-            self._releasing.pop(token, None)
+            try:
+                self._releasing.pop(token, None)
+                if self._observed:
+                    telling.ended(self.table.stream, record)
+            except BaseException:  # an interrupt, perhaps right before it
+                if self._observed:
+                    telling.ended(self.table.stream, record)
+                raise
 
     def mark_dirty(self, record: LeaseRecord) -> bool:
         """Report a lease's pages as written, if they could be; return whether that was done."""
