@@ -59,10 +59,10 @@ class Subject(Protocol):
     """What an event may be about.
 
     Attributes:
-        told: whether observers know of it.
+        told: whether observers know of it; None if it has ended before they did.
     """
 
-    told: bool
+    told: bool | None
 
 
 class _Nothing:
@@ -70,10 +70,11 @@ class _Nothing:
 
     __slots__ = ("told",)
 
-    told: bool
+    told: bool | None
 
 
 _NOTHING: Final = _Nothing()
+_NOTHING.told = True
 
 
 class QueueObserver:
@@ -227,14 +228,17 @@ class EventStream:
             event: what has happened.
             subject: what it is about, which is marked in the moment when the event is queued.
             known: the mark: whether observers know of it from then on. An event that says that it
-                has ended is left out if they do not know it.
+                has ended is left out if they do not know it, and then they are not to hear of it:
+                a signal handler ended it right before its first event.
         """
         sole = self._sole
         if sole is not None and len(sole.queue) < MAX_QUEUED:
             self._pending = True
-            if known or subject.told:
+            if subject.told is not None if known else subject.told:
                 subject.told = known
                 sole.queue.append(event)
+            elif not known:
+                subject.told = None
             return
         queues = []
         for observation in tuple(self.observations):
@@ -248,9 +252,11 @@ class EventStream:
             queues.append(observation.queue)
         appended = map(_append, queues, repeat(event))
         self._pending = True
-        if known or subject.told:
+        if subject.told is not None if known else subject.told:
             subject.told = known
             _consume(appended)
+        elif not known:
+            subject.told = None
         self._pending = True  # after the event: who clears it looks at the queues afterwards
 
     def tell(self, event: Event, subject: Subject = _NOTHING, known: bool = True) -> None:
@@ -268,7 +274,7 @@ class EventStream:
             queue, drain = direct
             if self._direct is direct:
                 try:
-                    if known or subject.told:
+                    if subject.told is not None if known else subject.told:
                         subject.told = known
                         queue.append(event)
                     if drain(queue):

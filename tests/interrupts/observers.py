@@ -25,13 +25,14 @@ class ObservedWorld(CacheWorld):
         events: what the observer was called with. It is a list's method: an interrupt comes
             before or after it.
         mark: how many of them there were before the operation.
-        observation: a further one, which the operation made.
+        observation, brief: an observer and a recorder that the operation made.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.events: list[Event] = []
         self.observation: Observation | None = None
+        self.brief: Recorder | None = None
         self.observe()
 
     def observe(self) -> None:
@@ -146,12 +147,15 @@ def observe_again(world: ObservedWorld) -> None:
 
 def record_briefly(world: ObservedWorld) -> None:
     """Record one lease."""
-    with record(world.cache, world.folder / "brief", "1MiB"):
+    world.brief = record(world.cache, world.folder / "brief", "1MiB")
+    with world.brief:
         lease_once(world)
 
 
 def record_again(world: ObservedWorld) -> None:
     """Record another one: the file of the first is free."""
+    if world.brief is not None:
+        world.brief.detach()
     left = [each.observer for each in world.cache.stream.observations]
     if left != [world.events.append]:
         world.problem(f"observers are left: {left}")

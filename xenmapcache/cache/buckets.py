@@ -143,7 +143,7 @@ class Generation:
         self.clock = Clock()
         self.sequence = 0
         self.known: dict[int, telling.KnownBucket] = {}
-        self.told = True
+        self.told: bool | None = True
         self.closed = False
 
     def cool(self, index: int) -> bool:

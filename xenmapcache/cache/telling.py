@@ -98,7 +98,7 @@ class KnownBucket:
     __slots__ = ("host", "length", "start", "told")
 
     def __init__(self, mapping: Mapping, *, told: bool = False) -> None:
-        self.told = told
+        self.told: bool | None = told
         self.start = mapping.gfn << PAGE_SHIFT
         self.length = mapping.length
         self.host = mapping.address
@@ -197,6 +197,8 @@ def settle(table: BucketTable, began: int | None = None) -> None:
         start, duration = (time, None) if began is None else (began, time - began)
         event = Invalidated(start, number, count, held, duration)
         table.stream.put(event, generation, False)
+        for known in [*generation.known.values()]:
+            known.told = None  # also for a call that was interrupted, and tells of it later
         table.untold.pop(generation, None)
 
 

@@ -49,7 +49,7 @@ class Runtime:
     ) -> None:
         self.connection: Connection | None = None
         self.closed = False
-        self.told = True
+        self.told: bool | None = True
         self.lock = threading.RLock()
         self.quiesce_timeout = quiesce_timeout
         self.ending = ending(self.ended)

@@ -25,9 +25,11 @@ import mmap
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from ..binding.descriptor import Descriptor, own
+
+Begin: TypeAlias = Callable[[int, int], bytes]
 
 _GROWTH_BYTES: Final = 1 << 20
 _MADV_POPULATE_WRITE: Final = 23
@@ -54,7 +56,6 @@ class Halves:
     """
 
     __slots__ = (
-        "_begin",
         "_busy",
         "_closing",
         "_end",
@@ -68,9 +69,8 @@ class Halves:
         "size",
     )
 
-    def __init__(self, path: str, fd: int, size: int, begin: Callable[[int, int], bytes]) -> None:
+    def __init__(self, path: str, fd: int, size: int, begin: Begin) -> None:
         self._path = path
-        self._begin = begin
         self._busy = self._closing = False
         self.size = size // 2 // mmap.PAGESIZE * mmap.PAGESIZE
         self.number = -1
@@ -79,7 +79,7 @@ class Halves:
         self.file: Descriptor = own(partial(os.dup, fd))
         fcntl.flock(fd, fcntl.LOCK_EX)
         self.memory = mmap.mmap(fd, 2 * self.size)
-        self._turn()
+        self._turn(begin)
         self.limit = self._end
 
     @property
@@ -87,8 +87,12 @@ class Halves:
         """Whether it was closed."""
         return self.file.closed
 
-    def make_room(self, size: int) -> bool:
+    def make_room(self, size: int, begin: Begin) -> bool:
         """Have room for a line.
+
+        Args:
+            size: of the line and the NUL.
+            begin: as of the class. It is not kept: it may know this object, which would be a cycle.
 
         Returns:
             Whether there may be room now. If not, this is being done already, or it is closed.
@@ -108,7 +112,7 @@ class Halves:
                     self._allocate(self._end, end)
                     self._end = end
                 else:
-                    self._turn()
+                    self._turn(begin)
             self.limit = self._end
         finally:
             self._busy = False
@@ -145,11 +149,11 @@ class Halves:
         with contextlib.suppress(OSError):  # a kernel before 5.14: pages come one by one
             self.memory.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
 
-    def _turn(self) -> None:
+    def _turn(self, begin: Begin) -> None:
         """Begin the other half: overwrite what it had."""
         number = self.number + 1
         start = number % 2 * self.size
-        lines = self._begin(number, self.size)
+        lines = begin(number, self.size)
         position = start + len(lines) - 1
         end = min(start + self.size, max(start + _GROWTH_BYTES, position + 1))
         self._allocate(start, end)

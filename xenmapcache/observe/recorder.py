@@ -154,11 +154,13 @@ class Recorder:
 
     def detach(self) -> None:
         """Write what is queued, and close the file. Idempotent; any thread."""
-        for number, observation in tuple(self._observations.items()):
-            observation.detach()
-            self._observations.pop(number, None)
-        self._closed = True
-        self.halves.close()
+        try:
+            for number, observation in tuple(self._observations.items()):
+                observation.detach()
+                self._observations.pop(number, None)
+        finally:
+            self._closed = True
+            self.halves.close()
 
     def __enter__(self) -> Self:
         return self
@@ -190,7 +192,7 @@ class Recorder:
             queue.clear()
             return True
         self._behind[pen] = queue
-        if not self.halves.make_room(size):
+        if not self.halves.make_room(size, self._begin):
             return False
         self._behind.pop(pen, None)
         while self._behind:
