@@ -320,7 +320,7 @@ class BucketTable:
             self.generation = fresh
             if previous.buckets:
                 self.retired[previous] = None
-            if self.stream.observations and not closed:
+            if self.stream.observations:
                 self.untold[previous] = None
         return previous
 

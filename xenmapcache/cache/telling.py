@@ -135,10 +135,13 @@ def _come(
 
 
 def _gone(table: BucketTable, index: int, time: int, reason: str) -> None:
-    known = table.generation.known.get(index)
+    table_of_known = table.generation.known
+    known = table_of_known.get(index)
     if known is not None:
         table.stream.put(BucketDropped(time, known.start, known.length, reason), known, False)
-        table.generation.known.pop(index, None)
+        # No call from here on: a signal handler may have mapped another one in its place.
+        if index in table_of_known and table_of_known[index] is known:
+            del table_of_known[index]
 
 
 def _bucket(mapping: Mapping, time: int, duration: int | None) -> BucketMapped:
@@ -190,13 +193,15 @@ def settle(table: BucketTable, began: int | None = None) -> None:
         began: when the last one began, in ns.
     """
     for generation in [*table.untold]:
+        closed = generation.sequence == table.generation.sequence
         number = generation.sequence + 1
         held = table.held_dma(number)
         count = [known.told for known in generation.known.values()].count(True)
         time = now()
         start, duration = (time, None) if began is None else (began, time - began)
         event = Invalidated(start, number, count, held, duration)
-        table.stream.put(event, generation, False)
+        if not closed:  # that is told when the leases have ended
+            table.stream.put(event, generation, False)
         for known in [*generation.known.values()]:
             known.told = None  # also for a call that was interrupted, and tells of it later
         table.untold.pop(generation, None)
