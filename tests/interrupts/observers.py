@@ -24,7 +24,8 @@ class ObservedWorld(CacheWorld):
     Attributes:
         events: what the observer was called with. It is a list's method: an interrupt comes
             before or after it.
-        mark: how many of them there were before the operation.
+        observers: how many there are.
+        attached: whether they still are: a MemoryError of an observer detaches it.
         observation, brief: an observer and a recorder that the operation made.
     """
 
@@ -34,6 +35,8 @@ class ObservedWorld(CacheWorld):
         self.observation: Observation | None = None
         self.brief: Recorder | None = None
         self.observe()
+        self.observers = len(self.cache.stream.observations)
+        self.attached = True
 
     def observe(self) -> None:
         """Attach the observer."""
@@ -48,7 +51,8 @@ class ObservedWorld(CacheWorld):
         super().check(outcome)
         with self.noting("delivering"):
             self.cache.stats()
-        if not self.closed:
+        self.attached = self.attached and len(self.cache.stream.observations) == self.observers
+        if self.attached and not self.closed:
             self.check_events()
 
     def check_events(self) -> None:
@@ -67,7 +71,7 @@ class ObservedWorld(CacheWorld):
     def end(self) -> None:
         """Close, after which the events say that nothing is held."""
         super().end()
-        if self.problems or self.handled == "close":
+        if self.problems or not self.attached or self.handled == "close":
             return  # a lease that a call was about to release when it was closed ends after that
         replay = Replay()
         for event in self.seen():
@@ -177,9 +181,10 @@ def _ignore(event: Event) -> None:
     pass
 
 
-# An Exception in the middle of an observer is taken for the observer's: there is no "error".
+# An Exception in the middle of an observer is taken for the observer's, which is detached. So
+# "error", "allocation" and "depth" are left out.
 HANDLERS: Final = (
-    "interrupt", "read", "write", "evict", "invalidate", "close", "allocation", "depth",
+    "interrupt", "read", "write", "evict", "invalidate", "close",
 )  # fmt: skip
 
 

@@ -317,11 +317,11 @@ class BucketTable:
         previous = self.generation
         if not previous.closed:
             fresh.sequence = previous.sequence + (not closed)
+            if self.stream.observations:
+                self.untold[previous] = None
             self.generation = fresh
             if previous.buckets:
                 self.retired[previous] = None
-            if self.stream.observations:
-                self.untold[previous] = None
         return previous
 
     def clear_retired(self) -> bool:

@@ -490,7 +490,7 @@ class MapCache:
     def _snapshot(self) -> list[Event]:
         buckets = self._budget.limit >> self._shift
         opened = CacheOpened(now(), buckets, repr(self._backend), self._size)
-        return [*telling.snapshot(opened, self._registry.held(), self._table)]
+        return telling.snapshot(opened, self._registry.held(), self._table)
 
     def invalidate(self) -> Invalidation:
         """Drop every mapping that no lease holds, as Xen's INVALIDATE request asks.

@@ -96,15 +96,19 @@ class LeaseRegistry:
         found.sort(key=id_of)  # leases are granted in any order
         return found
 
-    def held_dma(self, sequence: int) -> tuple[int, ...]:
-        """Return the ids of the DMA held across an invalidation, if observers know it."""
-        return tuple([r.id for r in self.held(_DMA) if r.told and r.sequence < sequence])
-
     def infos(self) -> tuple[LeaseInfo, ...]:
         """Return what is known of every lease that is held, oldest first."""
         sequence = self.table.generation.sequence
         # Not a comprehension: CPython 3.11 loses references if it cannot make its function.
         return tuple(map(LeaseRecord.info, self.held(), repeat(sequence)))
+
+    def held_dma(self, sequence: int) -> tuple[int, ...]:
+        """Return the ids of the DMA held across an invalidation, if observers know it."""
+        found = []
+        for record in self.held(_DMA):  # a loop, for the reason above
+            if record.told and record.sequence < sequence:
+                found.append(record.id)  # noqa: PERF401 - see above
+        return tuple(found)
 
     def leased_bytes(self, copied: bool) -> int:
         """Return how many bytes the mappings have that leases hold: copies, or others."""

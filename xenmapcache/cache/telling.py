@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 from ..address import PAGE_MASK, PAGE_SHIFT
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .buckets import BucketTable
 
 _S = 1_000_000_000
+_is_told = attrgetter("told")
 _DEVICE = LeaseKind.DEVICE  # CPython 3.11 takes long to find it in the class
 _monotonic_ns = clock.monotonic_ns
 
@@ -196,7 +198,8 @@ def settle(table: BucketTable, began: int | None = None) -> None:
         closed = generation.sequence == table.generation.sequence
         number = generation.sequence + 1
         held = table.held_dma(number)
-        count = [known.told for known in generation.known.values()].count(True)
+        # Not a comprehension: CPython 3.11 loses references if it cannot make its function.
+        count = [*map(_is_told, [*generation.known.values()])].count(True)
         time = now()
         start, duration = (time, None) if began is None else (began, time - began)
         event = Invalidated(start, number, count, held, duration)
@@ -220,24 +223,23 @@ def closed(table: BucketTable) -> None:
     table.stream.deliver()
 
 
-def snapshot(
-    opened: CacheOpened, records: list[LeaseRecord], table: BucketTable
-) -> Iterator[Event]:
-    """Yield what an observer is to know first."""
+def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: BucketTable) -> list[Event]:
+    """Return what an observer is to know first."""
     generation = table.generation
     sequence = generation.sequence
     if len(table.stream.observations) == 1:  # until now nothing was told
         generation.known.clear()
-    yield opened
+    events: list[Event] = [opened]
     time = now()
     for index, mapping in generation.buckets.copy().items():
         generation.known[index] = KnownBucket(mapping, told=True)
-        yield _bucket(mapping, time, None)
+        events.append(_bucket(mapping, time, None))
     for record in records:
         since = int(record.since * _S) + WALL_CLOCK_OFFSET_NS
         record.told = True
         # From here on its end is told. If it ended before, and that was not told, nor is this.
         if record.released_at is None or not record.told:
-            yield held(record, since, sequence)
+            events.append(held(record, since, sequence))
         else:
             record.told = False
+    return events

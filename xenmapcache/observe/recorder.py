@@ -296,19 +296,21 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
                 line = encode(event, stream) + b"\0"
                 table, key, value = _change_of(recorder, stream, event, line)
             size = len(line)
-            # No call from here on, until the event leaves the queue.
+            # No call from here on, until the event leaves the queue. If memory is short, that shows
+            # before the line is stored.
             position = halves.position
             end = position + size
+            last = end - 1
             if end > halves.limit:
                 if not recorder.make_room(size, pen, queue):
                     return False
             elif queue and queue[0] is event:  # otherwise a signal handler or a thread was here
-                memory[position:end] = line
-                halves.position = end - 1
                 if value is not None:
                     table[key] = value
                 elif table is not None and key in table:
                     del table[key]
+                memory[position:end] = line
+                halves.position = last
                 queue.popleft()
         return True
 
