@@ -277,6 +277,8 @@ class EventStream:
                     if subject.told is not None if known else subject.told:
                         subject.told = known
                         queue.append(event)
+                    elif not known:
+                        subject.told = None
                     if drain(queue):
                         if not queue and self._direct is direct:
                             self._pending = False
@@ -328,7 +330,7 @@ class EventStream:
                         else:
                             while observation.queue and observation.ready:
                                 next(observation.step)
-                        if observation.lost and observation.ready:
+                        if observation.lost and observation.ready and not observation.queue:
                             self._pending = True  # for the loss is the next event
                             self._tell_lost(observation)
                     except Exception as error:

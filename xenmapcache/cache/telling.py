@@ -129,11 +129,12 @@ def mapped(
 def _come(
     table: BucketTable, index: int, mapping: Mapping, time: int, duration: int | None
 ) -> None:
+    generation = table.generation
     _gone(table, index, time, "evicted")  # one whose end was not told
     known = KnownBucket(mapping)
-    event = _bucket(mapping, time, duration)
-    table.generation.known[index] = known
-    table.stream.put(event, known, True)
+    if table.generation is generation:  # otherwise a signal handler has just dropped it
+        generation.known[index] = known
+        table.stream.put(_bucket(mapping, time, duration), known, True)
 
 
 def _gone(table: BucketTable, index: int, time: int, reason: str) -> None:
