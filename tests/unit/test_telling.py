@@ -128,9 +128,12 @@ def test_an_interrupted_invalidation(
     interrupt_once(monkeypatch, cache._mapper.__class__, "clear_retired")
     with pytest.raises(Interrupt):
         cache.invalidate()
+    cache.map_dma(BUCKET - 1, 2, owner="edge").release()
+    edge = cache.map_dma(BUCKET - 1, 2, owner="edge")
     if read:
         cache.read(0, 1)
     check(cache, told)
+    edge.release()
     (event,) = [each for each in told if isinstance(each, Invalidated)]
     assert (event.number, event.held, event.duration) == (1, (lease.id,), None)
     later = cache.map_dma(0, 1, owner="later")
@@ -186,6 +189,22 @@ def test_an_eviction_amid_the_event(
     monkeypatch.setattr(telling, "_bucket", interrupted)
     cache.read(0, 1)
     check(cache, told)
+
+
+def test_an_invalidation_right_before_the_event(
+    cache: MapCache, told: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket that is not found any more is not told."""
+    make = telling.KnownBucket
+
+    def interrupted(*arguments: Any) -> telling.KnownBucket:  # noqa: ANN401 - as above
+        monkeypatch.setattr(telling, "KnownBucket", make)
+        cache.invalidate()
+        return make(*arguments)
+
+    monkeypatch.setattr(telling, "KnownBucket", interrupted)
+    cache.read(0, 1)
+    assert not check(cache, told).buckets
 
 
 def test_another_bucket_amid_the_end_of_one(

@@ -232,8 +232,7 @@ class LeaseRegistry:
                 if self._observed:
                     telling.ended(self.table.stream, record)
             except BaseException:  # an interrupt, perhaps right before it
-                if self._observed:
-                    telling.ended(self.table.stream, record)
+                telling.ended(self.table.stream, record)
                 raise
         try:
             self.policy.warn(record, info)
@@ -276,8 +275,7 @@ class LeaseRegistry:
                 if self._observed:
                     telling.ended(self.table.stream, record)
             except BaseException:  # an interrupt, perhaps right before it
-                if self._observed:
-                    telling.ended(self.table.stream, record)
+                telling.ended(self.table.stream, record)
                 raise
 
     def mark_dirty(self, record: LeaseRecord) -> bool:
