@@ -119,8 +119,8 @@ class LeaseReleased(NamedTuple):
         lease: its number.
         stale: whether an invalidation had made it stale.
         copied: how many pages ``on_stale="copy"`` has copied to the guest.
-        lost: how many pages a device could have written that the guest may never see. It is 0 if
-            ``close(force=True)`` has ended a lease of a cache that copies: nothing was tried.
+        lost: how many pages a device could have written that the guest may never see. If
+            ``close(force=True)`` has ended a stale lease, these are all of them: it copies nothing.
     """
 
     time: int | None
@@ -282,6 +282,30 @@ class RequestHandled(NamedTuple):
     region: str | None = None
 
 
+class ServerOpened(NamedTuple):
+    """An ioreq server was made, or an observer was attached to one that exists. Immutable.
+
+    Attributes:
+        time: in ns.
+        domain: the number of the domain that it serves.
+        source: what it is, for people; None if it is unknown.
+    """
+
+    time: int | None
+    domain: int
+    source: str | None = None
+
+
+class ServerClosed(NamedTuple):
+    """An ioreq server was closed: no request reaches it any more. Immutable.
+
+    Attributes:
+        time: in ns.
+    """
+
+    time: int | None
+
+
 class Quiesced(NamedTuple):
     """An ioreq server has stopped DMA before an invalidation. Immutable.
 
@@ -322,6 +346,8 @@ Event: TypeAlias = (
     | Invalidated
     | LeaseHeld
     | BucketReplaced
+    | ServerOpened
+    | ServerClosed
     | RequestHandled
     | RequestsHandled
     | Quiesced

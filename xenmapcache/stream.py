@@ -6,8 +6,9 @@
 # one queue for each observer (`put`), whatever lock the step holds. When the thread holds no lock
 # any more, it hands over what is queued (`deliver`). So an observer runs after the step.
 #
-#   1. An event is taken from a queue and handed over in one call into C. No signal handler comes
-#      between the two: an interrupt neither loses an event nor hands it over twice.
+#   1. An event is put into all queues in one call into C, and what it is about is marked as told
+#      right before. It is taken from a queue and handed over in one call, too. No signal handler
+#      comes between: an interrupt neither loses an event nor hands it over twice.
 #   2. One thread at a time delivers: the one that has `_turn`. It looks again after it has given
 #      that up, because another thread may have put an event in and found the turn taken.
 #   3. A thread that delivers already (in an observer that uses the cache, in a signal handler, in
@@ -18,23 +19,29 @@
 #   5. An observer that raises an Exception is detached. Other exceptions, such as
 #      KeyboardInterrupt, are not its fault: the other observers get their events, then it is raised
 #      where the operation was called. The operation itself is complete.
+#   6. A QueueObserver takes events from its queue itself, when it has done with them. It calls no
+#      code of others and may run inside of itself. So if there is no other observer, `tell` lets
+#      it do so at once, without a turn (only with a GIL, under which no thread comes between
+#      bytecodes that call nothing).
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import repeat, starmap
-from typing import Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 from weakref import WeakSet
 
 from .events import WALL_CLOCK_OFFSET_NS, Event, EventsLost
 from .logs import safely
 
 Observer: TypeAlias = Callable[[Event], object]
+_Direct: TypeAlias = tuple[deque[Event], Callable[[deque[Event]], bool]]
 
 new_hooks: list[Callable[[Callable[[Observer], Observation]], object]] = []
 """Functions to call with the method ``observe`` of each new cache and server, when it is ready."""
@@ -42,7 +49,52 @@ new_hooks: list[Callable[[Callable[[Observer], Observation]], object]] = []
 MAX_QUEUED = 10_000
 """How many events may wait for one observer."""
 
+HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether no other thread runs between two bytecodes that call nothing."""
+
 logger = logging.getLogger("xenmapcache")
+
+
+class Subject(Protocol):
+    """What an event may be about.
+
+    Attributes:
+        told: whether observers know of it; None if it has ended before they did.
+    """
+
+    told: bool | None
+
+
+class _Nothing:
+    """The subject of an event that nobody asks about later."""
+
+    __slots__ = ("told",)
+
+    told: bool | None
+
+
+_NOTHING: Final = _Nothing()
+_NOTHING.told = True
+
+
+class QueueObserver:
+    """An observer that takes several events at once from the queue where they wait for it.
+
+    Attributes:
+        drain: takes events from the left of a queue until it is empty, and returns True; or returns
+            False if it cannot now, and will do so later. An event leaves the queue in the moment
+            when it has been handled, so that an interrupt loses none. It may be called inside of
+            itself, and in several threads at once.
+    """
+
+    __slots__ = ("drain",)
+
+    def __init__(self, drain: Callable[[deque[Event]], bool]) -> None:
+        self.drain = drain
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        self.drain(deque((event,)))
 
 
 class Observation:
@@ -54,7 +106,7 @@ class Observation:
     Synchronization: any thread, signal handler or finalizer may detach it, the observer too.
     """
 
-    __slots__ = ("_stream", "lost", "observer", "queue", "ready", "step")
+    __slots__ = ("_stream", "drain", "lost", "observer", "queue", "ready", "step")
 
     def __init__(self, stream: EventStream, observer: Observer) -> None:
         self._stream = stream
@@ -62,6 +114,7 @@ class Observation:
         self.queue: deque[Event] = deque()
         self.lost = 0
         self.ready = False
+        self.drain = observer.drain if isinstance(observer, QueueObserver) else None
         # Its `next` takes an event from the queue and hands it over, in one call into C.
         self.step = map(observer, starmap(self.queue.popleft, repeat(())))
 
@@ -87,7 +140,8 @@ class EventStream:
     """Hands events to observers.
 
     A step puts its event into the queues when it is done, whatever lock it holds (:meth:`put`).
-    It delivers when it holds no lock any more (:meth:`deliver`).
+    It delivers when it holds no lock any more (:meth:`deliver`). If it holds none from the start,
+    it does both at once (:meth:`tell`).
 
     Attributes:
         observations: who observes; empty without observers, and then nothing is to be put.
@@ -96,7 +150,17 @@ class EventStream:
     Synchronization: any thread.
     """
 
-    __slots__ = ("__weakref__", "_pending", "_thread", "_turn", "guards", "observations")
+    __slots__ = (
+        "__weakref__",
+        "_demoted",
+        "_direct",
+        "_pending",
+        "_sole",
+        "_thread",
+        "_turn",
+        "guards",
+        "observations",
+    )
 
     def __init__(self) -> None:
         self.observations: dict[Observation, None] = {}
@@ -104,6 +168,9 @@ class EventStream:
         self._turn = threading.RLock()
         self._thread: int | None = None  # which delivers
         self._pending = False  # whether something may be queued
+        self._sole: Observation | None = None  # if there is no other one
+        self._direct: _Direct | None = None  # of a QueueObserver that is the sole one
+        self._demoted = False  # whether one of these was unset, and may be set again
         _streams.add(self)
 
     def attach(
@@ -123,9 +190,11 @@ class EventStream:
         observation = Observation(self, observer)
         try:
             self.observations[observation] = None
+            self._sole = self._direct = None
             observation.queue.extendleft(reversed([*snapshot()]))
             observation.ready = True
             self._pending = True
+            self._choose_sole()
             self.deliver()
         except BaseException:
             self.remove(observation)
@@ -134,26 +203,105 @@ class EventStream:
 
     def remove(self, observation: Observation) -> None:
         """Do not call an observer again."""
-        self.observations.pop(observation, None)
+        # Nothing here calls: no signal handler comes between.
+        if observation in self.observations:
+            del self.observations[observation]
+        self._sole = self._direct = None
         observation.ready = False
         observation.queue.clear()
+        self._choose_sole()
 
-    def put(self, event: Event) -> None:
-        """Queue an event for each observer. Takes no lock and calls no code of others."""
+    def _choose_sole(self) -> None:
+        for observation in tuple(self.observations):
+            queue, drain, only = observation.queue, observation.drain, {observation: None}
+            direct = None if drain is None else (queue, drain)
+            # Below, no other thread comes between the comparison and the stores.
+            ready = HAS_GIL and observation.ready and not observation.lost
+            if ready and self.observations == only:
+                self._sole = observation
+                self._direct = direct
+
+    def put(self, event: Event, subject: Subject = _NOTHING, known: bool = True) -> None:
+        """Queue an event for each observer. Takes no lock and calls no code of others.
+
+        Args:
+            event: what has happened.
+            subject: what it is about, which is marked in the moment when the event is queued.
+            known: the mark: whether observers know of it from then on. An event that says that it
+                has ended is left out if they do not know it, and then they are not to hear of it:
+                a signal handler ended it right before its first event.
+        """
+        sole = self._sole
+        if sole is not None and len(sole.queue) < MAX_QUEUED:
+            self._pending = True
+            if subject.told is not None if known else subject.told:
+                subject.told = known
+                sole.queue.append(event)
+            elif not known:
+                subject.told = None
+            return
+        queues = []
         for observation in tuple(self.observations):
             if len(observation.queue) >= MAX_QUEUED and observation.ready:
                 observation.lost += 1  # no call in here: no other thread counts in between
+                self._sole = self._direct = None
+                self._demoted = True
                 continue
             if observation.lost:
                 self._tell_lost(observation)
-            observation.queue.append(event)
+            queues.append(observation.queue)
+        appended = map(_append, queues, repeat(event))
+        self._pending = True
+        if subject.told is not None if known else subject.told:
+            subject.told = known
+            _consume(appended)
+        elif not known:
+            subject.told = None
         self._pending = True  # after the event: who clears it looks at the queues afterwards
+
+    def tell(self, event: Event, subject: Subject = _NOTHING, known: bool = True) -> None:
+        """Put an event in, and deliver. The arguments are those of :meth:`put`.
+
+        Raises:
+            BaseException: as :meth:`deliver`.
+        """
+        direct = self._direct
+        if direct is not None:
+            for guard in self.guards:
+                if guard():
+                    self.put(event, subject, known)
+                    return
+            queue, drain = direct
+            if self._direct is direct:
+                try:
+                    if subject.told is not None if known else subject.told:
+                        subject.told = known
+                        queue.append(event)
+                    elif not known:
+                        subject.told = None
+                    if drain(queue):
+                        if not queue and self._direct is direct:
+                            self._pending = False
+                        return
+                    self._direct = None
+                    self._demoted = True
+                except BaseException as error:
+                    self._pending = True
+                    if not isinstance(error, Exception):
+                        raise
+                self._pending = True
+                self.deliver()
+                return
+        self.put(event, subject, known)
+        self.deliver()
 
     @staticmethod
     def _tell_lost(observation: Observation) -> None:
-        lost, observation.lost = observation.lost, 0
-        if lost:
-            observation.queue.append(EventsLost(now(), lost))
+        lost = observation.lost
+        event = EventsLost(now(), lost)
+        if lost and observation.lost == lost:  # otherwise another call has told
+            observation.lost = 0
+            observation.queue.append(event)
 
     def deliver(self) -> None:
         """Hand over what is queued, unless that is being done already or this is not the time.
@@ -167,7 +315,7 @@ class EventStream:
                 if guard():
                     return
             interrupt: BaseException | None = None
-            complete = False
+            complete = postponed = False
             try:
                 if not self._turn.acquire(blocking=False):
                     complete = True  # the thread that has the turn looks again
@@ -176,9 +324,13 @@ class EventStream:
                 self._pending = False
                 for observation in tuple(self.observations):
                     try:
-                        while observation.queue and observation.ready:
-                            next(observation.step)
-                        if observation.lost and observation.ready:
+                        if observation.drain is not None:
+                            if observation.queue and observation.ready:
+                                postponed |= not observation.drain(observation.queue)
+                        else:
+                            while observation.queue and observation.ready:
+                                next(observation.step)
+                        if observation.lost and observation.ready and not observation.queue:
                             self._pending = True  # for the loss is the next event
                             self._tell_lost(observation)
                     except Exception as error:
@@ -188,6 +340,11 @@ class EventStream:
                         interrupt = interrupt or error
                 if interrupt is not None:
                     raise interrupt
+                if postponed:
+                    return
+                if self._demoted:
+                    self._demoted = False
+                    self._choose_sole()
                 complete = True
             finally:
                 del interrupt  # its traceback holds this frame
@@ -207,6 +364,7 @@ class EventStream:
     def forget(self) -> None:
         """In a forked child: the observers are the parent's."""
         self.observations.clear()
+        self._sole = self._direct = None
         self._turn = threading.RLock()
         self._thread = None
 
@@ -229,6 +387,8 @@ def announce(observe: Callable[[Observer], Observation]) -> None:
 
 
 _ident = threading.get_ident
+_append = deque[Event].append
+_consume = deque[object](maxlen=0).extend
 _streams: WeakSet[EventStream] = WeakSet()
 
 

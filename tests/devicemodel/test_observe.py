@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -15,7 +16,14 @@ from xenmapcache import MapCache, MockDomain
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.connection import Connection
 from xenmapcache.devicemodel.dispatch import Job
-from xenmapcache.events import Event, Invalidated, Quiesced, RequestHandled
+from xenmapcache.events import (
+    Event,
+    Invalidated,
+    Quiesced,
+    RequestHandled,
+    ServerClosed,
+    ServerOpened,
+)
 from xenmapcache.ioreq import Request, RequestKind
 from xenmapcache.stream import new_hooks
 
@@ -37,7 +45,10 @@ def test_requests(guest: MockDomain, live: IoreqServer) -> None:
     with live.observe(got.put):
         guest.port_in(PORT + 1, 2, vcpu=1)
         guest.port_in(0x600, 1)
+        opened = got.get(timeout=20)
         first, second = handled([got.get(timeout=20), got.get(timeout=20)])
+    assert isinstance(opened, ServerOpened)
+    assert opened[1:] == (guest.domid, f"IoreqServer of domain {guest.domid}")
     assert first[1:6] == (1, RequestKind.PORT, True, PORT + 1, 2)
     assert first.duration > 0
     assert first.failure is None
@@ -86,6 +97,53 @@ def test_buffered_requests(guest: MockDomain, server: IoreqServer) -> None:
         while not handled(got):
             server.process_pending()
     assert handled(got)[0].vcpu == -1
+
+
+def ends(events: list[Event]) -> list[type[Event]]:
+    return [type(each) for each in events if isinstance(each, ServerOpened | ServerClosed)]
+
+
+def test_a_server_that_is_closed(guest: MockDomain, server: IoreqServer) -> None:
+    """It is told once, after all else; who observes it later is told at once."""
+    got: list[Event] = []
+    later: list[Event] = []
+    server.observe(got.append)
+    with server:
+        guest.mmio_write(0xA0000, 7, 1, buffered=True)
+    server.close()
+    assert ends(got) == [ServerOpened, ServerClosed]
+    assert isinstance(got[-1], ServerClosed)
+    with server.observe(later.append):
+        server.close()
+    assert ends(later) == [ServerOpened, ServerClosed]
+
+
+def test_a_server_that_never_opened(server: IoreqServer) -> None:
+    """Closing it is told, too."""
+    got: list[Event] = []
+    server.observe(got.append)
+    server.close()
+    assert ends(got) == [ServerOpened, ServerClosed]
+
+
+def test_a_server_that_is_given_up(guest: MockDomain, cache: MapCache) -> None:
+    """Its end is told although a handler never returns."""
+    got: SimpleQueue[Event] = SimpleQueue()
+    hold = threading.Event()
+    server = IoreqServer(guest, cache, quiesce_timeout=0.05)
+    server.claim_ports(PORT, 4).read(lambda *_: int(hold.wait(60)))
+    server.observe(got.put)
+    server.open()
+    serving = threading.Thread(target=server.serve_forever)
+    serving.start()
+    thread, _ = in_thread(lambda: guest.port_in(PORT))
+    while connection_of(server).current is None:
+        os.sched_yield()
+    server.close()
+    assert ends([got.get(timeout=20), got.get(timeout=20)]) == [ServerOpened, ServerClosed]
+    hold.set()
+    thread.join()
+    serving.join()
 
 
 def test_new_servers_are_announced(guest: MockDomain, cache: MapCache) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
-from . import bindings, caches, images, mocks, servers, transfers
+from . import bindings, caches, images, mocks, observers, servers, transfers
 from .world import Operation
 
 OPERATIONS: Final[dict[str, Operation]] = {
     operation.name: operation
-    for module in (caches, images, servers, transfers, mocks, bindings)
+    for module in (caches, observers, images, servers, transfers, mocks, bindings)
     for operation in module.OPERATIONS
 }
 

@@ -26,7 +26,7 @@ from .table import EXPECTED, OPERATIONS, Expected, is_known
 ROOT = Path(__file__).parents[2]
 SAMPLES = os.environ.get("XENMAPCACHE_INTERRUPTS", "1")
 SUBJECTS = (
-    *("cache.[!w]*", "cache.w*", "lease.*", "segments.*", "image.*"),
+    *("cache.[!w]*", "cache.w*", "lease.*", "observe.*", "segments.*", "image.*"),
     *("server.*", "dma.*", "mock.*", "binding.*"),
 )
 SECONDS = 3000 if SAMPLES == "all" else 280

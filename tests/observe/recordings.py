@@ -24,6 +24,8 @@ from xenmapcache.events import (
     RequestHandled,
     RequestKey,
     RequestsHandled,
+    ServerClosed,
+    ServerOpened,
 )
 
 START: Final = 1_795_930_000_000_000_000
@@ -52,7 +54,9 @@ EVENTS: Final[list[Event]] = [
     LeaseReleased(START + 4000, 7, True, 1, 2),
     RequestHandled(START + 5000, -1, 1, False, 0xFEE00000, 4, 9000, "KeyError: '\x1b'", "vga"),
     RequestHandled(START + 5001, 0, 0, True, 0x3F8, 1, 800),
+    ServerOpened(START + 5900, 3, "IoreqServer of domain 3"),
     Quiesced(START + 6000, 70_000, 1),
+    ServerClosed(START + 6001),
     LeaseHeld(START + 6500, 0x300000, 0x100000, 0x7F1234567000, 2),
     BucketReplaced(START + 6600, 0x300000, 0x500000),
     Accessed({5: 6, 9: 1}),

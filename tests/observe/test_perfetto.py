@@ -63,9 +63,11 @@ def test_every_event(path: Path) -> None:
         "buffered ioreqs", "vCPU 0", "quiesce",
     }  # fmt: skip
     assert [each["name"] for each in of(events, "i")] == [
-        "no page at 0x9000", "no page at 0xa000", "INVALIDATE 1", "DMA held across INVALIDATE",
-        "3 events lost",
+        "no page at 0x9000", "no page at 0xa000", "INVALIDATE 1", "server closed",
+        "DMA held across INVALIDATE", "3 events lost",
     ]  # fmt: skip
+    labels = [each["args"]["labels"] for each in of(events, "M") if "labels" in each["args"]]
+    assert labels == ["xen domain 3 (web)", "IoreqServer of domain 3"]
     assert writer.left_out == 3  # two batches, and a count without a time
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -12,11 +13,12 @@ import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.observe.recordings import EVENTS, START, released, taken
-from xenmapcache import record
+from xenmapcache import record, stream
 from xenmapcache.errors import ClosedError
 from xenmapcache.events import (
     BucketDropped,
@@ -24,12 +26,15 @@ from xenmapcache.events import (
     CacheClosed,
     CacheOpened,
     Event,
-    EventsLost,
     Invalidated,
     RequestHandled,
+    ServerClosed,
+    ServerOpened,
 )
+from xenmapcache.observe import eventlines, halves
 from xenmapcache.observe import recorder as module
 from xenmapcache.observe.eventlines import encode
+from xenmapcache.observe.halves import Halves
 from xenmapcache.observe.recorder import ProcessRecorder, Recorder
 from xenmapcache.observe.recording import read
 from xenmapcache.stream import EventStream, Observation, Observer
@@ -101,7 +106,7 @@ def test_several_streams(path: Path) -> None:
             recorder.add(each.observe)
         for each in caches:
             each.tell(taken(), released(), *TIMED)
-        assert [entry.stream for entry in read(path).entries()] == [0] * 17 + [1] * 17
+        assert [entry.stream for entry in read(path).entries()] == [0] * 19 + [1] * 19
     with pytest.raises(ClosedError, match="make another one"):
         recorder.add(caches[0].observe)
 
@@ -189,7 +194,7 @@ def fill(recorder: Recorder) -> None:
     recorder.add(other.observe)
     for _ in range(40_000):
         other.tell(released())
-        if recorder._number:
+        if recorder.halves.number:
             return
 
 
@@ -209,9 +214,9 @@ def test_too_much_to_restate_is_counted(
 def test_a_half_that_is_torn(cache: Cache, path: Path) -> None:
     """Lines of the turn before, beyond the damage, are told from new ones by their times."""
     with record(cache, path, MiB) as recorder:
-        while recorder._number < 2:
+        while recorder.halves.number < 2:
             cache.tell(released(at=START))
-        position = recorder._position
+        position = recorder.halves.position
         cache.tell(taken())
         found = read(path)
         whole = list(found)
@@ -227,7 +232,7 @@ def test_a_half_that_is_torn(cache: Cache, path: Path) -> None:
 def test_a_damaged_first_half_is_left_out(cache: Cache, path: Path) -> None:
     """The other half is found without the first line of the file."""
     with record(cache, path, MiB) as recorder:
-        while not recorder._number:
+        while not recorder.halves.number:
             cache.tell(released())
         cache.tell(taken())
         with path.open("rb+") as file:
@@ -240,7 +245,7 @@ def test_a_damaged_first_half_is_left_out(cache: Cache, path: Path) -> None:
 def test_a_batch_larger_than_the_growth_is_stored(cache: Cache, path: Path) -> None:
     """A store may need more than one step of space."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_GROWTH_BYTES", 16)
+        patch.setattr(halves, "_GROWTH_BYTES", 16)
         with record(cache, path, MiB):
             cache.tell(*TIMED)
             assert list(read(path)) == TIMED
@@ -255,7 +260,7 @@ def test_a_full_disk_ends_the_recording(
     cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The stream detaches the recorder, with a WARNING that names the file."""
-    monkeypatch.setattr(module, "_GROWTH_BYTES", 4096)
+    monkeypatch.setattr(halves, "_GROWTH_BYTES", 4096)
 
     with record(cache, path):
         monkeypatch.setattr(os, "posix_fallocate", refuse)
@@ -304,73 +309,160 @@ def test_a_cache_that_cannot_be_observed(path: Path) -> None:
             record(Closed(), path)
 
 
-def test_an_event_amid_a_store_waits(
+class Amid:
+    """Has something done while room is made for a line, as if a signal came."""
+
+    def __init__(self, recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.halves = recorder.halves
+        self.work: Callable[[], object] | None = None
+        self.allocate = Halves._allocate
+        monkeypatch.setattr(Halves, "_allocate", self)
+
+    def __call__(self, begin: int, end: int) -> None:
+        work, self.work = self.work, None
+        if work is not None:
+            work()
+        self.allocate(self.halves, begin, end)
+
+
+def fill_up(recorder: Recorder) -> None:
+    """Have the next line find no room."""
+    recorder.halves._end = recorder.halves.limit = recorder.halves.position
+
+
+def test_an_event_that_comes_while_room_is_made_waits(
     cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal handler or a finalizer brings it; its order stays. Too many are counted."""
+    """A signal handler or a finalizer brings it, of this stream or of another one."""
     other = Cache()
-    monkeypatch.setattr(module, "_MAX_WAITING", 2)
-    with record(cache, path) as recorder, pytest.MonkeyPatch.context() as patch:
-        recorder.add(other.observe)
-        format_other = recorder._line
-
-        def interrupted(_: Recorder, stream: int, event: Event) -> bytes:
-            patch.undo()
-            other.tell(taken(1), released(1), taken(2))
-            return format_other(stream, event)
-
-        patch.setattr(Recorder, "_line", interrupted)  # as if a signal came
-        cache.tell(TIMED[0], TIMED[1])
-        found = list(read(path))
-        lost = found.pop(3)
-        assert found == [TIMED[0], taken(1), released(1), TIMED[1]]
-        assert isinstance(lost, EventsLost)
-        assert lost.lost == 1
-
-
-def test_an_event_that_was_left_waiting_comes_first(cache: Cache, path: Path) -> None:
-    """An interrupt may leave one; the next store, or detaching, writes it."""
     with record(cache, path) as recorder:
-        recorder._waiting.append((1, taken(1)))
-        cache.tell(taken(2))
-        assert list(read(path)) == [taken(1), taken(2)]
-        recorder._waiting.append((1, taken(3)))
-    assert list(read(path)) == [taken(1), taken(2), taken(3)]
+        recorder.add(other.observe)
+        amid = Amid(recorder, monkeypatch)
+        fill_up(recorder)
+
+        def work() -> None:
+            cache.stream.tell(taken(2))
+            other.tell(taken(3))
+            other.stream.tell(released(3))
+            assert list(read(path)) == []
+
+        amid.work = work
+        cache.stream.tell(taken(1))
+        assert [*read(path)] == [taken(3), released(3), taken(1), taken(2)]
+        other.stream.tell(taken(4))
+        assert [*read(path)][-1] == taken(4)
 
 
-def test_a_full_disk_when_detaching(
+def test_an_interrupt_while_room_is_made(
     cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is closed, although what waits cannot be stored."""
+    """No event is lost; the next one, of the same stream or another one, is stored after it."""
+    other = Cache()
+    with record(cache, path) as recorder:
+        recorder.add(other.observe)
+        amid = Amid(recorder, monkeypatch)
+        for number, tell in enumerate([cache.tell, other.tell]):
+            fill_up(recorder)
+
+            def interrupt() -> None:
+                raise KeyboardInterrupt
+
+            amid.work = interrupt
+            with pytest.raises(KeyboardInterrupt):
+                tell(taken(number))
+        cache.stream.tell(taken(2))
+    assert sorted(read(path), key=str) == [taken(0), taken(1), taken(2)]
+
+
+def test_a_turn_that_is_interrupted_has_not_begun(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was in the file before stays readable."""
+    with record(cache, path, MiB) as recorder:
+        amid = Amid(recorder, monkeypatch)
+        cache.tell(taken(1))
+        recorder.halves._end = recorder.halves.limit = recorder.halves.position
+        recorder.halves._end = MiB // 2
+        while recorder.halves.number == 0 and amid.work is None:
+            if recorder.halves.position > MiB // 2 - 4096:
+
+                def interrupt() -> None:
+                    raise KeyboardInterrupt
+
+                amid.work = interrupt
+            else:
+                cache.tell(released(5))
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(100):
+                cache.tell(released(5))
+        assert recorder.halves.number == 0
+        assert next(iter(read(path))) == taken(1)
+        cache.tell(released(1))
+        assert recorder.halves.number == 1
+        assert [*read(path)][-1] == released(1)
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_an_interrupt_amid_a_line(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch, *, raises: bool
+) -> None:
+    """The event stays queued until it is stored, once; a nested one comes after it."""
+    with record(cache, path) as recorder:
+        make = eventlines.template
+
+        def interrupted(*arguments: Any) -> bytes:  # noqa: ANN401 - those of another function
+            monkeypatch.setattr(module, "template", make)
+            cache.tell(released(1))
+            if raises:
+                raise KeyboardInterrupt
+            return make(*arguments)
+
+        monkeypatch.setattr(module, "template", interrupted)
+        with pytest.raises(KeyboardInterrupt) if raises else contextlib.nullcontext():
+            cache.stream.tell(taken(1))
+        assert [*read(path)] == [taken(1), released(1)]
+        assert recorder.held == {}
+
+
+def test_closing_while_room_is_made(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who makes the room closes the file; what waits is left out."""
     recorder = record(cache, path)
-    recorder._waiting.append((0, taken(1)))
-    monkeypatch.setattr(recorder, "_end", 0)
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(OSError, match="No space left"):
-        recorder.detach()
-    assert recorder._file.closed
+    cache.tell(taken(1))
+    amid = Amid(recorder, monkeypatch)
+    fill_up(recorder)
+    amid.work = recorder.detach
+    cache.stream.tell(taken(2))
+    assert recorder.halves.closed
+    assert list(read(path)) == [taken(1)]
     recorder.detach()
 
 
-def test_detaching_amid_a_store(cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store that is under way closes the file."""
+def test_detaching_twice_completes_the_first(
+    cache: Cache, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt of the first leaves no stream attached after the second."""
     recorder = record(cache, path)
-    format_other = recorder._line
+    detach = Observation.detach
 
-    def interrupted(_: Recorder, stream: int, event: Event) -> bytes:
+    def interrupted(_: Observation) -> None:
+        monkeypatch.setattr(Observation, "detach", detach)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Observation, "detach", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         recorder.detach()
-        return format_other(stream, event)
-
-    monkeypatch.setattr(Recorder, "_line", interrupted)  # as if a signal came
-    cache.tell(TIMED[0])
-    assert recorder._file.closed
-    assert list(read(path)) == [TIMED[0]]
+    recorder.detach()
+    assert not cache.stream.observations
+    assert recorder.halves.closed
 
 
 @pytest.mark.parametrize("has_gil", [True, False])
 def test_threads(path: Path, monkeypatch: pytest.MonkeyPatch, *, has_gil: bool) -> None:
     """Each has a stream; every event arrives, and each stream's are in order."""
-    monkeypatch.setattr(module, "_HAS_GIL", has_gil)
+    monkeypatch.setattr(module, "HAS_GIL", has_gil)
+    monkeypatch.setattr(stream, "HAS_GIL", has_gil)
     caches = [Cache() for _ in range(4)]
     with Recorder(path) as recorder:
         for each in caches:
@@ -408,7 +500,6 @@ def test_a_forked_child_does_not_record(cache: Cache, path: Path) -> None:
 def test_forgetting(cache: Cache, path: Path) -> None:
     """As the child of a fork does it, but here."""
     recorder = record(cache, path)
-    recorder._waiting.append((1, taken(1)))
     module._after_fork_in_child()
     cache.tell(taken(2))
     recorder.detach()
@@ -454,16 +545,24 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCapture
     assert "missing" in caplog.text
 
 
-def test_closed_caches_are_forgotten(cache: Cache, path: Path) -> None:
-    """A program that makes one cache after the other does not collect their streams."""
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [(CacheOpened(START, 1), CacheClosed(START)), (ServerOpened(START, 3), ServerClosed(START))],
+)
+def test_closed_caches_and_servers_are_forgotten(
+    cache: Cache, path: Path, opened: Event, closed: Event
+) -> None:
+    """A program that makes one after the other does not collect their streams."""
     with Recorder(path, MiB) as recorder:
         for _ in range(9):
             recorder.add(cache.observe)
-            cache.tell(CacheOpened(START, 1), CacheClosed(START))
+            cache.tell(opened)
+            assert any(state.opened for state in recorder.states.values())
+            cache.tell(closed)
         assert not recorder._observations
-        assert not recorder._opened
+        assert not any(state.opened for state in recorder.states.values())
     cache.tell(released())  # such a stream is not detached, but is not listened to either
-    assert not recorder._waiting
+    assert not any(each.queue for each in cache.stream.observations)
 
 
 PROGRAM = """

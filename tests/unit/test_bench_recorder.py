@@ -14,6 +14,8 @@ def test_all_of_it_runs(
     monkeypatch.setattr(recorder, "pin", lambda: None)
     monkeypatch.setattr(recorder, "TIMES", 5)
     monkeypatch.setattr(recorder, "ROUNDS", 2)
+    monkeypatch.setattr(recorder, "DMA_TIMES", 5)
+    monkeypatch.setattr(recorder, "DMA_ROUNDS", 2)
     assert recorder.main() in (0, 1)
     printed = capsys.readouterr().out
     assert all(name in printed for name in recorder.EVENTS)

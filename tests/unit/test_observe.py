@@ -189,6 +189,21 @@ def test_replace(cache: MapCache, told: list[Event]) -> None:
         cache.observe(told.append)
 
 
+@pytest.mark.parametrize(("invalidations", "lost"), [(0, 0), (1, 2)])
+def test_a_forced_close_delivers_nothing(domain: MockDomain, invalidations: int, lost: int) -> None:
+    """What a stale lease's device wrote is lost, also if a release would have copied it."""
+    got: list[Event] = []
+    with open_backend("mock", domain=domain) as backend:
+        cache = MapCache(backend, on_stale="copy")
+        cache.observe(got.append)
+        cache.map_dma(0xFFF, 2, owner="nic")
+        for _ in range(invalidations):
+            cache.invalidate()
+        cache.close(force=True)
+    (released,) = [each for each in got if isinstance(each, LeaseReleased)]
+    assert released[2:] == (invalidations > 0, 0, lost)
+
+
 def test_an_interrupted_observer_of_a_lease(cache: MapCache) -> None:
     """The caller gets no lease, so none is held; observers know it."""
     got: list[Event] = []

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.fake_xen.child import in_child
 from xenmapcache import stream as module
 from xenmapcache.events import CacheClosed, CacheOpened, Event, EventsLost
-from xenmapcache.stream import EventStream, announce, new_hooks
+from xenmapcache.stream import EventStream, QueueObserver, announce, new_hooks
 
 
 def event(number: int) -> Event:
@@ -399,3 +400,134 @@ def test_a_hook_and_a_log_filter_that_raise(
         del new_hooks[: len(hooks)]
     assert got == [stream.attach]
     assert "the filter is broken" in capsys.readouterr().err
+
+
+class Drainer(QueueObserver):
+    """Takes events until it is told not to.
+
+    Attributes:
+        got: the events.
+        work: is called before each, once.
+        busy: it cannot take any now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self.take)
+        self.got: list[Event] = []
+        self.work: Callable[[], object] | None = None
+        self.busy = False
+
+    def take(self, queue: deque[Event]) -> bool:
+        while queue and not self.busy:
+            work, self.work = self.work, None
+            if work is not None:
+                work()
+            self.got.append(queue.popleft())
+        return not self.busy
+
+
+class Told:
+    """What an event is about."""
+
+    told: bool | None = False
+
+
+def test_one_that_takes_from_the_queue(stream: EventStream) -> None:
+    """Alone or beside another one, it gets what is put in and told, in order."""
+    drainer = Drainer()
+    others: list[Event] = []
+    drainer(event(0))
+    with stream.attach(drainer):
+        stream.put(event(1))
+        stream.tell(event(2))
+        with stream.attach(others.append):
+            stream.tell(event(3))
+            tell(stream, 4)
+        stream.tell(event(5))
+    stream.tell(event(6))
+    assert (times(drainer.got), times(others)) == ([0, 1, 2, 3, 4, 5], [3, 4])
+
+
+def test_one_that_is_busy(stream: EventStream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its events wait, and too many are counted; then it is as before."""
+    monkeypatch.setattr(module, "MAX_QUEUED", 3)
+    drainer = Drainer()
+    stream.attach(drainer)
+    drainer.busy = True
+    for number in range(5):
+        stream.tell(event(number))
+    drainer.busy = False
+    stream.deliver()
+    (lost,) = [each for each in drainer.got if isinstance(each, EventsLost)]
+    assert (times(drainer.got), lost.lost) == ([0, 1, 2], 2)
+    assert stream._direct is not None
+    stream.tell(event(5))
+    assert drainer.got[-1] == event(5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_where_no_observer_may_run(stream: EventStream, inside: bool) -> None:
+    """An event waits until the guard allows it. A guard may attach another observer."""
+    drainer = Drainer()
+    others: list[Event] = []
+    stream.attach(drainer)
+
+    def guard() -> bool:
+        if not inside and not others:
+            others.append(event(0))
+            stream.attach(others.append)
+        return inside
+
+    stream.guards.append(guard)
+    stream.tell(event(1))
+    assert times(drainer.got) == ([] if inside else [1])
+    stream.guards.clear()
+    stream.deliver()
+    assert times(drainer.got) == [1]
+    assert times(others) == ([] if inside else [0, 1])
+
+
+@pytest.mark.parametrize("error", [Interrupt, ValueError])
+def test_one_that_fails_on_the_way(
+    error: type[BaseException], stream: EventStream, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The event is still queued. If it fails again, with an Exception, it is detached."""
+    drainer = Drainer()
+    stream.attach(drainer)
+
+    def fail() -> None:
+        drainer.work = fail if error is ValueError else None
+        raise error
+
+    drainer.work = fail
+    if error is Interrupt:
+        with pytest.raises(Interrupt):
+            stream.tell(event(1))
+        stream.deliver()
+        assert times(drainer.got) == [1]
+    else:
+        stream.tell(event(1))
+        assert not stream.observations
+        assert "is detached" in caplog.text
+
+
+@pytest.mark.parametrize("observers", [1, 2])
+@pytest.mark.parametrize("takes", [True, False])
+def test_the_end_of_what_nobody_knows(stream: EventStream, observers: int, takes: bool) -> None:
+    """It is not told; nor is its beginning, which would come later."""
+    drainer = Drainer()
+    got: list[Event] = []
+    for _ in range(observers):
+        stream.attach(drainer if takes else got.append)
+    for method in (stream.put, stream.tell):
+        subject = Told()
+        method(event(1), subject, False)
+        method(event(2), subject, True)
+        stream.deliver()
+        known = Told()
+        for number, begins in ((3, True), (4, False), (5, False)):
+            method(event(number), known, begins)
+        stream.deliver()
+        assert known.told in (False, None)
+    assert set(times(got + drainer.got)) == {3, 4}
+    assert len(got + drainer.got) == 4 * observers

@@ -6,6 +6,7 @@ import os
 import queue
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..address import PAGE_SHIFT, as_int
@@ -115,6 +116,8 @@ class Generation:
         notes: of the buckets that a thread is mapping now.
         clock: which bucket goes next.
         sequence: how many invalidations came before.
+        known: the buckets that observers know, by index.
+        told: whether observers have not been told of its end.
         closed: whether it is the last one, of a closed cache.
     """
 
@@ -122,9 +125,11 @@ class Generation:
         "buckets",
         "clock",
         "closed",
+        "known",
         "notes",
         "readable",
         "sequence",
+        "told",
         "touched",
         "writable",
     )
@@ -137,6 +142,8 @@ class Generation:
         self.notes: dict[int, Note] = {}
         self.clock = Clock()
         self.sequence = 0
+        self.known: dict[int, telling.KnownBucket] = {}
+        self.told: bool | None = True
         self.closed = False
 
     def cool(self, index: int) -> bool:
@@ -171,6 +178,9 @@ class BucketTable:
         size, mask: of a bucket, in bytes.
         writes: whether the source can be written.
         retired: old generations whose mappings are not dropped yet.
+        untold: old generations of whose end observers are not told yet, oldest first.
+        held_dma: returns the numbers of the DMA leases that are older than an invalidation, and
+            that observers know. The registry sets it.
         returned: pins of buckets whose last lease has ended, for the clock.
         stream: what observers are told.
         forked: whether this is a child process, where nothing of this may be used.
@@ -183,6 +193,7 @@ class BucketTable:
         "evictions",
         "forked",
         "generation",
+        "held_dma",
         "hole_faults",
         "mask",
         "misses",
@@ -193,6 +204,7 @@ class BucketTable:
         "size",
         "slow_path_hits",
         "stream",
+        "untold",
         "writes",
     )
 
@@ -205,6 +217,8 @@ class BucketTable:
         self.stream = EventStream()
         self.generation = Generation()
         self.retired: dict[Generation, None] = {}  # oldest first
+        self.untold: dict[Generation, None] = {}
+        self.held_dma: Callable[[int], tuple[int, ...]]
         self.returned: deque[Pin] = deque()
         self.owner_pid = os.getpid()
         self.forked = False
@@ -268,11 +282,16 @@ class BucketTable:
     def _sweep(self, wanted: int, copied: bool | None) -> list[Mapping]:
         generation = self.generation
         generation.clock.put_back(self.returned)
-        victims = generation.clock.sweep(generation, wanted, copied=copied)
-        count = len(victims)
-        self.evictions += count
-        if self.stream.observations:
-            telling.dropped(self.stream, victims, "evicted")
+        try:
+            victims = generation.clock.sweep(generation, wanted, copied=copied)
+            count = len(victims)
+            self.evictions += count
+            if self.stream.observations:
+                telling.dropped(self, victims)
+        except BaseException:
+            if self.stream.observations:
+                telling.reconcile(self)
+            raise
         return victims
 
     def invalidate(self) -> tuple[int, int]:
@@ -298,6 +317,8 @@ class BucketTable:
         previous = self.generation
         if not previous.closed:
             fresh.sequence = previous.sequence + (not closed)
+            if self.stream.observations:
+                self.untold[previous] = None
             self.generation = fresh
             if previous.buckets:
                 self.retired[previous] = None

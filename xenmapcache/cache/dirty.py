@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 from ..address import PAGE_SHIFT
 from ..backend import Backend, Capability
 from ..errors import XenMapCacheError
 from ..events import PagesDirtied
 from ..stream import EventStream, now
+
+# As its class makes it, in a third of the time; it comes with each release.
+_make_dirtied = cast(
+    Callable[[tuple[object, ...]], PagesDirtied], partial(tuple.__new__, PagesDirtied)
+)
 
 
 class DirtyPages:
@@ -42,7 +50,7 @@ class DirtyPages:
 
     def tell(self, gfn: int, count: int) -> None:
         """Tell the observers of pages that were reported."""
-        self.stream.put(PagesDirtied(now(), gfn << PAGE_SHIFT, count << PAGE_SHIFT))
+        self.stream.put(_make_dirtied((now(), gfn << PAGE_SHIFT, count << PAGE_SHIFT)))
 
     def report_hot(self, gfn: int, count: int) -> None:
         """Report pages of a hot bucket, and deliver: no operation is under way that would."""

@@ -297,11 +297,9 @@ class MapCache(LendingCache):
         return self.stream.attach(observer, self._snapshot)
 
     def _snapshot(self) -> list[Event]:
-        generation = self._table.generation
         buckets = self._budget.limit >> self._shift
         opened = CacheOpened(now(), buckets, repr(self._backend), self._size)
-        mappings = [*generation.buckets.copy().values()]
-        return [*telling.snapshot(opened, self._registry.held(), mappings, generation.sequence)]
+        return telling.snapshot(opened, self._registry.held(), self._table)
 
     def invalidate(self) -> Invalidation:
         """Drop every mapping that no lease holds, as Xen's INVALIDATE request asks.
@@ -321,7 +319,7 @@ class MapCache(LendingCache):
         held = self._registry.held_across(sequence) if len(self._registry) else ((), (), ())
         report = Invalidation(sequence, dropped, dropped << self._shift, *held)
         if self.stream.observations:
-            telling.invalidated(self.stream, began, report)
+            telling.invalidated(self._table, began)
         return report
 
     def stats(self) -> CacheStats:
@@ -330,6 +328,7 @@ class MapCache(LendingCache):
         self._copies.recount()
         parts = self._table, self._budget, self._copies, self._registry
         stats = locked(self._budget.lock, collect_stats, *parts)
+        telling.settle(self._table)
         self.stream.deliver()  # what a signal handler has put in under the lock
         return stats
 
@@ -368,24 +367,24 @@ class MapCache(LendingCache):
         """
         if self._table.forked:
             return
-        ended_it = locked(self._budget.lock, self._close, force)
+        locked(self._budget.lock, self._close, force)
         self._mapper.clear_retired()
         self._dirty.settle_quietly()
         registry = self._registry
         ended = [registry.drop(record) for record in registry.held()] if force else []
         if self._owns_backend:
             self._backend.close()
-        if ended_it and self.stream.observations:
-            telling.closed(self.stream)
+        if self.stream.observations:
+            telling.closed(self._table)
         report_forced(ended)
 
-    def _close(self, force: bool) -> bool:
-        """Return whether this call has closed it; called under the lock."""
+    def _close(self, force: bool) -> None:
+        """Close it unless leases are held; called under the lock."""
         held = self._registry.held()
         if held and not force and not self._table.generation.closed:
             text = self._registry.describe(held)
             raise LeaseError(f"{text}. Release them, or close(force=True)")
-        return not self._table.retire(closed=True).closed
+        self._table.retire(closed=True)
 
     def __del__(self) -> None:
         # The leases and their memory stay as they are; a handle can still release its own.

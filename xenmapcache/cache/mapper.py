@@ -210,9 +210,14 @@ class Mapper:
         table.hole_faults += not usable
         former = index in generation.buckets
         if usable or not former:
-            table.store(generation, index, mapping)
-            if table.stream.observations and table.generation is generation:
-                telling.mapped(table.stream, mapping, began, former)
+            try:
+                table.store(generation, index, mapping)
+                if table.stream.observations and table.generation is generation:
+                    telling.mapped(table, index, mapping, began, former)
+            except BaseException:
+                if table.stream.observations:
+                    telling.reconcile(table)
+                raise
 
     @staticmethod
     def _forget(generation: Generation, index: int, own: Note) -> None:

@@ -105,7 +105,8 @@ class LeaseRecord:
         self.since = _monotonic()
         self.thread = _here.thread
         self.sequence = self.delivered = self.host_address = self.copied_pages = self.lost_pages = 0
-        self.warned = self.lost = self.counted = self.aged = self.told = False
+        self.warned = self.lost = self.counted = self.aged = False
+        self.told: bool | None = False
         self.mapping: Mapping | None = None
         self.view: memoryview | None = None
         self.pin: Pin | None = None

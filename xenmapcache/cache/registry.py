@@ -67,6 +67,7 @@ class LeaseRegistry:
         self.table = table
         self._dirty = dirty
         self._observed = table.stream.observations
+        table.held_dma = self.held_dma
         self.policy: StalePolicy
         # Two, so that device leases and windows, which are few, are found among any number of DMA.
         self._device: dict[int, LeaseRecord] = {}
@@ -100,6 +101,14 @@ class LeaseRegistry:
         sequence = self.table.generation.sequence
         # Not a comprehension: CPython 3.11 loses references if it cannot make its function.
         return tuple(map(LeaseRecord.info, self.held(), repeat(sequence)))
+
+    def held_dma(self, sequence: int) -> tuple[int, ...]:
+        """Return the ids of the DMA held across an invalidation, if observers know it."""
+        found = []
+        for record in self.held(_DMA):  # a loop, for the reason above
+            if record.told and record.sequence < sequence:
+                found.append(record.id)  # noqa: PERF401 - see above
+        return tuple(found)
 
     def leased_bytes(self, copied: bool) -> int:
         """Return how many bytes the mappings have that leases hold: copies, or others."""
@@ -160,9 +169,11 @@ class LeaseRegistry:
 
     def withdraw(self, record: LeaseRecord) -> None:
         """Remove a lease that no caller has got. May be repeated."""
-        self._drop(record, self.table.generation.sequence)
-        if self._observed:
-            telling.ended(self.table.stream, record)
+        try:
+            self._drop(record, self.table.generation.sequence)
+        finally:
+            if self._observed:
+                telling.ended(self.table.stream, record)
 
     def tell_taken(self, record: LeaseRecord) -> None:
         """Tell the observers of a lease; called without the lock, when it is granted."""
@@ -218,12 +229,16 @@ class LeaseRegistry:
                 return
             info = record.info(sequence)
             error = self.policy.verdict(record, info)
-            record.lost_pages = self.policy.lost(record)
+            record.lost_pages = self.policy.lost(record, sequence)
             self._end(record)
         finally:
-            self._releasing.pop(token, None)
-            if self._observed:
+            try:
+                self._releasing.pop(token, None)
+                if self._observed:
+                    telling.ended(self.table.stream, record)
+            except BaseException:  # an interrupt, perhaps right before it
                 telling.ended(self.table.stream, record)
+                raise
         try:
             self.policy.warn(record, info)
             if error is not None:
@@ -256,13 +271,17 @@ class LeaseRegistry:
             sequence = self.table.generation.sequence
             info = record.info(sequence)
             if info.stale and record.kind is _DMA:
-                record.lost_pages = self.policy.lost(record)
+                record.lost_pages = self.policy.lost(record, sequence)
             self._drop(record, sequence)
-            if self._observed:
-                telling.ended(self.table.stream, record)
             return info, failure
         finally:
-            self._releasing.pop(token, None)
+            try:
+                self._releasing.pop(token, None)
+                if self._observed:
+                    telling.ended(self.table.stream, record)
+            except BaseException:  # an interrupt, perhaps right before it
+                telling.ended(self.table.stream, record)
+                raise
 
     def mark_dirty(self, record: LeaseRecord) -> bool:
         """Report a lease's pages as written, if they could be; return whether that was done."""

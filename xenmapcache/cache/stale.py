@@ -64,11 +64,14 @@ class StalePolicy:
             record.undelivered = self._copy(record, view, sequence)
             record.delivered = sequence
 
-    def lost(self, record: LeaseRecord) -> int:
-        """Return how many pages of a stale lease a device may have written that no guest sees."""
+    def lost(self, record: LeaseRecord, sequence: int) -> int:
+        """Return how many pages of a stale lease a device may have written that no guest sees.
+
+        Without :meth:`deliver` before, at the same sequence, that is all of them.
+        """
         if record.view is None or record.view.readonly:
             return 0
-        if self.on_stale == "copy":
+        if self.on_stale == "copy" and record.delivered == sequence:
             return record.lost_pages
         return _written_pages(record)[1]
 

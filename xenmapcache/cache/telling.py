@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time as clock
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from operator import attrgetter
+from typing import TYPE_CHECKING, cast
 
 from ..address import PAGE_MASK, PAGE_SHIFT
 from ..errors import FaultError, XenMapCacheError
@@ -24,10 +26,16 @@ from ..events import (
 )
 from ..mapping import Mapping
 from ..stream import EventStream, now
-from .info import Invalidation
+from .info import LeaseKind
 from .record import LeaseRecord
 
+if TYPE_CHECKING:
+    from .buckets import BucketTable
+
 _S = 1_000_000_000
+_is_told = attrgetter("told")
+_DEVICE = LeaseKind.DEVICE  # CPython 3.11 takes long to find it in the class
+_monotonic_ns = clock.monotonic_ns
 
 # As their classes make them, in a third of the time; leases come often.
 _make_taken = cast(Callable[[tuple[object, ...]], LeaseTaken], partial(tuple.__new__, LeaseTaken))
@@ -38,18 +46,17 @@ _make_released = cast(
 
 def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
     """Return the event of a lease."""
-    record.told = True
-    direction = record.direction
+    direction, kind = record.direction, record.kind
     values = (
         time,
         record.id,
-        record.kind._value_,
+        kind._value_,
         record.address,
         record.length,
         record.owner,
         None if direction is None else direction._value_,
-        record.thread.name,
-        record.stale_at(sequence),
+        record.thread._name,  # type: ignore[attr-defined] # noqa: SLF001 - name() is slow
+        record.lost or (kind is not _DEVICE and record.sequence < sequence),
         record.origin,
     )
     return _make_taken(values)
@@ -57,20 +64,18 @@ def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
 
 def taken(stream: EventStream, record: LeaseRecord, sequence: int) -> None:
     """Tell of a lease that was taken; called without the lock."""
-    stream.put(held(record, now(), sequence))
-    stream.deliver()
+    stream.tell(held(record, _monotonic_ns() + WALL_CLOCK_OFFSET_NS, sequence), record)
 
 
 def ended(stream: EventStream, record: LeaseRecord) -> None:
     """Tell that a lease has ended, if it has, and observers know it; called without the lock."""
-    sequence = record.released_at
-    if sequence is None:
-        return
-    told, record.told = record.told, False
-    if told:
-        stale, copied, lost = record.stale_at(sequence), record.copied_pages, record.lost_pages
-        stream.put(_make_released((now(), record.id, stale, copied, lost)))
-        stream.deliver()
+    if record.told:
+        sequence = record.released_at
+        if sequence is not None:
+            stale = record.lost or (record.kind is not _DEVICE and record.sequence < sequence)
+            time = _monotonic_ns() + WALL_CLOCK_OFFSET_NS
+            values = time, record.id, stale, record.copied_pages, record.lost_pages
+            stream.tell(_make_released(values), record, False)
 
 
 def moved(stream: EventStream, old: int, new: int) -> None:
@@ -78,19 +83,68 @@ def moved(stream: EventStream, old: int, new: int) -> None:
     stream.put(BucketReplaced(now(), old, new))
 
 
-def mapped(stream: EventStream, mapping: Mapping, began: int | None, former: bool) -> None:
+# What observers know of buckets is in `Generation.known`, and is changed together with the queues.
+# A step that is interrupted between its change and its event leaves the two different:
+# `reconcile` tells what is missing. The end of a generation is told before anything of the next.
+
+
+class KnownBucket:
+    """A bucket that observers know, or are about to.
+
+    Attributes:
+        told: whether they do.
+        start, length: in bytes.
+        host: where it begins in the process.
+    """
+
+    __slots__ = ("host", "length", "start", "told")
+
+    def __init__(self, mapping: Mapping, *, told: bool = False) -> None:
+        self.told: bool | None = told
+        self.start = mapping.gfn << PAGE_SHIFT
+        self.length = mapping.length
+        self.host = mapping.address
+
+
+def mapped(
+    table: BucketTable, index: int, mapping: Mapping, began: int | None, former: bool
+) -> None:
     """Tell that a bucket was mapped; called under the lock.
 
     Args:
-        stream: of the cache.
+        table: of the cache.
+        index: of the bucket.
         mapping: of the bucket.
         began: when its map call began, in ns.
         former: whether it takes the place of another mapping.
     """
+    settle(table)
     time = now()
     if former:
-        dropped(stream, [mapping], "replaced")
-    stream.put(_bucket(mapping, time if began is None else began, began and time - began))
+        _gone(table, index, time, "replaced")
+    duration = None if began is None else time - began
+    _come(table, index, mapping, time if began is None else began, duration)
+
+
+def _come(
+    table: BucketTable, index: int, mapping: Mapping, time: int, duration: int | None
+) -> None:
+    generation = table.generation
+    _gone(table, index, time, "evicted")  # one whose end was not told
+    known = KnownBucket(mapping)
+    if table.generation is generation:  # otherwise a signal handler has just dropped it
+        generation.known[index] = known
+        table.stream.put(_bucket(mapping, time, duration), known, True)
+
+
+def _gone(table: BucketTable, index: int, time: int, reason: str) -> None:
+    table_of_known = table.generation.known
+    known = table_of_known.get(index)
+    if known is not None:
+        table.stream.put(BucketDropped(time, known.start, known.length, reason), known, False)
+        # No call from here on: a signal handler may have mapped another one in its place.
+        if index in table_of_known and table_of_known[index] is known:
+            del table_of_known[index]
 
 
 def _bucket(mapping: Mapping, time: int, duration: int | None) -> BucketMapped:
@@ -100,11 +154,30 @@ def _bucket(mapping: Mapping, time: int, duration: int | None) -> BucketMapped:
     return BucketMapped(time, start, mapping.length, duration, mapping.address, holes)
 
 
-def dropped(stream: EventStream, mappings: list[Mapping], reason: str) -> None:
-    """Tell that buckets were dropped; called under the lock."""
+def dropped(table: BucketTable, victims: list[Mapping]) -> None:
+    """Tell that buckets were evicted; called under the lock."""
+    settle(table)
     time = now()
-    for mapping in mappings:
-        stream.put(BucketDropped(time, mapping.gfn << PAGE_SHIFT, mapping.length, reason))
+    for mapping in victims:
+        index = mapping.gfn << PAGE_SHIFT >> table.shift
+        known = table.generation.known.get(index)
+        if known is not None and known.host == mapping.address:
+            _gone(table, index, time, "evicted")
+
+
+def reconcile(table: BucketTable) -> None:
+    """Tell what an interrupted step has not told; called under the lock."""
+    settle(table)
+    time = now()
+    generation = table.generation
+    for index, known in [*generation.known.items()]:
+        mapping = generation.buckets.get(index)
+        if mapping is None or mapping.address != known.host:
+            _gone(table, index, time, "evicted")
+    for index, mapping in [*generation.buckets.items()]:
+        known_now = generation.known.get(index)
+        if known_now is None or not known_now.told:
+            _come(table, index, mapping, time, None)
 
 
 def missed(stream: EventStream, error: XenMapCacheError, address: int) -> None:
@@ -115,27 +188,59 @@ def missed(stream: EventStream, error: XenMapCacheError, address: int) -> None:
         stream.put(MapFailed(now(), address))
 
 
-def invalidated(stream: EventStream, began: int, report: Invalidation) -> None:
+def settle(table: BucketTable, began: int | None = None) -> None:
+    """Tell of invalidations that are not told yet: nothing that comes after is told before.
+
+    Args:
+        table: of the cache.
+        began: when the last one began, in ns.
+    """
+    for generation in [*table.untold]:
+        closed = generation.sequence == table.generation.sequence
+        number = generation.sequence + 1
+        held = table.held_dma(number)
+        # Not a comprehension: CPython 3.11 loses references if it cannot make its function.
+        count = [*map(_is_told, [*generation.known.values()])].count(True)
+        time = now()
+        start, duration = (time, None) if began is None else (began, time - began)
+        event = Invalidated(start, number, count, held, duration)
+        if not closed:  # that is told when the leases have ended
+            table.stream.put(event, generation, False)
+        for known in [*generation.known.values()]:
+            known.told = None  # also for a call that was interrupted, and tells of it later
+        table.untold.pop(generation, None)
+
+
+def invalidated(table: BucketTable, began: int) -> None:
     """Tell of an invalidation; called without the lock."""
-    ids = tuple([lease.id for lease in report.dma])
-    stream.put(Invalidated(began, report.sequence, report.dropped_buckets, ids, now() - began))
-    stream.deliver()
+    settle(table, began)
+    table.stream.deliver()
 
 
-def closed(stream: EventStream) -> None:
-    """Tell that a cache was closed; called without the lock."""
-    stream.put(CacheClosed(now()))
-    stream.deliver()
+def closed(table: BucketTable) -> None:
+    """Tell that a cache was closed, once; called without the lock."""
+    settle(table)
+    table.stream.put(CacheClosed(now()), table.generation, False)
+    table.stream.deliver()
 
 
-def snapshot(
-    opened: CacheOpened, records: list[LeaseRecord], mappings: list[Mapping], sequence: int
-) -> Iterator[Event]:
-    """Yield what an observer is to know first."""
-    yield opened
+def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: BucketTable) -> list[Event]:
+    """Return what an observer is to know first."""
+    generation = table.generation
+    sequence = generation.sequence
+    if len(table.stream.observations) == 1:  # until now nothing was told
+        generation.known.clear()
+    events: list[Event] = [opened]
     time = now()
-    for mapping in mappings:
-        yield _bucket(mapping, time, None)
+    for index, mapping in generation.buckets.copy().items():
+        generation.known[index] = KnownBucket(mapping, told=True)
+        events.append(_bucket(mapping, time, None))
     for record in records:
         since = int(record.since * _S) + WALL_CLOCK_OFFSET_NS
-        yield held(record, since, sequence)
+        record.told = True
+        # From here on its end is told. If it ended before, and that was not told, nor is this.
+        if record.released_at is None or not record.told:
+            events.append(held(record, since, sequence))
+        else:
+            record.told = False
+    return events

@@ -30,6 +30,7 @@ from ..events import (
     Quiesced,
     RequestHandled,
     RequestsHandled,
+    ServerOpened,
 )
 from ..files.atomic import new_file
 from ..observe.eventlines import NAMES, encode, name_of
@@ -306,6 +307,8 @@ def _details(event: Event) -> str:
             return f"{_duration(event.duration)}, {event.failures} failures"
         case CacheOpened():
             return f"{_cut(event.source or '')}, up to {event.buckets} buckets"
+        case ServerOpened():
+            return f"domain {event.domain} {_cut(event.source or '')}".rstrip()
         case EventsLost():
             return str(event.lost)
         case Accessed() | RequestsHandled():

@@ -12,7 +12,8 @@ from functools import partial
 
 from ..binding.descriptor import own
 from ..errors import ClosedError
-from ..stream import EventStream
+from ..events import ServerClosed
+from ..stream import EventStream, now
 from .connection import Connection
 from .dispatch import Dispatcher, Job, is_async
 from .ending import Ending
@@ -32,6 +33,7 @@ class Runtime:
     Attributes:
         connection: from ``open`` to ``close``; else None.
         closed: the server was closed.
+        told: whether observers know it as open.
         lock: held while a round is done, a range claimed, or the server opened or closed.
 
     Synchronization: any thread.
@@ -47,6 +49,7 @@ class Runtime:
     ) -> None:
         self.connection: Connection | None = None
         self.closed = False
+        self.told: bool | None = True
         self.lock = threading.RLock()
         self.quiesce_timeout = quiesce_timeout
         self.ending = ending(self.ended)
@@ -199,6 +202,7 @@ class Runtime:
                 if connection is None:
                     self.closed = True
                     atexit.unregister(self.close)  # if the first close was interrupted before that
+                    self._tell_closed()
                 else:
                     self._close(connection)
         except BaseException:
@@ -262,9 +266,16 @@ class Runtime:
                 stream.guards.remove(self._guard)
         self.wake()
         atexit.unregister(self.close)
+        self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        stream = self.streams[0]
+        if stream.observations:
+            stream.put(ServerClosed(now()), self, False)
 
     def give_up(self) -> None:
         """Close the server without the foreign code that runs."""
         connection = self.connection
         if connection is not None:
             self.ending.give_up(connection)
+            self.deliver()

@@ -12,8 +12,9 @@ from typing import Self, TypeVar
 from ..address import check_range
 from ..cache import MapCache
 from ..errors import ClosedError
+from ..events import Event, ServerClosed, ServerOpened
 from ..ioreq import RequestKind
-from ..stream import Observation, Observer, announce
+from ..stream import Observation, Observer, announce, now
 from . import claims, loops, saving
 from .connection import Connection
 from .dispatch import Dispatcher
@@ -134,13 +135,19 @@ class IoreqServer:
     def observe(self, observer: Observer) -> Observation:
         """Have a function called with each RequestHandled and Quiesced of this server.
 
+        The first event is ServerOpened. When the server is closed, ServerClosed is the last one,
+        but for those of handlers that still run.
         It is called between rounds, when the server's lock is free; all else is as of
         :meth:`MapCache.observe`, which tells of the cache.
 
         Raises:
             TypeError: it cannot be called.
         """
-        return self._dispatcher.stream.attach(observer)
+        return self._dispatcher.stream.attach(observer, self._snapshot)
+
+    def _snapshot(self) -> list[Event]:
+        opened: Event = ServerOpened(now(), self.domid, f"IoreqServer of domain {self.domid}")
+        return [opened, ServerClosed(now())] if self._runtime.closed else [opened]
 
     # --- life -----------------------------------------------------------------------
 

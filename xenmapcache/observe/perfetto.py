@@ -24,6 +24,8 @@ from ..events import (
     MapFailed,
     Quiesced,
     RequestHandled,
+    ServerClosed,
+    ServerOpened,
 )
 from ..ioreq import RequestKind
 from .recording import Recording
@@ -148,8 +150,11 @@ class TraceWriter:
                     "dur": duration, "args": {"failures": event.failures},
                 }  # fmt: skip
             case CacheOpened():
-                text = event.source or "a cache"
-                yield {"ph": "M", "name": "process_labels", "args": {"labels": text}}
+                yield _label(event.source or "a cache")
+            case ServerOpened():
+                yield _label(event.source or f"ioreq server of domain {event.domain}")
+            case ServerClosed():
+                yield _instant("server closed", "ioreq", {})
             case HoleFault(_, address) | MapFailed(_, address):
                 yield _instant(f"no page at {address:#x}", "fault", {"address": f"{address:#x}"})
             case LeaseHeld():
@@ -218,6 +223,10 @@ def _end(stream: _Stream, lease: int, args: Fields) -> Fields:
     owner = stream.leases.pop(lease).owner
     name = f"{stream.pid}.{lease}"
     return {"ph": "e", "cat": "lease", "name": owner, "id": name, "args": args}
+
+
+def _label(text: str) -> Fields:
+    return {"ph": "M", "name": "process_labels", "args": {"labels": text}}
 
 
 def _instant(name: str, category: str, args: Fields) -> Fields:

@@ -1,39 +1,32 @@
 """The recorder: an observer that writes events to a file, where they survive the process.
 
-The file is mapped, and shared with the kernel: an event is in the file as soon as it was stored,
-even if the process is killed. The file has two halves, which take turns. If one is full, the
-recorder begins the other one with a header and with lines that restate what is mapped and held, and
-overwrites what the half had. A NUL follows the last line of a half.
+The file has two halves, which take turns; see :mod:`.halves`. If one is full, the recorder begins
+the other one with lines that restate what is open, mapped and held.
 """
 
 # Rules
-#   1. Space is allocated before it is stored to: otherwise a full disk is a SIGBUS.
-#   2. A store has the line and the NUL after it. Until the next store, the NUL ends the half, and
-#      what was in the half before the last turn is not read.
-#   3. Only one event is stored at a time. Several streams, threads, finalizers and signal handlers
-#      may bring others: those wait, and the store that is under way stores them at its end.
-#   4. A forked child has the mapping, but not the recording: it stores nothing.
+#   1. An event leaves its queue in the moment when it is stored. So an interrupt neither loses it,
+#      nor has it stored twice. What is done before that can be done again.
+#   2. A thread that comes while room is made leaves its events in their queue. They are stored
+#      when the room is made.
+#   3. A forked child has the mapping, but not the recording: it stores nothing.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from errno import EEXIST
-from functools import partial
 from itertools import islice
 from threading import Lock, RLock
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, NamedTuple, Protocol, Self
 from weakref import WeakSet
 
 from ..address import GiB, MiB, parse_size
-from ..binding.descriptor import Descriptor, own
 from ..errors import ClosedError
 from ..events import (
     BucketDropped,
@@ -41,28 +34,25 @@ from ..events import (
     CacheClosed,
     CacheOpened,
     Event,
-    EventsLost,
     Invalidated,
     LeaseReleased,
     LeaseTaken,
+    PagesDirtied,
     RequestHandled,
+    ServerClosed,
+    ServerOpened,
 )
 from ..files.atomic import new_file
-from ..stream import Observation, Observer, now
+from ..stream import HAS_GIL, Observation, Observer, QueueObserver, now
 from .eventlines import VERSION, Header, encode, encode_header, template
+from .halves import Halves
 from .recording import is_recording
 
 MIN_LIMIT: Final = MiB
 MAX_LIMIT: Final = 1024 * GiB
 
-_GROWTH_BYTES: Final = MiB
-_MADV_POPULATE_WRITE: Final = 23
-_MAX_WAITING: Final = 10_000
 _MAX_TEMPLATES: Final = 4096
 _MAX_RESTATED: Final = 100_000
-
-# With a GIL no thread switches between a look at a flag and its change, without a call.
-_HAS_GIL: Final = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 logger = logging.getLogger("xenmapcache")
 
@@ -126,23 +116,15 @@ class Recorder:
             raise ValueError(f"limit must be {MIN_LIMIT:#x} to {MAX_LIMIT:#x} bytes, not {size:#x}")
         self.path = os.fsdecode(path)
         self._source = source or " ".join(getattr(sys, "argv", [])[:1])
-        self._half = size // 2 // mmap.PAGESIZE * mmap.PAGESIZE
-        self._number = self._start = self._position = self._end = 0
-        self._streams = self._lost = 0
-        self._lock = RLock()
-        self._storing = self._closed = False
-        self._waiting: deque[tuple[int, Event]] = deque()
+        self._next = 0
+        self._closed = False
         self._observations: dict[int, Observation] = {}
-        self._templates: dict[object, bytes] = {}
-        self._opened: dict[int, bytes] = {}
-        self._held: dict[int, bytes] = {}
-        self._mapped: dict[tuple[int, int], bytes] = {}
+        self._behind: dict[_Pen, deque[Event]] = {}
+        self.lock = RLock()
+        self.held: dict[int, bytes] = {}
+        self.states: dict[int, State] = {}
         with new_file(path, replaceable=self._is_replaceable) as fd:
-            os.ftruncate(fd, 2 * self._half)
-            self._file: Descriptor = own(partial(os.dup, fd))
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            self._memory = mmap.mmap(fd, 2 * self._half)
-            self._store(self._header([]))
+            self.halves = Halves(self.path, fd, size, self._begin)
         _recorders.add(self)
 
     def __repr__(self) -> str:
@@ -166,16 +148,19 @@ class Recorder:
         """
         if self._closed:
             raise ClosedError(f"the recorder of {self.path} is detached: make another one")
-        number, self._streams = self._streams, self._streams + 1
-        self._observations[number] = observe(self._observer(number))
+        number, self._next = self._next, self._next + 1
+        self.states[number] = State(b"", {})
+        self._observations[number] = observe(_Pen(self, number))
 
     def detach(self) -> None:
         """Write what is queued, and close the file. Idempotent; any thread."""
-        while self._observations:
-            self._observations.popitem()[1].detach()
-        self._closed = True
-        if not self._storing:  # otherwise the store that is under way closes the file
-            self._settle()
+        try:
+            for number, observation in tuple(self._observations.items()):
+                observation.detach()
+                self._observations.pop(number, None)
+        finally:
+            self._closed = True
+            self.halves.close()
 
     def __enter__(self) -> Self:
         return self
@@ -185,172 +170,46 @@ class Recorder:
 
     def forget(self) -> None:
         """Close the file in a forked child, and leave it to the parent."""
-        self._closed = self._storing = True  # a thread of the parent may be amid a store
-        self._waiting.clear()
-        self._memory.close()
-        self._file.close()
+        self._closed = True
+        self.halves.forget()
 
-    def _observer(self, stream: int) -> Observer:
-        """Return the function that stores the events of a stream.
+    def end_stream(self, number: int) -> None:
+        """Forget a cache or server that was closed: nothing more will come from it."""
+        self._observations.pop(number, None)
 
-        It is one function without calls, because it is called for each lease. All of a frequent
-        event's line but the numbers is formatted once.
+    def make_room(self, size: int, pen: _Pen, queue: deque[Event]) -> bool:
+        """Have room for a line.
+
+        Args:
+            size: of the line.
+            pen: that wants to store it.
+            queue: where its events wait until there is room.
+
+        Returns:
+            Whether it may try again. If not, it is called again later, unless all is over.
         """
-        templates, held, memory = self._templates, self._held, self._memory
+        if self._closed:
+            queue.clear()
+            return True
+        self._behind[pen] = queue
+        if not self.halves.make_room(size, self._begin):
+            return False
+        self._behind.pop(pen, None)
+        while self._behind:
+            other, waiting = self._behind.popitem()
+            other.drain(waiting)
+        return True
 
-        def observe(event: Any) -> None:  # noqa: ANN401 - mypy cannot narrow by a compared type
-            key: object
-            if self._storing:
-                self._wait(stream, event)
-                return
-            self._storing = True
-            try:
-                if self._waiting:
-                    self._store_waiting()
-                kind = event.__class__
-                if kind is LeaseTaken:
-                    at, lease, what, start, length, owner, way, thread, stale, origin = event
-                    key = stream, what, owner, way, thread, stale, origin
-                    form = templates.get(key) or self._template(key, stream, event, _TAKEN)
-                    line = held[lease] = form % (at, lease, start, length)
-                elif kind is LeaseReleased:
-                    at, lease, stale, copied, lost = event
-                    key = stream, stale, copied, lost
-                    form = templates.get(key) or self._template(key, stream, event, _RELEASED)
-                    line = form % (at, lease)
-                    held.pop(lease, None)
-                else:
-                    line = self._line(stream, event)
-                start = self._position
-                end = start + len(line)
-                if end > self._end:
-                    self._store(line)
-                else:
-                    memory[start:end] = line
-                    self._position = end - 1
-            finally:
-                self._storing = False
-            if self._waiting or self._closed:
-                self._settle()
-
-        observe.__qualname__ = repr(self)  # for the stream's warning
-        if _HAS_GIL:
-            return observe
-        lock = self._lock
-
-        def observe_locked(event: Event) -> None:
-            with lock:
-                observe(event)
-
-        observe_locked.__qualname__ = repr(self)
-        return observe_locked
-
-    def _wait(self, stream: int, event: Event) -> None:
-        if self._file.closed:
-            return
-        if len(self._waiting) < _MAX_WAITING:
-            self._waiting.append((stream, event))
-        else:
-            self._lost += 1
-
-    def _settle(self) -> None:
-        """Do what came up during a store: store what waits, or close the file."""
-        while (self._waiting or self._closed) and not self._storing:
-            self._storing = True
-            try:
-                self._store_waiting()
-            finally:
-                if self._closed:
-                    self._close()
-                else:
-                    self._storing = False
-
-    def _close(self) -> None:
-        self._memory.close()
-        if not self._number:
-            os.ftruncate(self._file.fileno(), self._position)
-        self._file.close()
-
-    def _store_waiting(self) -> None:
-        while self._waiting:
-            stream, waiting = self._waiting.popleft()
-            self._store(self._line(stream, waiting))
-        if self._lost:
-            event = EventsLost(now(), self._lost)
-            self._lost = 0
-            self._store(encode(event) + b"\0")
-
-    def _template(self, key: object, stream: int, event: Event, numbers: tuple[str, ...]) -> bytes:
-        if len(self._templates) >= _MAX_TEMPLATES:  # a guest can choose what failures are about
-            self._templates.clear()
-        line = self._templates[key] = template(event, stream, numbers) + b"\0"
-        return line
-
-    def _line(self, stream: int, event: Event) -> bytes:
-        """Return the line of an event, and a NUL."""
-        if isinstance(event, RequestHandled):
-            at, vcpu, kind, is_read, address, size, duration, failure, region = event
-            key = stream, vcpu, kind, is_read, size, failure, region
-            form = self._templates.get(key) or self._template(key, stream, event, _HANDLED)
-            return form % (at, address, duration)
-        line = encode(event, stream) + b"\0"
-        match event:
-            case LeaseTaken():
-                self._held[event.lease] = line
-            case LeaseReleased():
-                self._held.pop(event.lease, None)
-            case CacheOpened():
-                self._opened[stream] = line
-            case BucketMapped():
-                self._mapped[stream, event.start] = line
-            case BucketDropped():
-                self._mapped.pop((stream, event.start), None)
-            case CacheClosed():
-                self._opened.pop(stream, None)
-                self._observations.pop(stream, None)
-                self._drop_all(stream)
-            case Invalidated():
-                self._drop_all(stream)
-        return line
-
-    def _drop_all(self, stream: int) -> None:
-        for key in [key for key in self._mapped if key[0] == stream]:
-            del self._mapped[key]
-
-    def _store(self, line: bytes) -> None:
-        """Store lines, after which a NUL stands; in a further half if this one is full."""
-        while (end := self._position + len(line)) > self._end:
-            half_end = self._start + self._half
-            if self._end < half_end:
-                self._allocate(min(half_end, self._end + _GROWTH_BYTES))
-            else:
-                self._turn()
-        self._memory[self._position : end] = line
-        self._position = end - 1
-
-    def _allocate(self, end: int) -> None:
-        """Have space, and pages of it: one by one, faults would take longer than the stores."""
-        length = end - self._end
-        try:
-            os.posix_fallocate(self._file.fileno(), self._end, length)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from None
-        with contextlib.suppress(OSError):  # a kernel before 5.14: pages come one by one
-            self._memory.madvise(_MADV_POPULATE_WRITE, self._end, length)
-        self._end = end
-
-    def _turn(self) -> None:
-        """Begin the other half: overwrite what it had."""
-        self._number += 1
-        self._start = self._position = self._end = self._number % 2 * self._half
-        _shorten(self._held)
-        _shorten(self._mapped)
-        lines = [*self._opened.values(), *self._held.values(), *self._mapped.values()]
-        self._store(self._header(lines))
-
-    def _header(self, lines: list[bytes]) -> bytes:
-        """Return the first line of a half, and as many lines as may follow it."""
-        room = self._half // 4
+    def _begin(self, number: int, size: int) -> bytes:
+        """Return the first line of a half, as many lines as may follow it, and a NUL."""
+        _shorten(self.held)
+        mapped = list[bytes]()
+        for state in self.states.values():
+            _shorten(state.mapped)
+            mapped += state.mapped.values()
+        opened = [state.opened for state in self.states.values() if state.opened]
+        lines = [*opened, *self.held.values(), *mapped]
+        room = size // 4
         kept = list[bytes]()
         for line in lines:
             room -= len(line)
@@ -358,10 +217,132 @@ class Recorder:
                 break
             kept.append(line[:-1])
         header = Header(
-            VERSION, self._number, self._half, os.getpid(), self._source, now(), time.time_ns(),
+            VERSION, number, size, os.getpid(), self._source, now(), time.time_ns(),
             len(kept), len(lines) - len(kept),
         )  # fmt: skip
         return b"".join((encode_header(header), *kept, b"\0"))
+
+
+class State(NamedTuple):
+    """What is restated of a stream.
+
+    Attributes:
+        opened: the line that says so, with a NUL; empty if there was none.
+        mapped: lines of buckets, by their addresses.
+    """
+
+    opened: bytes
+    mapped: dict[int, bytes]
+
+
+class _Pen(QueueObserver):
+    """The observer that stores the events of one stream."""
+
+    __slots__ = ("_recorder",)
+
+    def __init__(self, recorder: Recorder, stream: int) -> None:
+        self._recorder = recorder
+        super().__init__(_make_drain(recorder, stream, self))
+
+    def __repr__(self) -> str:  # for the stream's warning
+        return repr(self._recorder)
+
+
+def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[Any]], bool]:
+    """Return the function that stores the events of a stream.
+
+    It is one function with few calls, because it is called for each lease. All of a frequent
+    event's line but the numbers is formatted once.
+    """
+    templates: dict[object, bytes] = {}
+    halves, held = recorder.halves, recorder.held
+    memory = halves.memory
+
+    def new_template(key: object, event: Event, numbers: tuple[str, ...]) -> bytes:
+        if len(templates) >= _MAX_TEMPLATES:  # a guest can choose what failures are about
+            templates.clear()
+        line = templates[key] = template(event, stream, numbers) + b"\0"
+        return line
+
+    def drain(queue: deque[Any]) -> bool:
+        while queue:
+            event = queue[0]
+            kind = event.__class__
+            # What changes with the event: table[key] = value, or its end if there is no value.
+            table: Any = None
+            key: Any = None
+            value: Any = None
+            if kind is LeaseTaken:
+                at, key, what, start, length, owner, way, thread, stale, origin = event
+                common: object = what, owner, way, thread, stale, origin
+                form = templates.get(common) or new_template(common, event, _TAKEN)
+                value = line = form % (at, key, start, length)
+                table = held
+            elif kind is LeaseReleased:
+                at, key, stale, copied, lost = event
+                common = stale, copied, lost
+                form = templates.get(common) or new_template(common, event, _RELEASED)
+                line = form % (at, key)
+                table = held
+            elif kind is PagesDirtied:
+                form = templates.get(kind) or new_template(kind, event, _DIRTIED)
+                line = form % event
+            elif kind is RequestHandled:
+                at, vcpu, what, is_read, address, size, duration, failure, region = event
+                common = vcpu, what, is_read, size, failure, region
+                form = templates.get(common) or new_template(common, event, _HANDLED)
+                line = form % (at, address, duration)
+            else:
+                line = encode(event, stream) + b"\0"
+                table, key, value = _change_of(recorder, stream, event, line)
+            size = len(line)
+            # No call from here on, until the event leaves the queue. If memory is short, that shows
+            # before the line is stored.
+            position = halves.position
+            end = position + size
+            last = end - 1
+            if end > halves.limit:
+                if not recorder.make_room(size, pen, queue):
+                    return False
+            elif queue and queue[0] is event:  # otherwise a signal handler or a thread was here
+                if value is not None:
+                    table[key] = value
+                elif table is not None and key in table:
+                    del table[key]
+                memory[position:end] = line
+                halves.position = last
+                queue.popleft()
+        return True
+
+    if HAS_GIL:
+        return drain
+
+    def drain_locked(queue: deque[Any]) -> bool:
+        with recorder.lock:
+            return drain(queue)
+
+    return drain_locked
+
+
+def _change_of(
+    recorder: Recorder, stream: int, event: Event, line: bytes
+) -> tuple[Any, object, object]:
+    """Return what is to be restated after an event: a table, a key, and a value or None."""
+    states = recorder.states
+    state = states.get(stream) or State(b"", {})
+    match event:
+        case CacheOpened() | ServerOpened():
+            return states, stream, State(line, state.mapped)
+        case BucketMapped():
+            return state.mapped, event.start, line
+        case BucketDropped():
+            return state.mapped, event.start, None
+        case Invalidated():
+            return states, stream, State(state.opened, {})
+        case CacheClosed() | ServerClosed():
+            recorder.end_stream(stream)
+            return states, stream, None
+    return None, None, None
 
 
 class ProcessRecorder:
@@ -408,6 +389,7 @@ def _shorten(table: dict[Any, bytes]) -> None:
 
 _TAKEN: Final = ("time", "lease", "start", "length")
 _RELEASED: Final = ("time", "lease")
+_DIRTIED: Final = ("time", "start", "length")
 _HANDLED: Final = ("time", "address", "duration")
 
 
