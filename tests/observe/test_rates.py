@@ -117,5 +117,5 @@ def test_orders(order: str, expected: list[int]) -> None:
     snapshot = at(0, replace(first, leases=leases), second)
     found = sorted_leases(snapshot, order)
     assert [each.id for _, each in found] == expected
-    assert dict((each.id, index) for index, each in found) == {1: 0, 2: 0, 3: 0, 4: 1}
+    assert {each.id: index for index, each in found} == {1: 0, 2: 0, 3: 0, 4: 1}
     assert order in ORDERS
