@@ -102,7 +102,7 @@ def _count(number: int, noun: str) -> str:
 
 def _title(current: Snapshot) -> Text:
     up = duration(current.now_ns - current.started_ns)
-    line = _text(f"Process {current.pid}", _BOLD)
+    line = _text("").append_text(_text(f"Process {current.pid}", _BOLD))
     return line.append_text(_text(f", up {up}: {current.argv}"))
 
 
@@ -223,7 +223,8 @@ def _table(rows: list[tuple[int, LeaseState]], current: Snapshot) -> Table:
 
 
 def _keys(order: str) -> Text:
-    line = _text("q quit  space refresh  sort by:", _DIM)
+    # A line's own style is that of its parts, too, so this line has none.
+    line = _text("").append_text(_text("q quit  space refresh  sort by:", _DIM))
     for key, name in KEYS.items():
         line.append_text(_text(f"  {key} {name}", _BOLD if name == order else _DIM))
     return line
