@@ -94,6 +94,12 @@ if _environ.get("XENMAPCACHE_RECORD"):
 
     _new_hooks.append(_ProcessRecorder(_environ["XENMAPCACHE_RECORD"]))
 
+if _environ.get("XENMAPCACHE_MONITOR", "0") not in ("", "0"):
+    from .observe.monitor import ProcessMonitor as _ProcessMonitor
+    from .stream import new_hooks as _new_hooks
+
+    _new_hooks.append(_ProcessMonitor())
+
 # Imported when they are used: they bring much, and few programs need them.
 _LATER = {
     "AddressSpace": "guest.addressspace",

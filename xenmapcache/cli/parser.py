@@ -15,7 +15,9 @@ from . import (
     find,
     holders,
     info,
+    leases,
     mount,
+    ps,
     qemu_log,
     read,
     strings,
@@ -40,6 +42,8 @@ COMMANDS = (
     events,
     top,
     holders,
+    ps,
+    leases,
     demo,
     doctor,
 )

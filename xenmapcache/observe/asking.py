@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from time import monotonic
 from typing import Final
 
 from .snapshot import MAX_BYTES, Snapshot, SnapshotError
-from .sockets import SocketFolder, UnsafeFolderError, folders
+from .sockets import SocketFolder, UnsafeFolderError, folders, socket_name
 
 TIMEOUT_S: Final = 2.0
 """How long a process has to answer."""
@@ -99,7 +100,7 @@ class _Question:
 
     def __init__(self, folder: SocketFolder, pid: int) -> None:
         self._pid = pid
-        self._path = folder.socket_path(pid)
+        self._path = os.fspath(folder.path / socket_name(pid))
         self._received = bytearray()
         self._problem = ""
         self._ended = False

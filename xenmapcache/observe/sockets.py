@@ -45,6 +45,11 @@ def folders() -> tuple[Path, ...]:
     return (*found, Path(tempfile.gettempdir(), f"{_NAME}-{user}"))
 
 
+def socket_name(pid: int) -> str:
+    """Return the name of a process's socket in its folder."""
+    return f"{pid}.sock"
+
+
 class UnsafeFolderError(PermissionError):
     """A folder of sockets that other users could have made or could change."""
 
@@ -112,10 +117,6 @@ class SocketFolder:
     def _names(self) -> list[str]:
         return os.listdir(self._fd)  # noqa: PTH208 - pathlib knows no descriptors
 
-    def socket_path(self, pid: int) -> str:
-        """Return the path of a process's socket."""
-        return os.fspath(self.path / f"{pid}.sock")
-
     def _short(self, name: str) -> str:
         """Return a path that is short enough for the address of a socket, wherever it is."""
         return f"/proc/self/fd/{self._fd}/{name}"
@@ -130,7 +131,7 @@ class SocketFolder:
             BlockingIOError: too many wait already.
             OSError: it cannot be connected to.
         """
-        name = f"{pid}.sock"
+        name = socket_name(pid)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             connection.connect(self._short(name))
@@ -167,13 +168,13 @@ class SocketFolder:
             FileExistsError: a process of another PID namespace has that number, too.
             OSError: the socket cannot be made.
         """
-        draft, name = f"{pid}.new", f"{pid}.sock"
+        draft, name = f"{pid}.new", socket_name(pid)
         if self._is_in_use(pid):
             text = (
                 "a process of another PID namespace has this number and listens there: "
                 f"set {VARIABLE} to another folder"
             )
-            raise FileExistsError(errno.EEXIST, text, self.socket_path(pid))
+            raise FileExistsError(errno.EEXIST, text, os.fspath(self.path / name))
         self.remove(draft)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
