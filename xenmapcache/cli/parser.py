@@ -40,10 +40,10 @@ COMMANDS = (
     volatility,
     qemu_log,
     events,
-    top,
     holders,
     ps,
     leases,
+    top,
     demo,
     doctor,
 )

@@ -13,6 +13,7 @@ from ..escape import printable
 from ..ioreq import BUS_OFFSET, bdf_text
 from ..observe.rates import rates, sorted_leases
 from .output import size
+from .processes import age
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -77,18 +78,6 @@ def screen(
     return Group(*parts, *below)
 
 
-def duration(nanoseconds: int) -> str:
-    """Return a duration for people: ``0.52 s``, ``17 s``, ``5:07`` or ``2:05:07``."""
-    seconds = max(0, nanoseconds) / 1e9
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
-
-
 def _text(text: str, style: str = "") -> Text:
     """Return a line, or a cell, that is cut where there is no room."""
     from rich.text import Text
@@ -101,7 +90,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _title(current: Snapshot) -> Text:
-    up = duration(current.now_ns - current.started_ns)
+    up = age(current.now_ns - current.started_ns)
     line = _text("").append_text(_text(f"Process {current.pid}", _BOLD))
     return line.append_text(_text(f", up {up}: {current.argv}"))
 
@@ -148,7 +137,7 @@ def _servers(current: Snapshot) -> Iterator[Text]:
         yield _server(server)
         for request in server.current[:_MAX_LINES]:
             since = current.now_ns - request.since_ns
-            text = f"  now: {_request(request)}, for {duration(since)}"
+            text = f"  now: {_request(request)}, for {age(since)}"
             yield _text(text, _RED if since > SLOW_NS else "")
         if not server.current:
             yield _text("  now: nothing", _DIM)
@@ -194,7 +183,7 @@ def _table(rows: list[tuple[int, LeaseState]], current: Snapshot) -> Table:
     from rich.table import Table
 
     table = Table(
-        box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style=_BOLD
+        box=None, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style=_BOLD
     )
     several = len(current.caches) > 1
     if several:
@@ -208,7 +197,7 @@ def _table(rows: list[tuple[int, LeaseState]], current: Snapshot) -> Table:
     table.add_column("THREAD")
     for index, lease in rows:
         cells = [
-            duration(current.now_ns - lease.taken_ns),
+            age(current.now_ns - lease.taken_ns),
             lease.owner,
             lease.direction or lease.kind,
             f"{lease.start:#x}",

@@ -8,8 +8,9 @@ import math
 import time
 from typing import TYPE_CHECKING, Final
 
-from .arguments import CommandError, Commands, add_command, number, positive
+from .arguments import CommandError, Commands, add_command, positive
 from .output import Display, flush, print_json_line, print_line, print_note
+from .processes import HOW, ask_processes
 
 if TYPE_CHECKING:
     from ..observe.watch import Watch
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 ORDERS: Final = ("age", "owner", "size", "stale")
 _MIN_SECONDS, _MAX_SECONDS = 0.1, 86400.0
 _ENDED: Final = 1
-_HINT: Final = (
-    "start the program with XENMAPCACHE_MONITOR=1, or call xenmapcache.observe.monitor.serve in it"
-)
 
 
 def prepare_parser(commands: Commands) -> None:
@@ -44,7 +42,7 @@ def prepare_parser(commands: Commands) -> None:
         json="print one JSON object per line, one for each interval",
     )
     parser.add_argument(
-        "pid", nargs="?", type=number, metavar="PID", help="the process (default: the only one)"
+        "pid", nargs="?", type=positive, metavar="PID", help="the process (default: the only one)"
     )
     parser.add_argument(
         "--interval",
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     """Show the process until the user or the process ends it. Returns the exit status."""
     watch = _find(options.pid)
     if watch is None:
-        print_line(f"No process of this user can be asked: {_HINT}.")
+        print_line(f"No process of this user can be asked. So that one can be: {HOW}.")
         return _ENDED
     display = None if options.json else Display()
     if display is not None and display.is_live:
@@ -97,30 +95,23 @@ def _find(pid: int | None) -> Watch | None:
     Raises:
         CommandError: it cannot be asked, or there are several.
     """
-    from ..observe.asking import ask
     from ..observe.watch import Watch
 
-    found = ask(None if pid is None else [pid])
-    for problem in found.problems:
-        print_note(problem)
-    if not found.answers:
-        if pid is None:
-            return None
-        raise CommandError(f"process {pid} cannot be asked: {_HINT}")
-    if len(found.answers) > 1:
-        pids = ", ".join(str(answer.pid) for answer in found.answers)
-        raise CommandError(f"several processes can be asked: {pids}; name one of them")
-    (answer,) = found.answers
-    if answer.snapshot is None:
-        raise CommandError(f"process {answer.pid} {answer.problem}")
-    return Watch(answer.snapshot)
+    answers = ask_processes(pid)
+    if len(answers) > 1:
+        pids = ", ".join(str(answer.pid) for answer in answers)
+        raise CommandError(f"processes {pids} can be asked; name one: xenmapcache top PID")
+    for answer in answers:
+        if answer.snapshot is not None:
+            return Watch(answer.snapshot)
+    return None
 
 
 def _print(watch: Watch, display: Display | None, options: argparse.Namespace) -> bool:
     """Print an object or a screen for each interval. Return whether the process has ended."""
     from .screen import screen
 
-    for _ in itertools.count() if options.count is None else range(options.count):
+    for number in itertools.count() if options.count is None else range(options.count):
         time.sleep(options.interval)
         if not watch.ask():
             return True
@@ -128,7 +119,8 @@ def _print(watch: Watch, display: Display | None, options: argparse.Namespace) -
             print_json_line(_values(watch))
             flush()
         else:
-            print_line("")
+            if number:
+                print_line("")
             problem = watch.problem
             display.show(screen(watch.previous, watch.current, options.sort, problem=problem))
     return False
