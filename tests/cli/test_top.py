@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import socket
 import struct
@@ -242,6 +243,165 @@ def test_the_orders_are_those_of_the_screen() -> None:
     assert tuple(ORDERS) == top.ORDERS
 
 
+# --- the parts --------------------------------------------------------------------------------
+
+
+class Shown:
+    """A display without a terminal. It counts the screens."""
+
+    height = 24
+
+    def __init__(self) -> None:
+        self.screens = 0
+
+    def show(self, content: object) -> None:
+        self.screens += 1
+
+
+class Typed:
+    """Keys that were typed beforehand. Notes how long it should have waited for each."""
+
+    def __init__(self, *keys: str) -> None:
+        self._keys = iter(keys)
+        self.waits: list[float] = []
+
+    def wait(self, seconds: float) -> str:
+        self.waits.append(seconds)
+        return next(self._keys)
+
+
+def run_view(
+    monkeypatch: pytest.MonkeyPatch, keys: Typed, count: int | None = None
+) -> tuple[Any, str, int]:
+    """Run a live view. The clock gains a second with each look, and each question is answered.
+
+    Returns:
+        The view, why it stopped, and how many screens it has shown.
+    """
+    pytest.importorskip("rich", reason="rich is not installed")
+    ticks = iter(range(1000))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))
+    numbers = iter(range(1, 1000))
+
+    def ask(pids: list[int]) -> Answers:
+        return Answers((Answer(pids[0], "", answer(next(numbers), pids[0])),), ())
+
+    monkeypatch.setattr(watching, "ask", ask)
+    options = top_options("--interval", "10", *(["--count", str(count)] if count else []))
+    display = Shown()
+    made = view.View(Watch(answer(0, 1)), display, keys, options)  # type: ignore[arg-type] # the two above
+    return made, made.run(), display.screens
+
+
+def top_options(*arguments: str) -> Any:  # noqa: ANN401 - as argparse has it
+    from xenmapcache.cli.parser import make_parser
+
+    return make_parser().parse_args(["top", *arguments])
+
+
+def test_the_process_is_asked_after_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key does not make it later; space does, because the process was asked then."""
+    keys = Typed("o", "x", RESIZED, ESCAPE, "", "s", " ", "q")
+    _, reason, screens = run_view(monkeypatch, keys)
+    assert (reason, screens) == ("q", 8)
+    assert keys.waits == [9.0, 8.0, 7.0, 6.0, 5.0, 9.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize("reason", [END, SUSPENDED, "q"])
+def test_reasons_to_stop(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    """The process has not ended for that."""
+    made, found, _ = run_view(monkeypatch, Typed("", reason))
+    assert (found, made.has_ended) == (reason, False)
+
+
+def test_a_number_of_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The view ends after them, and not because the process has ended."""
+    made, reason, screens = run_view(monkeypatch, Typed("", "a", "", ""), count=3)
+    assert (reason, made.has_ended, screens) == (END, False, 4)
+
+
+@pytest.fixture
+def keys() -> Iterator[tuple[Keys, int]]:
+    """The keys of a pseudo terminal, and its other end."""
+    leader, follower = pty.openpty()
+    made = Keys(follower)
+    handlers = [signal.getsignal(number) for number in (signal.SIGWINCH, signal.SIGTSTP)]
+    made.begin()
+    yield made, leader
+    made.end()
+    made.end()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGWINCH, signal.SIGTSTP)]
+    for fd in (leader, follower):
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def test_keys_come_one_by_one(keys: tuple[Keys, int]) -> None:
+    """However many were typed. Without one, the answer is empty."""
+    found, leader = keys
+    assert found.wait(0) == ""
+    assert found.wait(-1) == ""
+    os.write(leader, b"so\xff")
+    assert [found.wait(60) for _ in range(3)] == ["s", "o", "\xff"]
+    os.write(leader, b"\x1b[A")
+    assert found.wait(60) == ESCAPE
+    assert found.wait(0) == ""
+
+
+def test_signals_wake_up(keys: tuple[Keys, int], capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGWINCH and SIGTSTP end the wait, in order; more than the pipe takes are the same."""
+    found, _ = keys
+    signal.raise_signal(signal.SIGTSTP)
+    for _ in range(70_000):
+        signal.raise_signal(signal.SIGWINCH)
+    assert [found.wait(1), found.wait(1)] == [SUSPENDED, RESIZED]
+    assert capfd.readouterr().err == ""
+
+
+def test_other_signals_draw_again(keys: tuple[Keys, int]) -> None:
+    """Those of a program that has handlers of its own."""
+    found, _ = keys
+    previous = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        assert found.wait(1) == RESIZED
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_the_end_of_the_terminal(keys: tuple[Keys, int]) -> None:
+    """It ends the wait, and giving back what is gone is no error."""
+    found, leader = keys
+    os.close(leader)
+    assert found.wait(60) == END
+
+
+def test_the_end_of_a_file() -> None:
+    """It is one, too."""
+    reading, writing = os.pipe()
+    os.close(writing)
+    leader, follower = pty.openpty()
+    made = Keys(follower)
+    made.begin()
+    made._fd, kept = reading, made._fd
+    assert made.wait(60) == END
+    made._fd = kept
+    made.end()
+    for fd in (reading, leader, follower):
+        os.close(fd)
+
+
+def test_a_terminal_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal, beginning fails, and ending has nothing to do."""
+    reading, writing = os.pipe()
+    made = Keys(reading)
+    with pytest.raises(termios.error):
+        made.begin()
+    made.end()
+    for fd in (reading, writing):
+        os.close(fd)
+
+
 # --- in a terminal ------------------------------------------------------------------------
 
 
@@ -277,6 +437,8 @@ class Terminal:
 
     def read(self) -> bool:
         """Receive something. Return whether the command still has the terminal."""
+        ready, _, _ = select.select([self._leader], [], [], 60)
+        assert ready, self.received
         try:
             chunk = os.read(self._leader, 65536)
         except OSError:  # EIO: Linux's way to say that the other side has closed
@@ -427,150 +589,3 @@ def test_a_terminal_that_cannot_be_drawn_on(process: Process, variables: dict[st
     assert done.returncode == 0
     assert b"maps/s 4.0" in shown
     assert b"\x1b[?1049h" not in shown
-
-
-# --- the parts --------------------------------------------------------------------------------
-
-
-class Shown:
-    """A display without a terminal. It counts the screens."""
-
-    height = 24
-
-    def __init__(self) -> None:
-        self.screens = 0
-
-    def show(self, content: object) -> None:
-        self.screens += 1
-
-
-class Typed:
-    """Keys that were typed beforehand. Notes how long it should have waited for each."""
-
-    def __init__(self, *keys: str) -> None:
-        self._keys = iter(keys)
-        self.waits: list[float] = []
-
-    def wait(self, seconds: float) -> str:
-        self.waits.append(seconds)
-        return next(self._keys)
-
-
-def run_view(
-    monkeypatch: pytest.MonkeyPatch, keys: Typed, count: int | None = None
-) -> tuple[Any, str, int]:
-    """Run a live view. The clock gains a second with each look, and each question is answered.
-
-    Returns:
-        The view, why it stopped, and how many screens it has shown.
-    """
-    pytest.importorskip("rich", reason="rich is not installed")
-    ticks = iter(range(1000))
-    monkeypatch.setattr("time.monotonic", lambda: float(next(ticks)))
-    numbers = iter(range(1, 1000))
-
-    def ask(pids: list[int]) -> Answers:
-        return Answers((Answer(pids[0], "", answer(next(numbers), pids[0])),), ())
-
-    monkeypatch.setattr(watching, "ask", ask)
-    options = top_options("--interval", "10", *(["--count", str(count)] if count else []))
-    display = Shown()
-    made = view.View(Watch(answer(0, 1)), display, keys, options)  # type: ignore[arg-type] # the two above
-    return made, made.run(), display.screens
-
-
-def top_options(*arguments: str) -> Any:  # noqa: ANN401 - as argparse has it
-    from xenmapcache.cli.parser import make_parser
-
-    return make_parser().parse_args(["top", *arguments])
-
-
-def test_the_process_is_asked_after_each_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key does not make it later; space does, because the process was asked then."""
-    keys = Typed("o", "x", RESIZED, ESCAPE, "", "s", " ", "q")
-    _, reason, screens = run_view(monkeypatch, keys)
-    assert (reason, screens) == ("q", 8)
-    assert keys.waits == [9.0, 8.0, 7.0, 6.0, 5.0, 9.0, 8.0, 9.0]
-
-
-@pytest.mark.parametrize("reason", [END, SUSPENDED, "q"])
-def test_reasons_to_stop(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    """The process has not ended for that."""
-    made, found, _ = run_view(monkeypatch, Typed("", reason))
-    assert (found, made.has_ended) == (reason, False)
-
-
-def test_a_number_of_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The view ends after them, and not because the process has ended."""
-    made, reason, screens = run_view(monkeypatch, Typed("", "a", "", ""), count=3)
-    assert (reason, made.has_ended, screens) == (END, False, 4)
-
-
-@pytest.fixture
-def keys() -> Iterator[tuple[Keys, int]]:
-    """The keys of a pseudo terminal, and its other end."""
-    leader, follower = pty.openpty()
-    made = Keys(follower)
-    handlers = [signal.getsignal(number) for number in (signal.SIGWINCH, signal.SIGTSTP)]
-    made.begin()
-    yield made, leader
-    made.end()
-    made.end()
-    assert handlers == [signal.getsignal(number) for number in (signal.SIGWINCH, signal.SIGTSTP)]
-    for fd in (leader, follower):
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
-def test_keys_come_one_by_one(keys: tuple[Keys, int]) -> None:
-    """However many were typed. Without one, the answer is empty."""
-    found, leader = keys
-    assert found.wait(0) == ""
-    assert found.wait(-1) == ""
-    os.write(leader, b"so\xff")
-    assert [found.wait(60) for _ in range(3)] == ["s", "o", "\xff"]
-    os.write(leader, b"\x1b[A")
-    assert found.wait(60) == ESCAPE
-    assert found.wait(0) == ""
-
-
-def test_signals_wake_up(keys: tuple[Keys, int]) -> None:
-    """SIGWINCH and SIGTSTP end the wait, in order; more than the pipe takes are the same."""
-    found, _ = keys
-    signal.raise_signal(signal.SIGTSTP)
-    for _ in range(70_000):
-        signal.raise_signal(signal.SIGWINCH)
-    assert [found.wait(60), found.wait(60)] == [SUSPENDED, RESIZED]
-
-
-def test_the_end_of_the_terminal(keys: tuple[Keys, int]) -> None:
-    """It ends the wait, and giving back what is gone is no error."""
-    found, leader = keys
-    os.close(leader)
-    assert found.wait(60) == END
-
-
-def test_the_end_of_a_file() -> None:
-    """It is one, too."""
-    reading, writing = os.pipe()
-    os.close(writing)
-    leader, follower = pty.openpty()
-    made = Keys(follower)
-    made.begin()
-    made._fd, kept = reading, made._fd
-    assert made.wait(60) == END
-    made._fd = kept
-    made.end()
-    for fd in (reading, leader, follower):
-        os.close(fd)
-
-
-def test_a_terminal_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a terminal, beginning fails, and ending has nothing to do."""
-    reading, writing = os.pipe()
-    made = Keys(reading)
-    with pytest.raises(termios.error):
-        made.begin()
-    made.end()
-    for fd in (reading, writing):
-        os.close(fd)

@@ -18,7 +18,7 @@ END: Final = "end"
 ESCAPE: Final = "\x1b"
 _MAX_TYPED: Final = 64
 
-_NOTES: Final = {signal.SIGWINCH: RESIZED, signal.SIGTSTP: SUSPENDED}
+_NOTES: Final[dict[int, str]] = {signal.SIGWINCH: RESIZED, signal.SIGTSTP: SUSPENDED}
 
 
 class Keys:
@@ -37,7 +37,8 @@ class Keys:
         self._fd = fd
         self._modes: list[Any] | None = None
         self._pipe: tuple[int, int] | None = None
-        self._handlers: dict[signal.Signals, object] = {}
+        self._handlers: dict[int, object] = {}
+        self._wakeup = -1
         self._typed = bytearray()
 
     def begin(self) -> None:
@@ -47,8 +48,10 @@ class Keys:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
+        # What C's handler writes there ends select(). One of Python may run only after it.
+        self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in _NOTES:
-            self._handlers[number] = signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, _ignore)
 
     def end(self) -> None:
         """Put the terminal and the signals back, as far as :meth:`begin` came. Idempotent."""
@@ -56,8 +59,10 @@ class Keys:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)  # type: ignore[arg-type] # what signal() returned
         pipe, self._pipe = self._pipe, None
-        for end in pipe or ():
-            os.close(end)
+        if pipe is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            for end in pipe:
+                os.close(end)
         modes, self._modes = self._modes, None
         if modes is not None:
             # If the terminal is gone, it has no modes to put back.
@@ -74,7 +79,8 @@ class Keys:
         assert self._pipe is not None  # noqa: S101 - for mypy
         ready, _, _ = select.select([self._fd, self._pipe[0]], [], [], max(0.0, seconds))
         if self._pipe[0] in ready:
-            return _NOTES[signal.Signals(os.read(self._pipe[0], 1)[0])]
+            # Others have handlers that have raised, if that is what they do.
+            return _NOTES.get(os.read(self._pipe[0], 1)[0], RESIZED)
         if not ready:
             return ""
         try:
@@ -88,8 +94,6 @@ class Keys:
         self._typed += typed
         return chr(self._typed.pop(0))
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        """Wake up :meth:`wait`, because select() continues after a handler."""
-        assert self._pipe is not None  # noqa: S101 - for mypy
-        with contextlib.suppress(BlockingIOError):  # full: it wakes up anyway
-            os.write(self._pipe[1], bytes([number]))
+
+def _ignore(_: int, __: FrameType | None) -> None:
+    """Do nothing: a signal that has no handler of Python's would not be written to the pipe."""
