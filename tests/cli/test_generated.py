@@ -28,6 +28,8 @@ COMMANDS = (
     "qemu-log",
     "events",
     "holders",
+    "ps",
+    "leases",
     "demo",
     "doctor",
 )

@@ -83,7 +83,7 @@ def set_lease(key: str, wrong: object) -> Callable[[dict[str, Any]], object]:
             r"answer.caches\[0\].stats: the key 'maps' is missing",
         ),
         (lambda v: v["caches"][0].update(closed=0), r"caches\[0\]: closed 0x0 must be true or"),
-        (set_lease("end", 0xFFF), r"leases\[0\]: end 0xfff must be a number from 0x1000"),
+        (set_lease("end", 0x9FFFF), r"leases\[0\]: end 0x9ffff must be a number from 0xa0000"),
         (set_lease("origin", ["a", 1]), r"leases\[0\]: origin \['a', 1\] must be texts"),
         (set_lease("origin", ["x" * 1001]), r"leases\[0\]: origin .* must be texts of at most"),
         (set_lease("origin", ["x"] * 65), r"leases\[0\]: origin .* must be a list of at most 64"),

@@ -172,7 +172,7 @@ class Responder:
 
     def _answer(self, client: _Client) -> None:
         """Begin the answer to the next line, if the one before is complete."""
-        if not client.unsent:
+        if not client.unsent and not client.ending:
             line, end, rest = client.received.partition(b"\n")
             if len(line) > MAX_LINE:
                 client.unsent = memoryview(self._too_long)

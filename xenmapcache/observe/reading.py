@@ -48,6 +48,7 @@ Watchable: TypeAlias = MapCache | IoreqServer
 
 _TRIES: Final = 100
 _S: Final = 1_000_000_000
+_KINDS: Final = {int(kind): kind.name.lower() for kind in RequestKind}
 _STARTTIME: Final = 19
 """Which field of /proc/PID/stat it is, after the command's name."""
 
@@ -272,10 +273,9 @@ def _read_job(job: Job) -> CurrentRequest:
     since, calling = _clock(job.since), _name(job.calling)
     if request is None:
         return CurrentRequest(None, "callbacks", None, None, None, since, None, calling)
-    kind = request.kind
     return CurrentRequest(
         request.vcpu,
-        kind.name.lower() if isinstance(kind, RequestKind) else f"type {kind}",
+        _KINDS.get(request.kind) or f"type {request.kind}",
         request.is_read,
         request.address,
         request.size,
