@@ -30,6 +30,7 @@ COMMANDS = (
     "holders",
     "ps",
     "leases",
+    "top",
     "demo",
     "doctor",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from xenmapcache.observe.snapshot import CurrentRequest, LeaseState, ServerState
 
 console = pytest.importorskip("rich.console", reason="rich is not installed")
 
+PAGE = Path(__file__).parents[2] / "docs" / "commands.md"
 CACHE, CLOSED = SNAPSHOT.caches
 (SERVER,) = SNAPSHOT.servers
 RED = "\x1b[1;31m"
@@ -60,16 +62,24 @@ def test_the_screen_at_80_columns() -> None:
         "Cache 1: domain 3, 3 MiB in 2 buckets, 3 leases, 1 stale",
         "Cache 2: MapCache of <raw backend> (closed), 3 MiB in 2 buckets, 2 leases",
         "Server of domain 3: 17 requests, 1 failed",
-        "  now: vCPU 1 write port 0x1f0 in Disk.w, for 9.000 s",
+        "  now: vCPU 1 write port 0x1f0 in Disk.write, for 9.000 s",
         "  now: callbacks, for 10.0 s",
         "",
-        "CACHE      AGE  OWNER           KIND         ADDRESS      SIZE  STATE  THREAD",
-        "    1    1m40s  vga             device        0x1000     4 KiB         MainThread",
-        r"    1    1m01s  disk0 \x1b[31m  from-device  0x7f000     4 KiB  STALE  worker-1",
-        "    1  0.500 s  net             to-device        0x0  4096 TiB         MainThread",
+        "CACHE     AGE OWNER    KIND            ADDRESS    SIZE STATE THREAD",
+        "    1   1h00m vga      device          0xa0000 128 KiB       MainThread",
+        "    1   1m01s disk0    from-device     0x7f000   4 KiB STALE worker-1",
+        "    1 0.500 s net      to-device   0x13f00f000   2 KiB       MainThread",
         "2 more leases, not shown",
         "q quit  space refresh  sort by:  a age  o owner  s size  t stale",
     ]
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason=f"no file {PAGE}")
+def test_the_page_shows_this_screen() -> None:
+    """docs/commands.md has it, of the process that the pages of ps and leases show."""
+    screen_ = "\n".join(printed(screen(BEFORE, SNAPSHOT, keys=True)))
+    page = PAGE.read_text(encoding="utf-8")
+    assert f"```console\n# xenmapcache top 4321\n{screen_}\n```\n" in page
 
 
 def test_rates_that_are_not_known_are_dashes() -> None:
@@ -90,7 +100,7 @@ def test_the_order(order: str) -> None:
     expected = {
         "age": ["vga", "disk0", "net"],
         "owner": ["disk0", "net", "vga"],
-        "size": ["net", "disk0", "vga"],
+        "size": ["vga", "disk0", "net"],
         "stale": ["disk0", "vga", "net"],
     }[order]
     rows = shown(order=order)[9:12]
@@ -212,12 +222,13 @@ def test_nothing_to_show() -> None:
 
 def test_many_caches_and_servers() -> None:
     """The first four of each are shown, and of a server's requests, too."""
-    server = replace(SERVER, current=SERVER.current * 3)
+    server = replace(SERVER, failures=0, lost_answers=1, current=SERVER.current * 3)
     lines = shown(replace(SNAPSHOT, caches=(CACHE,) * 7, servers=(SERVER,) * 4 + (server,) * 2))
     assert [line[:8] for line in lines[2:6]] == [f"Cache {n}:" for n in (1, 2, 3, 4)]
     assert lines[6] == "3 more caches or servers, not shown"
     assert "2 more servers, not shown" in lines
     lines = shown(replace(SNAPSHOT, servers=(server,)))
+    assert "Server of domain 3: 17 requests, 1 answer lost" in lines
     assert len([line for line in lines if line.startswith("  now: ")]) == 4
     assert "  2 more requests" in lines
     assert "  now: nothing" in shown(replace(SNAPSHOT, servers=(replace(SERVER, current=()),)))
@@ -237,18 +248,18 @@ REQUEST = SERVER.current[0]
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        (REQUEST, "vCPU 1 write port 0x1f0 in Disk.w"),
+        (REQUEST, "vCPU 1 write port 0x1f0 in Disk.write"),
         (
             replace(REQUEST, vcpu=None, is_read=True, kind="mmio", calling=None),
             "buffered read mmio 0x1f0",
         ),
         (
             replace(REQUEST, kind="pci_config", address=0x28 << 32 | 0x3C),
-            "vCPU 1 write pci_config 0000:00:05.0 0x3c in Disk.w",
+            "vCPU 1 write pci_config 0000:00:05.0 0x3c in Disk.write",
         ),
         (replace(REQUEST, kind="invalidate", calling=None), "vCPU 1 write invalidate"),
-        (replace(REQUEST, address=None), "vCPU 1 write port in Disk.w"),
-        (replace(REQUEST, is_read=None, kind="callbacks"), "callbacks in Disk.w"),
+        (replace(REQUEST, address=None), "vCPU 1 write port in Disk.write"),
+        (replace(REQUEST, is_read=None, kind="callbacks"), "callbacks in Disk.write"),
     ],
 )
 def test_requests(request_: CurrentRequest, text: str) -> None:
@@ -260,6 +271,6 @@ def test_each_class_is_shown() -> None:
     """A lease without a direction has its kind, and one cache needs no column of its number."""
     lines = shown(one_lease(kind="window", direction=None))
     assert lines[-2].split() == ["AGE", "OWNER", "KIND", "ADDRESS", "SIZE", "STATE", "THREAD"]
-    assert lines[-1].split()[:3] == ["1m40s", "vga", "window"]
+    assert lines[-1].split()[:3] == ["1h00m", "vga", "window"]
     assert isinstance(LEASES[0], LeaseState)
     assert isinstance(SERVER, ServerState)

@@ -27,6 +27,7 @@ from tests.cli.test_main import MODULE, environment
 from tests.observe.monitor_kit import SNAPSHOT, S
 from xenmapcache.cli import main, top, view
 from xenmapcache.cli.keys import END, ESCAPE, RESIZED, SUSPENDED, Keys
+from xenmapcache.cli.output import Display
 from xenmapcache.observe import watch as watching
 from xenmapcache.observe.asking import Answer, Answers
 from xenmapcache.observe.rates import ORDERS
@@ -173,13 +174,13 @@ def test_a_pipe_gets_one_screen_after_the_other(
 ) -> None:
     """Without keys, and with nothing that is cut."""
     pytest.importorskip("rich", reason="rich is not installed")
-    assert main(["top", str(process.pid), "--count", "2", "--sort", "size"]) == 0
+    assert main(["top", str(process.pid), "--count", "2", "--sort", "owner"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines.count("") == 3  # one between the screens, and one in each
     assert [line for line in lines if line.startswith("maps/s ")] == [
         "maps/s 4.0  evictions/s 0.0  invalidations/s 0.0  requests/s 0.0"
     ] * 2
-    assert owners(lines) == ["net", "disk0", "vga"] * 2
+    assert owners(lines) == ["disk0", "net", "vga"] * 2
     assert "sort by" not in "".join(lines)
 
 
@@ -370,7 +371,7 @@ def test_other_signals_draw_again(keys: tuple[Keys, int]) -> None:
 
 
 def test_the_end_of_the_terminal(keys: tuple[Keys, int]) -> None:
-    """It ends the wait, and giving back what is gone is no error."""
+    """Of the terminal. It ends the wait, and there are no modes to put back then."""
     found, leader = keys
     os.close(leader)
     assert found.wait(60) == END
@@ -389,6 +390,18 @@ def test_the_end_of_a_file() -> None:
     made.end()
     for fd in (reading, leader, follower):
         os.close(fd)
+
+
+def test_the_display_of_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Giving it back is no error."""
+    pytest.importorskip("rich", reason="rich is not installed")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    display = Display()
+    monkeypatch.setattr(display._console, "show_cursor", fail)
+    display.end()
 
 
 def test_a_terminal_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +510,7 @@ def test_keys(terminal: Terminal) -> None:
     first = terminal.screen()
     assert first[0].startswith(f"Process {os.getpid()}, up ")
     assert first[1] == "maps/s -  evictions/s -  invalidations/s -  requests/s -"
-    orders = {"o": "disk0", "s": "net", "t": "disk0", "a": "vga"}
+    orders = {"o": "disk0", "s": "vga", "t": "disk0", "a": "vga"}
     for key, owner in orders.items():
         terminal.press(key)
         assert owners(terminal.screen())[0] == owner
