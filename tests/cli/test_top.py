@@ -371,25 +371,21 @@ def test_other_signals_draw_again(keys: tuple[Keys, int]) -> None:
 
 
 def test_the_end_of_the_terminal(keys: tuple[Keys, int]) -> None:
-    """Of the terminal. It ends the wait, and there are no modes to put back then."""
+    """It ends the wait. Then there are no modes to put back, which is no error."""
     found, leader = keys
     os.close(leader)
     assert found.wait(60) == END
 
 
-def test_the_end_of_a_file() -> None:
-    """It is one, too."""
-    reading, writing = os.pipe()
-    os.close(writing)
+def test_a_terminal_that_refuses_to_be_read(keys: tuple[Keys, int]) -> None:
+    """It has ended, too. The kernel refuses, for example, if the shell has ended."""
+    found, _ = keys
     leader, follower = pty.openpty()
-    made = Keys(follower)
-    made.begin()
-    made._fd, kept = reading, made._fd
-    assert made.wait(60) == END
-    made._fd = kept
-    made.end()
-    for fd in (reading, leader, follower):
-        os.close(fd)
+    os.close(follower)
+    found._fd, kept = leader, found._fd
+    assert found.wait(60) == END
+    found._fd = kept
+    os.close(leader)
 
 
 def test_the_display_of_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
