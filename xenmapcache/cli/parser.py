@@ -19,6 +19,7 @@ from . import (
     qemu_log,
     read,
     strings,
+    timeline,
     translate,
     volatility,
 )
@@ -37,6 +38,7 @@ COMMANDS = (
     volatility,
     qemu_log,
     events,
+    timeline,
     holders,
     demo,
     doctor,
