@@ -1,12 +1,18 @@
 'use strict';
-(() => {
-  const data = JSON.parse(document.getElementById('data').textContent);
+(async () => {
+  async function unpack(id) {
+    const text = atob(document.getElementById(id).textContent), packed = new Uint8Array(text.length);
+    for (let k = 0; k < text.length; k++) packed[k] = text.charCodeAt(k);
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
+    return new Response(stream).json();
+  }
+  const data = await unpack('data');
   const element = id => document.getElementById(id);
   const root = document.documentElement;
   const END = data.span / 1e9, FULL = [-0.02 * END, 1.02 * END], SHORTEST = 1e-7;
-  const BARS = 3000, COLUMNS = 600, CELLS = 300;
+  const BARS = 2000, COLUMNS = 300, CELLS = 300;
   const STYLES = ['to-device', 'from-device', 'bidirectional', 'device', 'window', 'stale'];
-  let [from, to] = FULL, query = '', paper = 0;
+  let [from, to] = FULL, query = '', paper = 0, waiting = [], hasDetails = false;
 
   const escape = text => text.replace(/[&<>"]/g, each => `&#${each.charCodeAt(0)};`);
   const hex = number => '0x' + number.toString(16);
@@ -54,7 +60,8 @@
   const found = (level, k) => matches(data.owners[level.owner[k]], level.low[k], level.high[k]);
   function tell() {
     const level = data.bars[0];
-    let text = `Shown: ${duration((to - from) * 1e9)} of ${duration(data.span)}.`;
+    const shown = Math.min(to, END) - Math.max(from, 0);
+    let text = `Shown: ${duration(shown * 1e9)} of ${duration(data.span)}.`;
     if (query) {
       const hits = level.start.map((_, k) => k).filter(k => found(level, k));
       const owners = new Set(hits.map(k => level.owner[k]));
@@ -161,14 +168,15 @@
       text: z.map((line, row) => line.map((heat, k) => heat === null ? '' :
         `<b>${hex(rows[row])}</b> and the next ${bytes(size)}<br>from ${moment(shown[k] * level.width)} ` +
         `for ${duration(level.width)}<br>${words[heat]}`)),
-    }, ...lines(-0.5, rows.length - 0.5, false)], layout(Math.max(120, 9 * rows.length + 50), {
+    }, ...lines(-0.5, rows.length - 0.5, false)], layout(Math.max(120, (isPhone() ? 5 : 8) * rows.length + 50), {
       range: [-0.5, rows.length - 0.5], showgrid: false,
       tickvals: rows.map((_, k) => k).filter(k => k % every === 0),
       ticktext: rows.map(hex).filter((_, k) => k % every === 0),
     })];
   }
   function series(parts, axis) {
-    if (!parts.some(part => data.series.levels[0][part.key].some(value => value))) return null;
+    parts = parts.filter(part => data.series.levels[0][part.key].some(value => value));
+    if (!parts.length) return null;
     const [level, shown] = pick(data.series.levels, COLUMNS, columnsInView);
     const top = Math.max(0, ...parts.flatMap(part => shown.map(k => part.value(level, k) || 0))) * 1.1 || 1;
     const traces = parts.map((part, n) => ({
@@ -197,22 +205,50 @@
       { key: 'handler_max', name: 'handler, longest', value: seconds('handler_max') },
       { key: 'quiesce_max', name: 'quiesce, longest', value: seconds('quiesce_max') }], { ticksuffix: 's' }),
   };
-  function draw() {
-    for (const [name, make] of Object.entries(charts)) {
-      const chart = element(name), made = make();
-      if (!made) {
-        chart.innerHTML = '<p class="empty">Nothing of this kind is in the recording.</p>';
-        continue;
-      }
-      const isNew = !chart.data;
-      Plotly.react(chart, ...made, { displayModeBar: false, responsive: true, doubleClick: false });
-      if (!isNew) continue;
-      chart.on('plotly_relayout', change => {
-        if ('xaxis.range[0]' in change) show(change['xaxis.range[0]'], change['xaxis.range[1]']);
-      });
-      chart.on('plotly_doubleclick', () => show(...FULL));
+  function drawChart(name) {
+    const chart = element(name), made = charts[name]();
+    if (!made) {
+      chart.innerHTML = '<p class="empty">Nothing of this kind is in the recording.</p>';
+      return;
     }
+    const isNew = !chart.data;
+    Plotly.react(chart, ...made, { displayModeBar: false, responsive: true, doubleClick: false });
+    if (!isNew) return;
+    chart.on('plotly_relayout', change => {
+      if ('xaxis.range[0]' in change) show(change['xaxis.range[0]'], change['xaxis.range[1]']);
+    });
+    chart.on('plotly_doubleclick', () => show(...FULL));
+  }
+  // The first chart at once; the others follow one by one, so that the page stays responsive.
+  function draw() {
     tell();
+    const isIdle = !waiting.length;
+    waiting = Object.keys(charts);
+    drawChart(waiting.shift());
+    performance.mark('first chart');
+    if (isIdle) setTimeout(drawNext);
+  }
+  function drawNext() {
+    if (waiting.length) drawChart(waiting.shift());
+    if (waiting.length) setTimeout(drawNext);
+    else {
+      performance.mark('all charts');
+      if (!hasDetails) addDetails();
+    }
+  }
+  // The finer levels of detail; what is shown at first does not need them.
+  async function addDetails() {
+    hasDetails = true;
+    const details = await unpack('details');
+    data.bars.unshift(...details.bars);
+    data.heat.levels.unshift(...details.heat);
+    tell();
+    if (to - from < FULL[1] - FULL[0]) draw();
+    root.dataset.drawn = 'details';
+  }
+  function drawAll() {
+    draw();
+    while (waiting.length) drawNext();
   }
   function show(start, end) {
     const span = Math.min(Math.max(end - start, SHORTEST), FULL[1] - FULL[0]);
@@ -265,11 +301,10 @@
       element(button.dataset.chart).scrollIntoView({ block: 'center' });
     });
   let usual = 'light';
-  window.addEventListener('beforeprint', () => { usual = root.dataset.theme; paper = 700; paint('light'); draw(); });
-  window.addEventListener('afterprint', () => { paper = 0; paint(usual); draw(); });
+  window.addEventListener('beforeprint', () => { usual = root.dataset.theme; paper = 700; paint('light'); drawAll(); });
+  window.addEventListener('afterprint', () => { paper = 0; paint(usual); drawAll(); });
   const dark = matchMedia('(prefers-color-scheme: dark)');
   dark.addEventListener('change', () => { paint(dark.matches ? 'dark' : 'light'); draw(); });
   paint(dark.matches ? 'dark' : 'light');
   draw();
-  root.dataset.ready = 'yes';
 })();

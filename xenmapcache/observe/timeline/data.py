@@ -10,7 +10,7 @@ from .bars import STYLES, Bar, Burst, Level, levels_of_bars, levels_of_bursts
 from .columns import Heat, Series, fold
 from .model import Picture
 
-MAX_BARS: Final = 2_500
+MAX_BARS: Final = 2_000
 """How many bars the coarsest level has at most."""
 _LINES: Final = 40
 _FOLDS: Final = 2
@@ -20,26 +20,33 @@ _OF_BARS: Final = ("lane", "row", "style", "owner", "lease", "low", "high", "tot
 _OF_BURSTS: Final = ("total", "dropped", "held")
 
 
-def page_data(picture: Picture) -> dict[str, Any]:
-    """Return everything that a page's script draws. All numbers are finite.
+def page_data(picture: Picture) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a page's script draws at first, and the finer levels. All numbers are finite.
 
     Each kind of thing has levels of detail, the finest first. A level has a list for each
     attribute, of equal lengths. Times are in ns since the recording began.
     """
-    bars = levels_of_bars(picture.bars, picture.span, MAX_BARS)
+    *fine_bars, bars = levels_of_bars(picture.bars, picture.span, MAX_BARS)
     bursts = levels_of_bursts(picture.bursts, picture.span, _LINES)
-    return {
+    *fine_heat, heat = _heat(picture.heat, picture.span)
+    overview = {
         "span": picture.span,
         "styles": STYLES,
         "owners": picture.owners,
         "lanes": [
             {"name": lane.name, "group": lane.group, "rows": lane.rows} for lane in picture.lanes
         ],
-        "bars": [_lists(level, _OF_BARS) for level in bars],
+        "bars": [_lists(bars, _OF_BARS)],
         "bursts": [_lists(level, _OF_BURSTS) for level in bursts],
         "series": {"levels": _series(picture.series)},
-        "heat": _heat(picture.heat, picture.span),
+        "heat": {
+            "rows": picture.heat.rows(),
+            "bytes": picture.heat.row_bytes,
+            "levels": [heat],
+        },
     }
+    details = {"bars": [_lists(level, _OF_BARS) for level in fine_bars], "heat": fine_heat}
+    return overview, details
 
 
 def _lists(level: Level, names: Sequence[str]) -> dict[str, Any]:
@@ -68,10 +75,10 @@ def _series(series: dict[str, Series]) -> list[dict[str, Any]]:
     return levels
 
 
-def _heat(heat: Heat, span: int) -> dict[str, Any]:
+def _heat(heat: Heat, span: int) -> list[dict[str, Any]]:
     levels = []
     for join in _JOINS:
         cells = ["".join(_HEATS[each + 1] for each in row) for row in heat.cells(span, join)]
         count = len(cells[0]) if cells else 0
         levels.append({"width": heat.width * join, "count": count, "cells": cells})
-    return {"rows": heat.rows(), "bytes": heat.row_bytes, "levels": levels}
+    return levels

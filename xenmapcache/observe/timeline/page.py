@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -15,11 +16,11 @@ from ...extras import require
 from .data import page_data
 from .lanes import shorten
 from .model import Picture
-from .worst import Held
+from .worst import MOST, Held
 
 _DATA: Final = Path(__file__).parents[1] / "data"
 _MAX_DATE: Final = 253_402_300_799
-_LEGEND: Final = (
+_LEASES: Final = (
     ("to-device", "DMA, the device reads guest memory"),
     ("from-device", "DMA, the device writes guest memory"),
     ("bidirectional", "DMA in both directions"),
@@ -27,7 +28,7 @@ _LEGEND: Final = (
     ("device", "device memory"),
     ("window", "window (a view for reading)"),
 )
-_HEAT_LEGEND: Final = (
+_HEATS: Final = (
     ("heat0", "mapped, not used"),
     ("heat1", "1 use"),
     ("heat2", "2-3"),
@@ -35,39 +36,27 @@ _HEAT_LEGEND: Final = (
     ("heat4", "16-63"),
     ("heat5", "64 or more"),
 )
-_PANELS: Final = (
-    (
-        "dma",
-        "DMA in progress",
-        "One lane for each owner. A bar is a lease: from when a device model got the mapping until "
-        "it gave the mapping back. Bars should be short. Red begins where an INVALIDATE came while "
-        "the lease was held; from then on, data can be lost.",
-    ),
-    (
-        "device",
-        "Device memory and windows",
-        "Long bars are normal here. An INVALIDATE does no harm to these mappings.",
-    ),
-    (
-        "addresses",
-        "Guest addresses",
-        "From bottom to top: ranges of guest memory. A range is coloured while it is mapped. Warmer "
-        "colours are more uses in the time of a cell: map calls, leases and reports of dirty pages. "
-        "A hit in the cache leaves no event. Ranges that were never used have no row.",
-    ),
-    (
-        "rates",
-        "Rates",
-        "How many calls and requests there were per second. Many map calls after an INVALIDATE "
-        "mean that the cache fills again.",
-    ),
-    (
-        "times",
-        "Handler times",
-        "How long the guest's vCPU waited for the device model. Quiesce is the time in which "
-        "devices finish DMA before an INVALIDATE is handled.",
-    ),
-)
+_LEGENDS: Final = {"dma": _LEASES, "addresses": _HEATS}
+_PANELS: Final = {
+    "dma": "DMA in progress",
+    "device": "Device memory and windows",
+    "addresses": "Guest addresses",
+    "rates": "Rates",
+    "times": "Handler times",
+}
+_CAPTIONS: Final = {
+    "dma": "One lane for each owner. A bar is a lease: from when a device model got the mapping "
+    "until it gave the mapping back. Bars should be short. Red begins where an INVALIDATE came "
+    "while the lease was held; from then on, data can be lost.",
+    "device": "Long bars are normal here. An INVALIDATE does no harm to these mappings.",
+    "addresses": "From bottom to top: ranges of guest memory. A range is coloured while it is "
+    "mapped. Warmer colours are more uses in the time of a cell: map calls, leases and reports of "
+    "dirty pages. A hit in the cache leaves no event. Ranges that were never used have no row.",
+    "rates": "How many calls and requests there were per second. Many map calls after an "
+    "INVALIDATE mean that the cache fills again.",
+    "times": "How long the guest's vCPU waited for the device model. Quiesce is the time in which "
+    "devices finish DMA before an INVALIDATE is handled.",
+}
 _WORDS: Final = (
     ("lease", "the right to use a mapping of guest memory, with a named owner"),
     ("DMA", "a transfer between a device and guest memory; it should end soon"),
@@ -106,14 +95,8 @@ def write_page(picture: Picture, library: str, write: Callable[[str], object]) -
         library: what :func:`load_library` returns.
         write: called with each part of the text.
     """
-    from json import dumps
-
     script = (_DATA / "timeline.js").read_text(encoding="utf-8")
     style = (_DATA / "timeline.css").read_text(encoding="utf-8")
-    # In JSON, these characters occur in texts only. HTML could take them for markup.
-    numbers = dumps(page_data(picture), separators=(",", ":"), allow_nan=False)
-    for character in "<>&\x7f":
-        numbers = numbers.replace(character, f"\\u{ord(character):04x}")
     policy = (
         f"default-src 'none'; script-src {_hash(library)} {_hash(script)}; "
         "style-src 'unsafe-inline'; img-src data: blob:"
@@ -128,13 +111,21 @@ def write_page(picture: Picture, library: str, write: Callable[[str], object]) -
     )
     write(_head(picture, title))
     write(_TOOLS)
-    for name, heading, caption in _PANELS:
-        legend = {"dma": _LEGEND, "addresses": _HEAT_LEGEND}.get(name, ())
-        write(_panel(name, heading, caption, legend))
+    for name, heading in _PANELS.items():
+        write(_panel(name, heading, _CAPTIONS[name], _LEGENDS.get(name, ())))
     write(_table(picture.worst))
     write(_FOOT)
-    write(f'<script id="data" type="application/json">{numbers}</script>\n')
+    for name, numbers in zip(("data", "details"), page_data(picture), strict=True):
+        write(f'<script id="{name}" type="application/gzip">{_pack(numbers)}</script>\n')
     write(f"<script>{library}</script>\n<script>{script}</script>\n</body>\n</html>\n")
+
+
+def _pack(value: object) -> str:
+    """Return JSON as a browser reads it fast; none of the characters can be markup."""
+    from json import dumps
+
+    text = dumps(value, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _hash(script: str) -> str:
@@ -178,8 +169,9 @@ def _head(picture: Picture, title: str) -> str:
     notes = "".join(f"<li>{escape(printable(note))}</li>" for note in picture.notes)
     return (
         f"<header>\n<h1>{escape(title)}</h1>\n"
-        f'<p class="subtitle">{begins}All charts show the same time, in seconds since the beginning. '
-        "Point at a bar for details. Drag across a chart to zoom, double-click to zoom out.</p>\n"
+        f'<p class="subtitle">{begins}All charts show the same time, in seconds since the '
+        "beginning. Point at a bar for details. Drag across a chart to zoom in, double-click to "
+        "show everything.</p>\n"
         f'<ul class="facts">{items}</ul>\n'
         + (f'<ul class="notes">{notes}</ul>\n' if notes else "")
         + "<noscript><p><b>The charts need JavaScript. "
@@ -192,7 +184,7 @@ def _panel(name: str, heading: str, caption: str, legend: Iterable[tuple[str, st
         f'<li><i style="background:var(--{key})"></i>{escape(text)}</li>' for key, text in legend
     )
     if name == "dma":
-        items += '<li><i class="line"></i>INVALIDATE; ×13 means 13 in close succession</li>'
+        items += '<li><i class="line"></i>INVALIDATE; &times;13 means 13 in close succession</li>'
     return (
         f'<section>\n<h2>{heading}</h2>\n<p class="caption">{escape(caption)}</p>\n'
         + (f'<ul class="legend">{items}</ul>\n' if items else "")
@@ -203,12 +195,10 @@ def _panel(name: str, heading: str, caption: str, legend: Iterable[tuple[str, st
 
 def _table(leases: list[Held]) -> str:
     caption = (
-        "Up to 12 for each reason: lost or copied pages, held across an INVALIDATE, DMA that was "
-        "held for the longest time."
+        f"Up to {MOST} for each reason: lost or copied pages, held across an INVALIDATE, DMA that "
+        "was held for the longest time."
     )
-    titles = ("Owner", "Direction", "Address", "Bytes", "Taken at", "Held for", "INVALIDATEs", "Pages lost",
-              "Pages copied", "Thread, and origin")  # fmt: skip
-    head = "".join(f"<th>{title}</th>" for title in titles)
+    head = "".join(f"<th>{title}</th>" for title in _TITLES)
     rows = "".join(map(_row, leases))
     table = (
         f'<div class="scroll"><table><thead><tr><th class="show"></th>{head}</tr></thead>\n'
@@ -233,9 +223,10 @@ def _row(lease: Held) -> str:
         for count in (lease.across, lease.lost, lease.copied)
     )
     return (
-        f'<tr data-owner="{owner}" data-low="{taken.start}" data-high="{taken.start + taken.length}">'
+        f'<tr data-owner="{owner}" data-low="{taken.start}" '
+        f'data-high="{taken.start + taken.length}">'
         f'<td class="show"><button data-start="{lease.start}" data-held="{lease.held}" '
-        f'data-chart="{group}" aria-label="Show lease {taken.lease} in the chart">Show</button></td>'
+        f'data-chart="{group}" aria-label="Show lease {taken.lease}">Show</button></td>'
         f'<td class="text">{owner}</td><td>{escape(shorten(taken.direction or taken.kind))}</td>'
         f'<td class="place">{taken.start:#x}</td><td class="number">{taken.length:,}</td>'
         f'<td class="number">{lease.start / 1e9:.6f} s</td><td class="number">{held}</td>{numbers}'
@@ -247,6 +238,10 @@ def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
     return "".join(f"<dt>{word}</dt><dd>{escape(text)}</dd>" for word, text in pairs)
 
 
+_TITLES: Final = (
+    *("Owner", "Direction", "Address", "Bytes", "Taken at", "Held for"),
+    *("INVALIDATEs", "Pages lost", "Pages copied", "Thread, and origin"),
+)
 _TOOLS: Final = """<nav class="tools" aria-label="View">
 <input id="search" type="search" placeholder="Search: an owner, or an address such as 0x5000"
  aria-label="Search for an owner or an address" autocomplete="off" spellcheck="false">

@@ -77,8 +77,8 @@ def _draw(picture: Picture, matplotlib: Any) -> Any:  # noqa: ANN401 - likewise
             panel.axvline(burst.start * _NANO, color=_LINE, linewidth=0.8, linestyle=":")
         if burst.total > 1:
             panels[0].annotate(
-                f"×{burst.total:,}", (burst.start * _NANO, 1), xycoords=("data", "axes fraction"),
-                color=_LINE, fontsize=7,
+                f"\u00d7{burst.total:,}", (burst.start * _NANO, 1),
+                xycoords=("data", "axes fraction"), color=_LINE, fontsize=7,
             )  # fmt: skip
     panels[-1].set_xlabel("seconds since the recording began; dotted lines are INVALIDATEs")
     panels[-1].set_xlim(-0.01 * picture.span * _NANO, 1.01 * picture.span * _NANO)
@@ -93,8 +93,9 @@ def _draw_lanes(panel: Any, picture: Picture) -> None:  # noqa: ANN401 - of a pa
         if not mine:
             continue
         rows = [picture.lanes[bar.lane].rows for bar in mine]
+        pairs = zip(mine, rows, strict=True)
         panel.barh(
-            [bar.lane - 0.4 + 0.8 * (bar.row + 0.5) / count for bar, count in zip(mine, rows, strict=True)],
+            [bar.lane - 0.4 + 0.8 * (bar.row + 0.5) / count for bar, count in pairs],
             [max(bar.end - bar.start, least) * _NANO for bar in mine],
             [0.75 / count for count in rows],
             [bar.start * _NANO for bar in mine],

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from ...events import LeaseTaken
 
-MOST: Final = 12
+MOST: Final = 8
 """How many leases there are at most for each reason."""
 
 
