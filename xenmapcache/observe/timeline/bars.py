@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
+# The order matters: up to BIDIRECTIONAL, it is DMA that is not stale.
 TO_DEVICE, FROM_DEVICE, BIDIRECTIONAL, DEVICE, WINDOW, STALE = range(6)
 STYLES: Final = (
     "DMA to a device",
     "DMA from a device",
-    "DMA in both directions",
+    "DMA in both directions, or merged",
     "device memory",
     "window",
     "stale DMA",
@@ -18,6 +19,7 @@ STYLES: Final = (
 
 _MIN_GAIN: Final = 0.7
 _FINEST_SHIFT: Final = 18
+_PIXEL_SHIFT: Final = 10
 
 
 class Bar(NamedTuple):
@@ -92,22 +94,29 @@ class Level(NamedTuple):
     items: Sequence[Any]
 
 
-def merge_bars(bars: Iterable[Bar], width: int) -> list[Bar]:
+def merge_bars(bars: Iterable[Bar], width: int, gap: int) -> list[Bar]:
     """Return bars, of which those that are shorter than a width are merged with their neighbours.
 
-    Only bars of the same lane, row and style are merged, so that a stale lease stays red. The
-    result is in the order of the start.
+    Two bars are merged if one of them is shorter than the width, and less than the gap is between
+    them.
+
+    Only bars of the same lane, row and kind are merged, so that a stale lease stays red. DMA of
+    several directions becomes DMA in both. The result is in the order of the start.
     """
-    return _merge(bars, width, lambda bar: (bar.lane, bar.row, bar.style), _join_bars)
+    return _merge(bars, width, gap, _place_of, _join_bars)
 
 
 def merge_bursts(bursts: Iterable[Burst], width: int) -> list[Burst]:
     """Return bursts, of which those whose gaps are shorter than a width are merged."""
-    return _merge(bursts, width, lambda _: None, _join_bursts)
+    return _merge(bursts, width, width, lambda _: None, _join_bursts)
 
 
 def _merge(
-    items: Iterable[_T], width: int, key_of: Callable[[_T], object], join: Callable[[_T, _T], _T]
+    items: Iterable[_T],
+    width: int,
+    gap: int,
+    key_of: Callable[[_T], object],
+    join: Callable[[_T, _T], _T],
 ) -> list[_T]:
     last: dict[object, _T] = {}
     done = []
@@ -118,7 +127,7 @@ def _merge(
             last[key] = item
             continue
         is_short = min(item.end - item.start, former.end - former.start) < width
-        if is_short and item.start - former.end < width:
+        if is_short and item.start - former.end < gap:
             last[key] = join(former, item)
         else:
             done.append(former)
@@ -126,9 +135,14 @@ def _merge(
     return sorted([*done, *last.values()])  # type: ignore[type-var] # named tuples have an order
 
 
+def _place_of(bar: Bar) -> tuple[int, int, int]:
+    return bar.lane, bar.row, max(bar.style, BIDIRECTIONAL)
+
+
 def _join_bars(one: Bar, other: Bar) -> Bar:
     return one._replace(
         end=max(one.end, other.end),
+        style=one.style if one.style == other.style else BIDIRECTIONAL,
         low=min(one.low, other.low),
         high=max(one.high, other.high),
         total=one.total + other.total,
@@ -156,14 +170,17 @@ def levels_of_bars(bars: Iterable[Bar], span: int, budget: int) -> list[Level]:
             style has a bar, these are the least that a level can have.
     """
     levels = [Level(0, sorted(bars))]
-    width = max(1, span >> _FINEST_SHIFT)
+    pixel = max(1, span >> _PIXEL_SHIFT)
+    width = gap = max(1, span >> _FINEST_SHIFT)
     while len(levels[-1].items) > budget:
-        items = merge_bars(levels[-1].items, width)
+        items = merge_bars(levels[-1].items, width, gap)
         if len(items) <= budget or len(items) < _MIN_GAIN * len(levels[-1].items):
             levels.append(Level(width, items))
-        if width > span:
+        if gap > span:
             break
+        # First longer bars without a gap that can be seen, and only then wider gaps.
         width *= 2
+        gap = min(width, pixel) if width <= 2 * span else 2 * gap
     return levels
 
 

@@ -297,7 +297,7 @@ class Model:
         self._bars.append(bar)
         while len(self._bars) > MAX_BARS:
             self._bar_width *= 2
-            self._bars = merge_bars(self._bars, self._bar_width)
+            self._bars = merge_bars(self._bars, self._bar_width, self._bar_width)
 
     def _lease_held(self, stream: int, event: LeaseHeld, at: int) -> None:
         lane = self._book.lane(stream, "dma", _QEMU_OWNER)

@@ -23,7 +23,7 @@ _MAX_DATE: Final = 253_402_300_799
 _LEASES: Final = (
     ("to-device", "DMA, the device reads guest memory"),
     ("from-device", "DMA, the device writes guest memory"),
-    ("bidirectional", "DMA in both directions"),
+    ("bidirectional", "DMA in both directions, or merged bars"),
     ("stale", "stale DMA: held after an INVALIDATE"),
     ("device", "device memory"),
     ("window", "window (a view for reading)"),
