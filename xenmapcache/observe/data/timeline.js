@@ -160,7 +160,7 @@
     const words = ['mapped, not used', '1 use', '2 or 3 uses', '4 to 15 uses', '16 to 63 uses', '64 uses or more'];
     const cell = (row, k) => level.cells[row][k] === '.' ? null : Number(level.cells[row][k]);
     const z = rows.map((_, row) => shown.map(k => cell(row, k)));
-    const every = Math.ceil(rows.length / 16);
+    const pixels = rows.length < 24 ? 15 : isPhone() ? 5 : 8, every = Math.ceil(14 / pixels);
     const scale = words.flatMap((_, k) => [[k / 6, colour('heat' + k)], [(k + 1) / 6, colour('heat' + k)]]);
     return [[{
       type: 'heatmap', z, zmin: -0.5, zmax: 5.5, colorscale: scale, showscale: false, hoverinfo: 'text',
@@ -168,7 +168,7 @@
       text: z.map((line, row) => line.map((heat, k) => heat === null ? '' :
         `<b>${hex(rows[row])}</b> and the next ${bytes(size)}<br>from ${moment(shown[k] * level.width)} ` +
         `for ${duration(level.width)}<br>${words[heat]}`)),
-    }, ...lines(-0.5, rows.length - 0.5, false)], layout(Math.max(120, (isPhone() ? 5 : 8) * rows.length + 50), {
+    }, ...lines(-0.5, rows.length - 0.5, false)], layout(pixels * rows.length + 50, {
       range: [-0.5, rows.length - 0.5], showgrid: false,
       tickvals: rows.map((_, k) => k).filter(k => k % every === 0),
       ticktext: rows.map(hex).filter((_, k) => k % every === 0),

@@ -274,6 +274,7 @@ class Model:
                 self._draw(bar._replace(end=turned))
             bar = bar._replace(start=turned, style=STALE)
         self._draw(bar)
+        self._heat.present(taken.start, taken.length, found.since, at)
         copied, lost = (max(0, end.copied), max(0, end.lost)) if end else (0, 0)
         self._copied += copied
         self._lost += lost

@@ -18,6 +18,8 @@ _NANO: Final = 1e-9
 _COLOURS: Final = ("#8cc3ea", "#174f8c", "#3f8fd0", "#4f9d69", "#9a7fc7", "#d3222a")
 _HEATS: Final = ("#d9dee4", "#f7d38b", "#f2b04c", "#e5832c", "#c4551b", "#8a2d10")
 _LINE: Final = "#6b4a00"
+_RATES: Final = {"maps": "map calls", "requests": "ioreqs", "faults": "missing pages"}
+_TIMES: Final = {"handler_max": "handler, longest", "quiesce_max": "quiesce, longest"}
 _SETTINGS: Final = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "xenmapcache",  # so that equal pictures are equal files
@@ -56,11 +58,18 @@ def write_svg(picture: Picture, matplotlib: Any, write: Callable[[str], object])
 
 
 def _draw(picture: Picture, matplotlib: Any) -> Any:  # noqa: ANN401 - likewise
-    lanes = max(1, len(picture.lanes)) * _INCHES_LANE + 0.6
-    heights = [lanes, _INCHES_PANEL * 1.2, _INCHES_PANEL, _INCHES_PANEL]
-    size = _INCHES_WIDE, sum(heights) + 2.2
+    parts = [
+        (_draw_lanes, len(picture.lanes) * _INCHES_LANE + 0.6, bool(picture.lanes)),
+        (_draw_heat, _INCHES_PANEL * 1.2, bool(picture.heat.rows())),
+        (_draw_rates, _INCHES_PANEL, _is_used(picture.series, _RATES)),
+        (_draw_times, _INCHES_PANEL, _is_used(picture.series, _TIMES)),
+    ]
+    parts = [part for part in parts if part[2]] or parts[2:3]
+    heights = [height for _, height, _ in parts]
+    size = _INCHES_WIDE, sum(heights) + 1.2
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(4, 1, sharex=True, gridspec_kw={"height_ratios": heights})
+    grid = {"height_ratios": heights}
+    panels = figure.subplots(len(parts), 1, sharex=True, squeeze=False, gridspec_kw=grid)[:, 0]
     began = date(picture.base)
     begins = f"began {began}, " if began else ""
     figure.suptitle(
@@ -68,10 +77,8 @@ def _draw(picture: Picture, matplotlib: Any) -> Any:  # noqa: ANN401 - likewise
         f"{picture.leases:,} leases, {picture.invalidations:,} INVALIDATEs, "
         f"{picture.stale:,} stale DMA leases, {picture.lost:,} pages maybe lost"
     )
-    _draw_lanes(panels[0], picture)
-    _draw_heat(panels[1], picture, matplotlib)
-    _draw_rates(panels[2], picture.series)
-    _draw_times(panels[3], picture.series, matplotlib)
+    for panel, (draw, _, _) in zip(panels, parts, strict=True):
+        draw(panel, picture, matplotlib)
     for burst in levels_of_bursts(picture.bursts, picture.span, _LINES)[-1].items:
         for panel in panels:
             panel.axvline(burst.start * _NANO, color=_LINE, linewidth=0.8, linestyle=":")
@@ -85,7 +92,11 @@ def _draw(picture: Picture, matplotlib: Any) -> Any:  # noqa: ANN401 - likewise
     return figure
 
 
-def _draw_lanes(panel: Any, picture: Picture) -> None:  # noqa: ANN401 - of a package without types
+def _is_used(series: dict[str, Series], names: dict[str, str]) -> bool:
+    return any(any(series[name].values) for name in names)
+
+
+def _draw_lanes(panel: Any, picture: Picture, _: Any) -> None:  # noqa: ANN401 - of a package without types
     bars: list[Bar] = list(levels_of_bars(picture.bars, picture.span, _BARS)[-1].items)
     least = picture.span / 1000
     for style, name in enumerate(STYLES):
@@ -104,8 +115,7 @@ def _draw_lanes(panel: Any, picture: Picture) -> None:  # noqa: ANN401 - of a pa
     panel.set_yticks(range(len(picture.lanes)), [lane.name for lane in picture.lanes])
     panel.set_ylim(len(picture.lanes) - 0.4, -0.6)
     panel.set_title("Leases: DMA at the top, device memory below", loc="left", pad=12)
-    if bars:
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw_heat(panel: Any, picture: Picture, matplotlib: Any) -> None:  # noqa: ANN401 - likewise
@@ -113,9 +123,6 @@ def _draw_heat(panel: Any, picture: Picture, matplotlib: Any) -> None:  # noqa: 
     panel.set_title(
         "Guest addresses: grey is mapped and not used, warmer colours are more uses", loc="left"
     )
-    if not rows:
-        panel.set_yticks([])
-        return
     cells = picture.heat.cells(picture.span, 4)
     shown = [[float("nan") if heat == ABSENT else heat for heat in row] for row in cells]
     panel.imshow(
@@ -127,27 +134,23 @@ def _draw_heat(panel: Any, picture: Picture, matplotlib: Any) -> None:  # noqa: 
     panel.set_yticks(range(0, len(rows), every), [f"{row:#x}" for row in rows[::every]])
 
 
-def _draw_rates(panel: Any, series: dict[str, Series]) -> None:  # noqa: ANN401 - likewise
+def _draw_rates(panel: Any, picture: Picture, _: Any) -> None:  # noqa: ANN401 - likewise
     panel.set_title("Rates: per second", loc="left")
-    for name, label in (("maps", "map calls"), ("requests", "ioreqs"), ("faults", "missing pages")):
-        each = series[name]
-        if any(each.values):
-            _steps(panel, each, [value / (each.width * _NANO) for value in each.values], label)
+    for name, label in _RATES.items():
+        each = picture.series[name]
+        _steps(panel, each, [value / (each.width * _NANO) for value in each.values], label)
     panel.set_ylim(bottom=0)
-    if panel.lines:
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _draw_times(panel: Any, series: dict[str, Series], matplotlib: Any) -> None:  # noqa: ANN401 - likewise
+def _draw_times(panel: Any, picture: Picture, matplotlib: Any) -> None:  # noqa: ANN401 - likewise
     panel.set_title("Handler times: how long the guest's vCPU waited", loc="left")
-    for name, label in (("handler_max", "handler, longest"), ("quiesce_max", "quiesce, longest")):
-        each = series[name]
-        if any(each.values):
-            _steps(panel, each, [value * _NANO or float("nan") for value in each.values], label)
+    for name, label in _TIMES.items():
+        each = picture.series[name]
+        _steps(panel, each, [value * _NANO or float("nan") for value in each.values], label)
     panel.yaxis.set_major_formatter(matplotlib.ticker.EngFormatter("s"))
     panel.set_ylim(bottom=0)
-    if panel.lines:
-        panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    panel.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _steps(panel: Any, series: Series, values: list[float], label: str) -> None:  # noqa: ANN401 - likewise
