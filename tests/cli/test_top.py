@@ -371,7 +371,7 @@ def test_other_signals_draw_again(keys: tuple[Keys, int]) -> None:
 
 
 def test_the_end_of_the_terminal(keys: tuple[Keys, int]) -> None:
-    """It ends the wait. Then there are no modes to put back, which is no error."""
+    """It ends the wait. Then there are no modes to put back."""
     found, leader = keys
     os.close(leader)
     assert found.wait(60) == END
@@ -389,7 +389,7 @@ def test_a_terminal_that_refuses_to_be_read(keys: tuple[Keys, int]) -> None:
 
 
 def test_the_display_of_a_terminal_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Giving it back is no error."""
+    """Giving it back raises nothing."""
     pytest.importorskip("rich", reason="rich is not installed")
 
     def fail(*_: object) -> None:
