@@ -13,7 +13,6 @@ from tests.observe.monitor_kit import SNAPSHOT, STATS, STUCK, Program, S, proces
 from xenmapcache.cli import main
 from xenmapcache.cli.processes import age
 from xenmapcache.observe import asking
-from xenmapcache.observe.asking import ask
 from xenmapcache.observe.snapshot import CacheState
 from xenmapcache.observe.sockets import VARIABLE, SocketFolder
 
@@ -35,6 +34,7 @@ OTHER = replace(
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(VARIABLE, str(tmp_path / "run"))
+    monkeypatch.setattr(asking, "TIMEOUT_S", 20.0)  # this machine may be busy
     return tmp_path / "run"
 
 
@@ -111,7 +111,7 @@ def test_a_process_that_does_not_answer(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is shown as such; a note has the reason and the socket."""
-    monkeypatch.setattr("xenmapcache.observe.asking.ask", lambda pids: ask(pids, 0.01))
+    monkeypatch.setattr(asking, "TIMEOUT_S", 0.01)
     with SocketFolder(folder, create=True) as opened, opened.listen(77):
         assert main(["ps"]) == 0
         printed = capsys.readouterr()
@@ -120,7 +120,6 @@ def test_a_process_that_does_not_answer(
     problem = "has not answered within 0.01 s"
     assert printed.err == f"xenmapcache: note: process 77 {problem} ({folder}/77.sock)\n"
     assert process == {"pid": 77, "socket": f"{folder}/77.sock", "problem": problem}
-    assert asking.TIMEOUT_S > 0.01
 
 
 def test_nothing_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

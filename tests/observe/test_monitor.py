@@ -38,7 +38,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def connect(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(20)
-    connection.connect(path)
+    folder, name = os.path.split(path)
+    fd = os.open(folder, os.O_PATH)
+    try:
+        connection.connect(f"/proc/self/fd/{fd}/{name}")  # however long the path is
+    finally:
+        os.close(fd)
     return connection
 
 
@@ -161,7 +166,7 @@ def test_a_process_that_cannot_be_read(
         patch.setattr(module, "read_process", fail)
         error = command(monitor.path, b"state")["error"]
         assert error == "this process cannot be read: KeyError('a fault')"
-        (answer,) = ask().answers
+        (answer,) = ask(timeout=20).answers
         assert answer.problem == f"the monitor reports: {error}"
         patch.undo()
         assert ask_here().pid == os.getpid()
@@ -218,7 +223,7 @@ def test_a_socket_that_cannot_be_removed(
     assert "the monitor's socket is not removed" in caplog.text
     assert module._process._responder is None
     folder.chmod(0o700)
-    assert ask().answers == ()
+    assert ask(timeout=20).answers == ()
     assert [*folder.iterdir()] == []
 
 
@@ -275,7 +280,7 @@ def test_a_forked_child_answers_for_itself(cache: MapCache, backend: Backend, fo
                 assert len(ask_here().caches) == 1
 
         assert in_child(work) == 0
-        assert [each.pid for each in ask().answers] == [os.getpid()]
+        assert [each.pid for each in ask(timeout=20).answers] == [os.getpid()]
         assert ask_here().pid == os.getpid()
 
 
@@ -290,7 +295,7 @@ def test_forgetting(cache: MapCache, folder: Path) -> None:
     assert [each.name for each in folder.iterdir()] == [f"{os.getpid()}.sock"]
     responder.stop()
     module._process.forget()
-    assert ask().answers == ()
+    assert ask(timeout=20).answers == ()
 
 
 PROGRAM = """
@@ -345,7 +350,7 @@ def test_what_a_killed_process_leaves_is_removed(folder: Path) -> None:
     with Program(FORKED, folder, "1") as program:
         program.kill()
         assert [each.name for each in folder.iterdir()] == [f"{program.pid}.sock"]
-        assert ask().answers == ()
+        assert ask(timeout=20).answers == ()
         assert [*folder.iterdir()] == []
 
 

@@ -154,18 +154,18 @@ def test_a_socket_that_cannot_be_connected_to(
 
     with folder.listen(20):
         monkeypatch.setattr(SocketFolder, "connect", refuse)
-        (found,) = ask().answers
+        (found,) = ask(timeout=20).answers
     assert found.problem == "cannot be asked: Permission denied"
 
 
 def test_sockets_of_ended_processes_are_removed(folder: SocketFolder) -> None:
     folder.listen(20).close()
-    assert ask().answers == ()
+    assert ask(timeout=20).answers == ()
     assert folder.pids() == []
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing one is skipped; an unsafe one is told. Of two sockets of a process, one is asked."""
+    """A missing one is skipped, an unsafe one told. Of two sockets of a process, one is asked."""
     first, second, unsafe = (tmp_path / name for name in ("first", "second", "unsafe"))
     unsafe.mkdir()
     unsafe.chmod(0o755)

@@ -8,12 +8,11 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Final
 
 from .snapshot import MAX_BYTES, Snapshot, SnapshotError
 from .sockets import SocketFolder, UnsafeFolderError, folders, socket_name
 
-TIMEOUT_S: Final = 2.0
+TIMEOUT_S = 2.0
 """How long a process has to answer."""
 
 _CHUNK = 1 << 16
@@ -49,7 +48,7 @@ class Answers:
     problems: tuple[str, ...]
 
 
-def ask(pids: Iterable[int] | None = None, timeout: float = TIMEOUT_S) -> Answers:
+def ask(pids: Iterable[int] | None = None, timeout: float | None = None) -> Answers:
     """Ask this user's processes what their caches and servers hold, all at the same time.
 
     Sockets of processes that have ended are removed.
@@ -57,8 +56,9 @@ def ask(pids: Iterable[int] | None = None, timeout: float = TIMEOUT_S) -> Answer
     Args:
         pids: which processes; by default all that can be asked. Those without a socket have no
             answer.
-        timeout: how long to wait, in seconds.
+        timeout: how long to wait, in seconds; by default :data:`TIMEOUT_S`.
     """
+    timeout = TIMEOUT_S if timeout is None else timeout
     wanted = None if pids is None else frozenset(pids)
     questions: dict[int, _Question] = {}
     problems = []

@@ -82,10 +82,11 @@ class Watched:
 
 
 class _Room:
-    """How many bytes an answer may still have."""
+    """How many bytes and leases an answer may still have."""
 
     def __init__(self) -> None:
         self._left = MAX_BYTES - _SNAPSHOT_BYTES
+        self.leases = MAX_LEASES
 
     def take(self, count: int, *texts: str | None) -> bool:
         """Return whether there is room for a part of an answer, and take it."""
@@ -94,7 +95,6 @@ class _Room:
                 plain = text.isascii() and text.isprintable()
                 count += len(text) * (_PLAIN_BYTES if plain else _ESCAPED_BYTES)
         if count > self._left:
-            self._left = 0  # nothing that comes later takes the place of this
             return False
         self._left -= count
         return True
@@ -103,15 +103,14 @@ class _Room:
 def read_process(watched: Iterable[Watched], started_ns: int) -> Snapshot:
     """Return what this process's caches and servers hold."""
     room = _Room()
-    caches: list[CacheState] = []
+    caches: list[tuple[MapCache, Watched]] = []
     servers: list[ServerState] = []
     omitted = 0
-    leases = [MAX_LEASES]
     for each in watched:
         found = each.get()
         if isinstance(found, MapCache):
             if len(caches) < MAX_WATCHED and room.take(_CACHE_BYTES, cut(each.name)):
-                caches.append(_read_cache(found, each, leases, room))
+                caches.append((found, each))
             else:
                 omitted += 1
         elif isinstance(found, IoreqServer):
@@ -119,12 +118,14 @@ def read_process(watched: Iterable[Watched], started_ns: int) -> Snapshot:
                 servers.append(_read_server(found, room))
             else:
                 omitted += 1
+    # Leases last: those of one cache do not take the room of the next cache itself.
+    states = tuple([_read_cache(cache, each, room) for cache, each in caches])
     return Snapshot(
         os.getpid(),
         cut(printable(" ".join(sys.orig_argv))),
         started_ns,
         now(),
-        tuple(caches),
+        states,
         tuple(servers),
         omitted,
     )
@@ -155,16 +156,16 @@ def tried(
     return None
 
 
-def _read_cache(cache: MapCache, watched: Watched, leases: list[int], room: _Room) -> CacheState:
+def _read_cache(cache: MapCache, watched: Watched, room: _Room) -> CacheState:
     table, registry = cache._table, cache._registry  # noqa: SLF001 - stats() takes the lock
     stats = tried(_read_stats, cache)
     records = tried(registry.held)
     generation = table.generation
     states = []
     for record in records or ():
-        if not leases[0] or not (state := _read_lease(record, generation.sequence, room)):
+        if not room.leases or not (state := _read_lease(record, generation.sequence, room)):
             break
-        leases[0] -= 1
+        room.leases -= 1
         states.append(state)
     return CacheState(
         cut(watched.name),
