@@ -189,7 +189,7 @@ def test_details_come_with_zoom(driver: Driver, pages: dict[str, Path]) -> None:
         "each.hovertext : [])"
     )
     first = driver.execute_script(texts)
-    assert len(first) <= 2000
+    assert len(first) <= 1500
     assert any("leases, " in text for text in first)
     for _ in range(7):
         press(driver, "+")
