@@ -27,6 +27,7 @@ COMMANDS = (
     "volatility",
     "qemu-log",
     "events",
+    "timeline",
     "holders",
     "ps",
     "leases",

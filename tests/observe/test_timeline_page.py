@@ -231,6 +231,7 @@ def colours(root: ElementTree.Element) -> str:
     return " ".join(each.get("style", "") for each in root.iter())
 
 
+@pytest.mark.slow
 def test_svg(tmp_path: Path) -> None:
     """The drawing has the owners, the red bars, counted INVALIDATEs, and all of the panels."""
     root = svg(tmp_path, *busy(400))
@@ -241,6 +242,7 @@ def test_svg(tmp_path: Path) -> None:
     assert "#d3222a" in colours(root)
 
 
+@pytest.mark.slow
 def test_svg_of_hostile_text(tmp_path: Path) -> None:
     """Markup and formulas stay text; a panel without anything to show is left out."""
     events = taken(owner=HOSTILE), Invalidated(START, 1)

@@ -10,7 +10,7 @@
   const element = id => document.getElementById(id);
   const root = document.documentElement;
   const END = data.span / 1e9, FULL = [-0.02 * END, 1.02 * END], SHORTEST = 1e-7;
-  const BARS = 2000, COLUMNS = 300, CELLS = 300;
+  const BARS = 1500, COLUMNS = 300, CELLS = 300;
   const STYLES = ['to-device', 'from-device', 'bidirectional', 'device', 'window', 'stale'];
   let [from, to] = FULL, query = '', paper = 0, waiting = [], hasDetails = false;
 

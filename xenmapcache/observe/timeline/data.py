@@ -10,7 +10,7 @@ from .bars import STYLES, Bar, Burst, Level, levels_of_bars, levels_of_bursts
 from .columns import Heat, Series, fold
 from .model import Picture
 
-MAX_BARS: Final = 2_000
+MAX_BARS: Final = 1_500
 """How many bars the coarsest level has at most."""
 _LINES: Final = 40
 _FOLDS: Final = 2
