@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -137,6 +138,18 @@ def test_json_is_a_line_for_each_interval(
         assert (line["pid"], line["problem"], line["rates"]) == (os.getpid(), None, rates)
     found = Snapshot.from_json(json.dumps(lines[2]["snapshot"]))
     assert found == answer(3, os.getpid())
+
+
+def test_each_line_is_handed_over_at_once(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that reads them needs not wait until a buffer is full."""
+    written = io.BytesIO()
+    lines: list[int] = []
+    monkeypatch.setattr("time.sleep", lambda _: lines.append(written.getvalue().count(b"\n")))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["top", "--json", "--count", "3"]) == 0
+    assert lines == [0, 1, 2]
 
 
 def test_json_needs_no_rich(

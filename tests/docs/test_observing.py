@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from tests.cli.test_main import environment
 from tests.cli.test_page import MARK, install_command
 from tests.docs.test_docs import DOCS, README, blocks, python_blocks
 from tests.observe import qemu_logs as logs
+from xenmapcache.events import Invalidated, LeaseReleased, LeaseTaken
+from xenmapcache.observe.recording import read
 
 PAGE = DOCS / "observing.md"
 PID = "4321"
@@ -161,3 +164,27 @@ def test_people_who_have_a_problem_find_the_page() -> None:
     """From the front page, and from the page of errors."""
     assert "](docs/observing.md)" in README.read_text(encoding="utf-8")
     assert "](observing.md" in (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+
+
+def test_the_pictures_are_those_of_the_script() -> None:
+    """They exist, and can be taken again."""
+    shown = re.findall(r"!\[[^]]+\]\(_static/([^)]+)\)", PAGE.read_text(encoding="utf-8"))
+    taken = re.findall(r'"(.*\.png)": ', (DOCS / "screenshots.py").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(taken)
+    for name in shown:
+        assert (DOCS / "_static" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pictures_run_has_something_to_show(tmp_path: Path) -> None:
+    """A lease that is stale, of a guest that balloons while its devices work."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    namespace = runpy.run_path(str(DOCS / "screenshots.py"))
+    namespace["run"](tmp_path / "run.jsonl")
+    events = list(read(tmp_path / "run.jsonl"))
+    stale = {each.lease for each in events if isinstance(each, LeaseReleased) and each.stale}
+    owners = {each.owner for each in events if isinstance(each, LeaseTaken) and each.lease in stale}
+    assert "net ring" in owners
+    assert len([each for each in events if isinstance(each, Invalidated)]) > 2
+    assert {"disk0", "net", "vga"} <= {
+        each.owner for each in events if isinstance(each, LeaseTaken)
+    }
