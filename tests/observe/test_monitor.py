@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,9 @@ def test_the_number_is_taken_by_another_pid_namespace(cache: MapCache, folder: P
 
 def in_child(work: Callable[[], object]) -> int:
     """Fork, do some work in the child, and return its status."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads is the point
+        child = os.fork()
     if not child:
         try:
             work()

@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -240,7 +241,9 @@ def test_who_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_user_gets_no_answer(start: Start) -> None:
     """Although it could connect, the connection ends."""
     connect = start()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads is the point
+        child = os.fork()
     if not child:
         try:
             os.setuid(65534)
