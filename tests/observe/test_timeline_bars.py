@@ -102,13 +102,16 @@ def test_levels_lose_nothing(bars: list[Bar]) -> None:
 
 def test_gaps_are_kept_as_long_as_possible() -> None:
     """Long bars without visible gaps are merged before a visible gap is closed."""
-    one = [bar(start, start + 1000) for start in range(0, 50_000, 1001)]
-    other = [bar(start, start + 1000) for start in range(80_000, 130_000, 1001)]
-    level = levels_of_bars([*one, *other], 130_000, 2)[-1]
-    assert [(each.start, each.end) for each in level.items] == [
-        (0, one[-1].end),
-        (80_000, other[-1].end),
-    ]
+    starts = (0, 20_001, 60_001, 80_002)
+    level = levels_of_bars([bar(start, start + 20_000) for start in starts], 100_002, 2)[-1]
+    assert [(each.start, each.end) for each in level.items] == [(0, 40_001), (60_001, 100_002)]
+
+
+def test_a_budget_that_cannot_be_kept() -> None:
+    """Each lane keeps a bar at least."""
+    apart = [bar(0, 10, lane) for lane in range(5)]
+    (level,) = levels_of_bars(apart, 10, 1)
+    assert level.items == apart
 
 
 def test_bursts_are_folded_with_a_count() -> None:

@@ -161,7 +161,7 @@ def _join_bursts(one: Burst, other: Burst) -> Burst:
 
 
 def levels_of_bars(bars: Iterable[Bar], span: int, budget: int) -> list[Level]:
-    """Return levels of detail, the finest first, until one has at most so many bars.
+    """Return levels of detail, the finest first, until one is within a budget.
 
     Args:
         bars: in any order.
@@ -185,7 +185,13 @@ def levels_of_bars(bars: Iterable[Bar], span: int, budget: int) -> list[Level]:
 
 
 def levels_of_bursts(bursts: Iterable[Burst], span: int, lines: int) -> list[Level]:
-    """Return levels of detail, the finest first; the last one has about so many lines at most."""
+    """Return levels of detail, the finest first; the last one has about N lines at most.
+
+    Args:
+        bursts: in any order.
+        span: of the recording, in ns.
+        lines: N.
+    """
     levels = [Level(0, sorted(bursts))]
     width = max(1, span // lines)
     widths: list[int] = []
