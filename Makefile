@@ -17,8 +17,9 @@ help:  ## list the targets
 
 .PHONY: help demo test test-quick test-bare coverage mutants test-free-threaded test-images test-xen lint types bench bench-sources bench-drgn bench-dma bench-scaling bench-window bench-xen docs man completion release-check clean
 
-demo: $(VENV)/cli.stamp  ## set up, and show the main job on a mock guest
-	@$(BIN)/xenmapcache demo
+demo: $(VENV)/cli,timeline.stamp  ## set up, and show the main job on a mock guest
+	@mkdir -p build
+	@$(BIN)/xenmapcache demo -o build/demo.html
 
 test: $(VENV)/test.stamp  ## run the tests that need no Xen, on two processors, and print the ten slowest
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=10

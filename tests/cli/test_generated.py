@@ -27,9 +27,11 @@ COMMANDS = (
     "volatility",
     "qemu-log",
     "events",
+    "timeline",
     "holders",
     "ps",
     "leases",
+    "top",
     "demo",
     "doctor",
 )

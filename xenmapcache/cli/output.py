@@ -203,6 +203,46 @@ class Output:
         print(rendered, end="", flush=True)
 
 
+class Display(Output):
+    """Screens: one in the place of the other on a terminal, else one below the other.
+
+    Attributes:
+        is_live: whether they replace each other. Keys can be read then, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_live = (
+            sys.stdin.isatty() and sys.stdout.isatty() and not self._console.is_dumb_terminal
+        )
+
+    @property
+    def height(self) -> int | None:
+        """How many lines a screen may have; None: any number."""
+        return self._console.height if self.is_live else None
+
+    def begin(self) -> None:
+        """Take the terminal: what it shows is hidden until :meth:`end`."""
+        self._console.set_alt_screen()
+        self._console.show_cursor(False)
+
+    def end(self) -> None:
+        """Give back the terminal as it was."""
+        # If the terminal is gone, there is nothing to give back.
+        with contextlib.suppress(OSError):
+            self._console.show_cursor()
+            self._console.set_alt_screen(False)
+
+    def show(self, content: RenderableType) -> None:
+        """Show a screen."""
+        if not self.is_live:
+            self._print(content, _TABLE_WIDTH)
+            return
+        with self._console.capture() as capture:
+            self._console.update_screen(content)
+        print(capture.get(), end="", flush=True)
+
+
 def _cell(text: str) -> Text:
     from rich.text import Text
 

@@ -21,6 +21,8 @@ from . import (
     qemu_log,
     read,
     strings,
+    timeline,
+    top,
     translate,
     volatility,
 )
@@ -39,9 +41,11 @@ COMMANDS = (
     volatility,
     qemu_log,
     events,
+    timeline,
     holders,
     ps,
     leases,
+    top,
     demo,
     doctor,
 )

@@ -11,6 +11,7 @@ from ..address import KiB, MiB
 from ..backend import open_backend
 from ..cache import DmaDirection, Invalidation, LeaseInfo, MapCache, OnStale
 from ..mock import PAGES_PER_INVALIDATE, MockHypervisor
+from ..observe.recording import Entry
 
 _MEMORY = 32 * MiB
 _BALLOON = 4 * MiB, 4 * MiB
@@ -69,10 +70,12 @@ def recorded() -> Iterator[_Recorder]:
 class _Machine:
     """A guest, its device model's cache, and the devices' leases."""
 
-    def __init__(self, on_stale: OnStale) -> None:
+    def __init__(self, on_stale: OnStale, events: list[Entry]) -> None:
         self.guest = MockHypervisor().create_domain(memory=_MEMORY)
         self.backend = open_backend("mock", domain=self.guest)
         self.cache = cache = MapCache(self.backend, on_stale=on_stale)
+        stream = events[-1].stream + 1 if events else 0
+        cache.observe(lambda event: events.append(Entry(stream, event)))
         self.invalidations: list[Invalidation] = []
         self.guest.on_invalidate(lambda: self.invalidations.append(cache.invalidate()))
         self.guest.write(_PACKET, _OLD_PACKET)
@@ -146,9 +149,15 @@ _LEASE_HEADER = ("kind", "owner", "address", "length", "direction")
 _OUTCOME_HEADER = ("owner", "transfer", "sent", "received", "outcome")
 
 
-def story(log: _Recorder) -> Generator[Step, None, None]:
-    """Yield the steps, as they happen."""
-    with _Machine("warn") as machine:
+def story(log: _Recorder, events: list[Entry] | None = None) -> Generator[Step, None, None]:
+    """Yield the steps, as they happen.
+
+    Args:
+        log: of the library's warnings.
+        events: takes what happens in the caches; the second cache's stream is number 1.
+    """
+    events = [] if events is None else events
+    with _Machine("warn", events) as machine:
         leases = machine.cache.leases()
         stats = machine.cache.stats()
         yield Step(
@@ -200,11 +209,13 @@ def story(log: _Recorder) -> Generator[Step, None, None]:
             list(outcomes["warn"]),
             f"{stale} warnings logged as the stale leases are released.",
         )
-        yield from _copy_and_counters(machine, outcomes)
+        yield from _copy_and_counters(machine, outcomes, events)
 
 
-def _copy_and_counters(machine: _Machine, outcomes: dict[str, list[Outcome]]) -> Iterator[Step]:
-    with _Machine("copy") as other:
+def _copy_and_counters(
+    machine: _Machine, outcomes: dict[str, list[Outcome]], events: list[Entry]
+) -> Iterator[Step]:
+    with _Machine("copy", events) as other:
         other.guest.balloon_out(*_BALLOON)
         other.guest.balloon_in(*_BALLOON)
         outcomes["copy"] = other.finish()
