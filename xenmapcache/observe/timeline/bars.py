@@ -185,12 +185,12 @@ def levels_of_bars(bars: Iterable[Bar], span: int, budget: int) -> list[Level]:
 
 
 def levels_of_bursts(bursts: Iterable[Burst], span: int, lines: int) -> list[Level]:
-    """Return levels of detail, the finest first; the last one has about N lines at most.
+    """Return levels of detail, the finest first.
 
     Args:
         bursts: in any order.
         span: of the recording, in ns.
-        lines: N.
+        lines: how many lines the coarsest level has at most, if they are far apart.
     """
     levels = [Level(0, sorted(bursts))]
     width = max(1, span // lines)
