@@ -163,10 +163,11 @@ class Misses(NamedTuple):
 def decode_misses(form: Form, groups: Sequence[Sequence[bytes]]) -> Misses:
     """Return misses of the columns of :attr:`Form.accesses`."""
     times, addresses, buckets, ends, hosts = groups
+    both = form.times([*times, *ends])
     return Misses(
-        form.times(times),
+        both[: len(times)],
         list(map(int, addresses, repeat(16))),
         list(map(int, buckets, repeat(16))),
-        form.times(ends),
+        both[len(times) :],
         list(map(int, hosts, repeat(16))),
     )
