@@ -226,16 +226,16 @@ def test_read_gives_the_bytes_to_a_pipe_and_a_hexdump_to_a_terminal(guest: str) 
 @pytest.mark.slow
 def test_json_of_much_memory_takes_little(run: Run) -> None:
     """The object is printed as it is read: of more than there is room for, too."""
-    limit = "import resource as r; r.setrlimit(r.RLIMIT_AS, (400 << 20, -1))"
+    limit = "import resource as r; r.setrlimit(r.RLIMIT_AS, (250 << 20, -1))"
     code = f"{limit}; from xenmapcache.cli import main; main()"
-    command = [sys.executable, "-c", code, "read", "mock:4M", "0", "256M", "--fill", "00", "--json"]
+    command = [sys.executable, "-c", code, "read", "mock:4M", "0", "140M", "--fill", "00", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
         assert process.stdout is not None
         printed = 0
         while piece := process.stdout.read(1 << 20):
             printed += len(piece)
     assert process.returncode == 0
-    assert printed > 2 * (256 << 20)
+    assert printed > 2 * (140 << 20)
     facts = json.loads(run("read", "mock:4M", "0", "3M", "--json"))
     assert facts == {"address": 0, "address_hex": "0x0", "length": 3 << 20, "hex": "00" * (3 << 20)}
 
