@@ -184,7 +184,7 @@ def _ignore(event: Event) -> None:
 # An Exception in the middle of an observer is taken for the observer's, which is detached. So
 # "error", "allocation" and "depth" are left out.
 HANDLERS: Final = (
-    "interrupt", "read", "write", "evict", "invalidate", "close",
+    "interrupt", "read", "write", "evict", "invalidate", "close", "fork",
 )  # fmt: skip
 
 

@@ -432,8 +432,15 @@ def test_closing_while_room_is_made(
     cache.tell(taken(1))
     amid = Amid(recorder, monkeypatch)
     fill_up(recorder)
-    amid.work = recorder.detach
+    closed = []
+
+    def work() -> None:
+        recorder.detach()
+        closed.append(recorder.halves.closed)
+
+    amid.work = work
     cache.stream.tell(taken(2))
+    assert closed == [False]
     assert recorder.halves.closed
     assert list(read(path)) == [taken(1)]
     recorder.detach()

@@ -433,7 +433,7 @@ class Told:
 
 
 def test_one_that_takes_from_the_queue(stream: EventStream) -> None:
-    """Alone or beside another one, it gets what is put in and told, in order."""
+    """Alone or with another one, it gets what is put in and told, in order."""
     drainer = Drainer()
     others: list[Event] = []
     drainer(event(0))

@@ -6,7 +6,7 @@ import time as clock
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 from ..address import PAGE_MASK, PAGE_SHIFT
 from ..errors import FaultError, XenMapCacheError
@@ -28,9 +28,6 @@ from ..mapping import Mapping
 from ..stream import EventStream, now
 from .info import LeaseKind
 from .record import LeaseRecord
-
-if TYPE_CHECKING:
-    from .buckets import BucketTable
 
 _S = 1_000_000_000
 _is_told = attrgetter("told")
@@ -106,9 +103,29 @@ class KnownBucket:
         self.host = mapping.address
 
 
-def mapped(
-    table: BucketTable, index: int, mapping: Mapping, began: int | None, former: bool
-) -> None:
+class Generation(Protocol):
+    """What is asked of :class:`.buckets.Generation`."""
+
+    sequence: int
+    known: dict[int, KnownBucket]
+    told: bool | None
+    buckets: dict[int, Mapping]
+
+
+class Table(Protocol):
+    """What is asked of :class:`.buckets.BucketTable`, which knows this module."""
+
+    stream: EventStream
+    shift: int
+    untold: dict[Any, None]
+    held_dma: Callable[[int], tuple[int, ...]]
+
+    @property
+    def generation(self) -> Generation:
+        """The current one."""
+
+
+def mapped(table: Table, index: int, mapping: Mapping, began: int | None, former: bool) -> None:
     """Tell that a bucket was mapped; called under the lock.
 
     Args:
@@ -126,9 +143,7 @@ def mapped(
     _come(table, index, mapping, time if began is None else began, duration)
 
 
-def _come(
-    table: BucketTable, index: int, mapping: Mapping, time: int, duration: int | None
-) -> None:
+def _come(table: Table, index: int, mapping: Mapping, time: int, duration: int | None) -> None:
     generation = table.generation
     _gone(table, index, time, "evicted")  # one whose end was not told
     known = KnownBucket(mapping)
@@ -137,7 +152,7 @@ def _come(
         table.stream.put(_bucket(mapping, time, duration), known, True)
 
 
-def _gone(table: BucketTable, index: int, time: int, reason: str) -> None:
+def _gone(table: Table, index: int, time: int, reason: str) -> None:
     table_of_known = table.generation.known
     known = table_of_known.get(index)
     if known is not None:
@@ -154,7 +169,7 @@ def _bucket(mapping: Mapping, time: int, duration: int | None) -> BucketMapped:
     return BucketMapped(time, start, mapping.length, duration, mapping.address, holes)
 
 
-def dropped(table: BucketTable, victims: list[Mapping]) -> None:
+def dropped(table: Table, victims: list[Mapping]) -> None:
     """Tell that buckets were evicted; called under the lock."""
     settle(table)
     time = now()
@@ -165,7 +180,7 @@ def dropped(table: BucketTable, victims: list[Mapping]) -> None:
             _gone(table, index, time, "evicted")
 
 
-def reconcile(table: BucketTable) -> None:
+def reconcile(table: Table) -> None:
     """Tell what an interrupted step has not told; called under the lock."""
     settle(table)
     time = now()
@@ -188,7 +203,7 @@ def missed(stream: EventStream, error: XenMapCacheError, address: int) -> None:
         stream.put(MapFailed(now(), address))
 
 
-def settle(table: BucketTable, began: int | None = None) -> None:
+def settle(table: Table, began: int | None = None) -> None:
     """Tell of invalidations that are not told yet: nothing that comes after is told before.
 
     Args:
@@ -211,20 +226,20 @@ def settle(table: BucketTable, began: int | None = None) -> None:
         table.untold.pop(generation, None)
 
 
-def invalidated(table: BucketTable, began: int) -> None:
+def invalidated(table: Table, began: int) -> None:
     """Tell of an invalidation; called without the lock."""
     settle(table, began)
     table.stream.deliver()
 
 
-def closed(table: BucketTable) -> None:
+def closed(table: Table) -> None:
     """Tell that a cache was closed, once; called without the lock."""
     settle(table)
     table.stream.put(CacheClosed(now()), table.generation, False)
     table.stream.deliver()
 
 
-def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: BucketTable) -> list[Event]:
+def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: Table) -> list[Event]:
     """Return what an observer is to know first."""
     generation = table.generation
     sequence = generation.sequence
