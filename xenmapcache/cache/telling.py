@@ -250,7 +250,8 @@ def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: Table) -> l
     time = now()
     for index, mapping in generation.buckets.copy().items():
         known = KnownBucket(mapping, told=True)
-        # No call up to the store. If a signal handler has evicted it, the end was told, or will not.
+        # No call up to the store. Of one that a signal handler has evicted, the end was told, or
+        # nobody is to hear of it.
         if index not in generation.known and index in generation.buckets:
             generation.known[index] = known
         elif alone:
