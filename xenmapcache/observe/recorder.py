@@ -295,8 +295,7 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
             size = len(line)
             # No call from here on, until the event leaves the queue. If memory is short, that shows
             # before the line is stored.
-            position = halves.position
-            end = position + size
+            end = halves.position + size
             last = end - 1
             if end > halves.limit:
                 if not recorder.make_room(size, pen, queue):
@@ -306,7 +305,7 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
                     table[key] = value
                 elif table is not None and key in table:
                     del table[key]
-                memory[position:end] = line
+                memory[halves.position : end] = line
                 halves.position = last
                 queue.popleft()
         return True
