@@ -13,6 +13,7 @@ from xenmapcache.cache import telling
 from xenmapcache.cache.clock import Clock
 from xenmapcache.cache.registry import LeaseRegistry
 from xenmapcache.events import CacheClosed, Event, Invalidated, LeaseReleased
+from xenmapcache.mapping import Mapping
 
 BUCKET = 0x10000
 
@@ -237,6 +238,26 @@ def test_a_mapping_that_observers_do_not_know(cache: MapCache, told: list[Event]
     telling.dropped(cache._table, [mapping])
     cache.stats()
     assert told == before
+
+
+def test_an_eviction_amid_a_snapshot(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a signal handler evicts is told to an observer that knows it, and to no other."""
+    make = telling.KnownBucket
+
+    def interrupted(mapping: Mapping, *, told: bool) -> telling.KnownBucket:
+        monkeypatch.setattr(telling, "KnownBucket", make)
+        cache._table.evict(BUCKET)
+        return make(mapping, told=told)
+
+    events: list[list[Event]] = [[], []]
+    for got in events:
+        cache.read(0, 1)
+        monkeypatch.setattr(telling, "KnownBucket", interrupted)
+        cache.observe(got.append)
+        monkeypatch.setattr(telling, "KnownBucket", make)
+        cache.read(0, 1)
+    for got in events:
+        check(cache, got)
 
 
 def test_a_lease_that_ended_before_it_was_told(cache: MapCache) -> None:

@@ -243,12 +243,19 @@ def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: Table) -> l
     """Return what an observer is to know first."""
     generation = table.generation
     sequence = generation.sequence
-    if len(table.stream.observations) == 1:  # until now nothing was told
+    alone = len(table.stream.observations) == 1
+    if alone:  # until now nothing was told
         generation.known.clear()
     events: list[Event] = [opened]
     time = now()
     for index, mapping in generation.buckets.copy().items():
-        generation.known[index] = KnownBucket(mapping, told=True)
+        known = KnownBucket(mapping, told=True)
+        # No call up to the store. Of one that a signal handler has evicted, the end was told, or
+        # nobody is to hear of it.
+        if index not in generation.known and index in generation.buckets:
+            generation.known[index] = known
+        elif alone:
+            continue
         events.append(_bucket(mapping, time, None))
     for record in records:
         since = int(record.since * _S) + WALL_CLOCK_OFFSET_NS

@@ -20,7 +20,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from errno import EEXIST
+from functools import partial
 from itertools import islice
 from threading import Lock, RLock
 from typing import Any, Final, NamedTuple, Protocol, Self
@@ -53,6 +55,7 @@ MAX_LIMIT: Final = 1024 * GiB
 
 _MAX_TEMPLATES: Final = 4096
 _MAX_RESTATED: Final = 100_000
+_NO_CHANGE: Final[tuple[Any, Any, Any]] = (None, None, None)
 
 logger = logging.getLogger("xenmapcache")
 
@@ -258,20 +261,14 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
     halves, held = recorder.halves, recorder.held
     memory = halves.memory
 
-    def new_template(key: object, event: Event, numbers: tuple[str, ...]) -> bytes:
-        if len(templates) >= _MAX_TEMPLATES:  # a guest can choose what failures are about
-            templates.clear()
-        line = templates[key] = template(event, stream, numbers) + b"\0"
-        return line
+    new_template = partial(_new_template, templates, stream)
 
     def drain(queue: deque[Any]) -> bool:
         while queue:
             event = queue[0]
             kind = event.__class__
             # What changes with the event: table[key] = value, or its end if there is no value.
-            table: Any = None
-            key: Any = None
-            value: Any = None
+            table, key, value = _NO_CHANGE
             if kind is LeaseTaken:
                 at, key, what, start, length, owner, way, thread, stale, origin = event
                 common: object = what, owner, way, thread, stale, origin
@@ -298,8 +295,7 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
             size = len(line)
             # No call from here on, until the event leaves the queue. If memory is short, that shows
             # before the line is stored.
-            position = halves.position
-            end = position + size
+            end = halves.position + size
             last = end - 1
             if end > halves.limit:
                 if not recorder.make_room(size, pen, queue):
@@ -309,19 +305,32 @@ def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[A
                     table[key] = value
                 elif table is not None and key in table:
                     del table[key]
-                memory[position:end] = line
+                memory[halves.position : end] = line
                 halves.position = last
                 queue.popleft()
         return True
 
-    if HAS_GIL:
-        return drain
+    return drain if HAS_GIL else partial(_drain_locked, recorder.lock, drain)
 
-    def drain_locked(queue: deque[Any]) -> bool:
-        with recorder.lock:
-            return drain(queue)
 
-    return drain_locked
+def _new_template(
+    templates: dict[object, bytes],
+    stream: int,
+    key: object,
+    event: Event,
+    numbers: tuple[str, ...],
+) -> bytes:
+    if len(templates) >= _MAX_TEMPLATES:  # a guest can choose what failures are about
+        templates.clear()
+    line = templates[key] = template(event, stream, numbers) + b"\0"
+    return line
+
+
+def _drain_locked(
+    lock: AbstractContextManager[object], drain: Callable[[deque[Any]], bool], queue: deque[Any]
+) -> bool:
+    with lock:
+        return drain(queue)
 
 
 def _change_of(
