@@ -282,8 +282,8 @@ class Worker:
 
     def scatter(self) -> None:
         ranges = [self.range(), self.range()]
-        with self.memory.segments(ranges) as views:
-            for (address, length), view in zip(ranges, views, strict=True):
+        with self.memory.segments(ranges) as segments:
+            for (address, length), view in zip(ranges, segments.views, strict=True):
                 self.values.check(address, bytes(view))
                 view[:] = self.fresh(address, length)
 

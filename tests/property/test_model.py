@@ -167,8 +167,8 @@ class Guest(Comparison):
             for part in ranges:
                 dirty.append(dirty[-1].union(pages_of(*part)))
         with self.attempt(*ranges, needs=needs, fails=fails):
-            with GuestMemory(self.cache).segments(ranges, direction=direction) as views:
-                for view, part in zip(views, ranges, strict=True):
+            with GuestMemory(self.cache).segments(ranges, direction=direction) as segments:
+                for view, part in zip(segments.views, ranges, strict=True):
                     window = self.model.take(*part)
                     assert bytes(view) == window.content()
                     if not view.readonly:
