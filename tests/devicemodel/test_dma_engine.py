@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import sys
 import threading
@@ -660,3 +661,11 @@ def test_a_transfer_is_claimed_once(engine: DmaEngine, monkeypatch: pytest.Monke
     assert stolen[0].status is WAITING
     engine._carry_out(stolen[0])
     engine.drain()
+
+
+def test_a_waiter_that_nobody_waits_at_collects_nothing() -> None:
+    """One that an interrupt has left in the list is woken once, however many transfers end."""
+    changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(3):
+        dma._put_once(changed)
+    assert changed.qsize() == 1
