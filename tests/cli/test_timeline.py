@@ -29,7 +29,7 @@ def test_a_page(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     out.write_text("an older page")
     assert main(["timeline", str(recording), "-o", str(out)]) == 0
     printed = capsys.readouterr()
-    assert printed.out == f"{out}: 18 events, 1 leases in 2 lanes, 2 of them stale\n"
+    assert printed.out == f"{out}: 20 events; leases: 1, lanes: 2, stale DMA leases: 2\n"
     note = f"xenmapcache: note: {recording}:"
     assert printed.err.splitlines() == [
         f"{note} 1 events have no time and are not shown",
@@ -46,7 +46,7 @@ def test_json(recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = tmp_path / "run.svg"
     assert main(["timeline", str(recording), "-o", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "output": str(out), "events": 18, "lanes": 2, "leases": 1, "invalidations": 1, "stale": 2,
+        "output": str(out), "events": 20, "lanes": 2, "leases": 1, "invalidations": 1, "stale": 2,
         "lost": 2, "copied": 1,
     }  # fmt: skip
     assert out.read_text().startswith("<?xml")

@@ -171,8 +171,7 @@ def story(log: _Recorder, events: list[Entry] | None = None) -> Generator[Step, 
         )
 
         machine.guest.balloon_out(*_BALLOON)
-        burst = machine.invalidations
-        last = burst[-1]
+        burst, last = machine.invalidations, machine.invalidations[-1]
         warned = log.count("still held")
         yield Step(
             "balloon",

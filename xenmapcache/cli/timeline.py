@@ -80,8 +80,8 @@ def run(options: argparse.Namespace) -> int:
         print_json(facts)
     else:
         print_line(
-            f"{options.output}: {picture.events:,} events, {picture.leases:,} leases in "
-            f"{len(picture.lanes):,} lanes, {picture.stale:,} of them stale"
+            f"{options.output}: {picture.events:,} events; leases: {picture.leases:,}, "
+            f"lanes: {len(picture.lanes):,}, stale DMA leases: {picture.stale:,}"
         )
     return 0
 
