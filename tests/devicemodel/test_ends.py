@@ -603,15 +603,22 @@ def test_closed_between_the_check_and_the_round(
         server.process_pending()
 
 
+def stop_when_caught() -> None:
+    """Send SIGTERM as soon as it is caught: before that it ends this process."""
+    while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_signals_of_a_program_that_serves(server: IoreqServer) -> None:
     """SIGTERM while it serves in this thread: the loop ends, and nothing is given up."""
     previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with server:
-            timer = threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM))
-            timer.start()
+            thread = threading.Thread(target=stop_when_caught, daemon=True)
+            thread.start()
             assert server.serve_forever() == signal.SIGTERM
-            timer.join()
+            thread.join()
             assert connection_of(server).calls.watcher.deadline is None
     finally:
         signal.signal(signal.SIGTERM, previous)
