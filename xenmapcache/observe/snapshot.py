@@ -122,7 +122,10 @@ class ServerState:
     Attributes:
         name: of the server, and whether it is open.
         domid: the domain's number.
-        requests, invalidations, failures, lost_answers: as of :class:`IoreqServer`.
+        requests: how many requests were answered or carried out.
+        invalidations: how many INVALIDATEs were among them.
+        failures: how many requests failed.
+        lost_answers: how many answers no vCPU took.
         current: what it does now, innermost first: a handler may serve requests itself.
     """
 
