@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,14 +26,12 @@ def _freeze() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+@pytest.hookimpl(hookwrapper=True)  # Dom0's pytest is older than wrapper=True
+def pytest_collection() -> Iterator[None]:
     """Without the collector: what modules make as they are imported lives to the end."""
     gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.enable()
+    yield
+    gc.enable()
 
 
 def pytest_collection_finish() -> None:
