@@ -7,7 +7,10 @@ import os
 
 
 def open_files() -> int:
-    """Return how many there are, without those that garbage of earlier tests still holds."""
+    """Return how many there are, without those that garbage of earlier tests still holds.
+
+    Compare with ``<=``: a thread that an earlier test has ended may close one in between.
+    """
     before = len(os.listdir("/proc/self/fd"))
     while True:  # what one collection finalizes may be what the next one can free
         gc.collect()

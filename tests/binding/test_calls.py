@@ -355,11 +355,11 @@ def test_a_handle_leaves_no_file_open(fake: FakeXen, binding: str) -> None:
     ForeignMemory(binding=binding, library=fake.library).close()
     before = open_files()
     ForeignMemory(binding=binding, library=fake.library).close()
-    assert open_files() == before
+    assert open_files() <= before
     fake.plan("xenforeignmemory_open", Behaviour.FAIL, errno.ENODEV)
     with pytest.raises(BackendUnavailableError):
         ForeignMemory(binding=binding, library=fake.library)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_a_failure_tells_what_xen_said(

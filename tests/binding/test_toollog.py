@@ -62,7 +62,7 @@ def test_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match="fdopen") as caught:
         toollog.ToolLog(StandIn())
     assert caught.value.errno == errno.ENOMEM
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_no_file_for_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -510,7 +510,7 @@ def test_asyncio_leaves_nothing_behind(server: IoreqServer) -> None:
         await asyncio.sleep(0)
         server.stop()
         await task
-        assert open_files() == files
+        assert open_files() <= files
         assert not loop.remove_reader(server._runtime.wake_fileno())
 
     with server:

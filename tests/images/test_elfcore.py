@@ -295,7 +295,7 @@ def test_files_that_lie(path: Path, name: str) -> None:
     before = open_files()
     with pytest.raises(CorruptImageError, match=f"vmcore: .*{message}"):
         opened(path, content)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 DAMAGED = {

@@ -119,7 +119,7 @@ def test_wrong_arguments(
     before = open_files()
     with pytest.raises(error, match=message):
         opened(path, memory(0, 4), **options)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_a_file_that_is_shorter_than_its_ranges(path: Path) -> None:
@@ -312,7 +312,7 @@ def test_lime_that_lies(path: Path, content: bytes, message: str) -> None:
     before = open_files()
     with pytest.raises(CorruptImageError, match=f"guest.img.*{message}"):
         opened(path, content)
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_too_many_ranges(path: Path) -> None:

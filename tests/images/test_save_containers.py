@@ -102,7 +102,7 @@ def test_a_container_that_lies(file: Path, name: str) -> None:
     files = open_files()
     with calls_at_most(10_000), pytest.raises(CorruptImageError, match=f"guest.save: .*{message}"):
         opened(file, content)
-    assert open_files() == files
+    assert open_files() <= files
 
 
 @pytest.mark.parametrize("content", [LIBVIRT, SUSPENDED[:-100]])

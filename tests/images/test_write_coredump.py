@@ -256,7 +256,7 @@ def test_a_file_without_a_name_that_nothing_can_name(
     before = open_files()
     assert write_coredump(source, file) > 0
     assert os.listdir(file.parent) == [file.name]
-    assert open_files() == before
+    assert open_files() <= before
 
 
 def test_a_progress_that_raises(source: Backend, file: Path) -> None:

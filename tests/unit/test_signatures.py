@@ -90,7 +90,7 @@ def test_a_format_that_is_not_read(tmp_path: Path, name: str) -> None:
         assert "raw:" not in str(caught_too.value)
         if backend == "raw" or (backend == "save" and content):
             assert re.search(message, str(caught_too.value))
-    assert open_files() == before
+    assert open_files() <= before
 
 
 @pytest.mark.parametrize("name", NOT_READ)

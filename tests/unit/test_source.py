@@ -241,7 +241,7 @@ def test_recognising_leaves_nothing_open(tmp_path: Path) -> None:
     assert source.recognise(str(known)) == "coredump"
     with pytest.raises(ValueError, match="unrecognised format"):
         source.recognise(str(unknown))
-    assert open_files() == files
+    assert open_files() <= files
 
 
 def test_an_xl_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
