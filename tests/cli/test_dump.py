@@ -282,7 +282,7 @@ def test_an_interrupt_leaves_nothing(
         "MockDomain.pause = lambda _: print('paused', flush=True)\n"
         "MockDomain.unpause = lambda _: print('unpaused', flush=True)\n"
         "def begun(*_):\n"
-        f"    os.kill(os.getpid(), {int(number)})\n"
+        f"    signal.raise_signal({int(number)})\n"
         "os.pwrite = os.pwritev = begun\n"
         f"sys.exit(main(['dump', 'mock:4M', '-o', {str(path)!r}, '--format', {form!r}, '--pause']))"
     )
