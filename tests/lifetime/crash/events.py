@@ -119,10 +119,21 @@ def interrupt_in_release(world: World, hold: Hold) -> None:
     lease.release()
 
 
+def _spare_room() -> list[object]:
+    """Return objects between which Python has room, so that it needs none of the kernel's."""
+    sizes = (*range(0, 480, 16), 1000, 2000, 4000, 8000)
+    spare: list[object] = [
+        made for size in sizes for number in range(400) for made in (bytes(size), number / 3)
+    ]
+    del spare[::4], spare[::3]
+    return spare
+
+
 def limit_memory(world: World, hold: Hold) -> None:
     """Use up the address space: buckets are evicted, or the call fails with ENOMEM."""
     del hold
     world.cache.invalidate()
+    spare = _spare_room()
     used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * 4096
     hard = resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_AS, (used, hard))
@@ -135,6 +146,7 @@ def limit_memory(world: World, hold: Hold) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + 16 * MiB, hard))
     eviction(world, Hold(world))
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    del spare
 
 
 def limit_files(world: World, hold: Hold) -> None:
