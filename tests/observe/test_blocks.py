@@ -307,3 +307,9 @@ def test_invalidates_keep_their_place() -> None:
     found = list(separate(LogParser().feed(logs.text(*lines, prefix=logs.PREFIXES["pid"]))))
     assert [type(event) for event in found] == [BucketMapped, Invalidated] * 2
     assert [event.number for event in found if isinstance(event, Invalidated)] == [1, 2]
+
+
+def test_a_day_that_the_calendar_lacks_has_no_time() -> None:
+    """The other lines of its block keep theirs."""
+    times = FORMS["iso"].times([b"1970-02-30T00:00:01.000000Z", b"1970-01-01T00:00:01.000002Z"])
+    assert times == [None, 1_000_002_000]
