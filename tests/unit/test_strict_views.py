@@ -184,3 +184,11 @@ def test_no_warning_without_leases(backend: Backend, monkeypatch: pytest.MonkeyP
         cache.map_dma(AT, 8, owner="t")
         monkeypatch.setattr("sys.is_finalizing", lambda: True)
         del cache
+
+
+def test_the_very_end(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the globals of its module are None already, a dropped cache says nothing."""
+    cache = MapCache(backend)
+    cache.map_dma(AT, 8, owner="t")
+    monkeypatch.setattr("xenmapcache.cache.mapcache.sys", None)
+    del cache

@@ -173,11 +173,13 @@ class Handle:
 
     def __del__(self) -> None:
         # C's handle is closed when its last user has gone: in a garbage cycle, another object's
-        # finalizer may still use it. At exit the kernel closes it.
+        # finalizer may still use it. At exit the kernel closes it; at the very end the globals of
+        # modules are None.
         if (
             getattr(self, "_opened", None) is None
-            or os.getpid() != self._pid
+            or sys is None
             or sys.is_finalizing()
+            or os.getpid() != self._pid
         ):
             return
         message = f"unclosed {self.declared.name} handle"

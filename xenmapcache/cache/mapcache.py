@@ -389,7 +389,8 @@ class MapCache(LendingCache):
     def __del__(self) -> None:
         # The leases and their memory stay as they are; a handle can still release its own.
         registry: LeaseRegistry | None = getattr(self, "_registry", None)  # None: it was not made
-        if registry is None or registry.table.forked or sys.is_finalizing():
+        # At the very end the globals of modules are None.
+        if registry is None or registry.table.forked or sys is None or sys.is_finalizing():
             return
         held = registry.held()
         if held:
