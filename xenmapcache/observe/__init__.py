@@ -1,1 +1,1 @@
-"""What is made of events: the analysis of QEMU's logs."""
+"""What is made of events: recordings, pictures, metrics, a monitor, the analysis of QEMU's logs."""
