@@ -40,8 +40,10 @@ def main() -> int:
         signal(SIGINT, SIG_DFL)
     status = 130
     try:
+        from xenmapcache.cli import import_command
         from xenmapcache.cli import main as run
 
+        import_command(sys.argv[1:])
         if not ignored:
             signal(SIGINT, default_int_handler)
         status = run()

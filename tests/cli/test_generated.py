@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -97,3 +98,24 @@ def test_the_makefile_generates_them() -> None:
     text = MAKEFILE.read_text()
     assert "argparse-manpage --module xenmapcache.cli.parser --function make_parser" in text
     assert "shtab xenmapcache.cli.parser.make_parser --shell" in text
+
+
+def test_a_command_imports_no_other() -> None:
+    """A start takes what the command itself needs; all commands together take twice as long."""
+    code = (
+        "import sys\n"
+        "from xenmapcache_command import main\n"
+        "status = main()\n"
+        "print(sorted(name for name in sys.modules if name.startswith('xenmapcache.cli.')))\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "info", "mock:1M", "--json"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+        check=True,
+    )
+    imported = {name.rpartition(".")[2] for name in ast.literal_eval(done.stdout.splitlines()[-1])}
+    assert imported & {name.replace("-", "_") for name in COMMANDS} == {"info"}

@@ -13,7 +13,14 @@ from typing import TextIO
 from ..errors import XenMapCacheError
 from .arguments import ERROR, CommandError
 from .output import print_error
-from .parser import make_parser
+from .parser import COMMANDS, make_parser, module_of
+
+
+def import_command(arguments: Sequence[str]) -> None:
+    """Import the module of the command that is the first argument, if it is one."""
+    for name in arguments[:1]:
+        if name in COMMANDS:
+            module_of(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         _open_closed_streams()
-        parser = make_parser()
+        parser = make_parser(whole=False)
         options = parser.parse_args(arguments)
         if options.tables and not options.json:
             try:
@@ -45,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
-        status: int = import_module(f".{options.command}", __name__).run(options)
+        status: int = module_of(options.command).run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)

@@ -12,8 +12,6 @@ from ..escape import printable_lines
 ERROR = 2
 _MAX_DIGITS = 9
 
-Commands = Any
-"""What ``add_subparsers`` returns; argparse has no public name for it."""
 FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 """How shtab completes an argument that is a file."""
 
@@ -87,38 +85,28 @@ def byte(text: str) -> bytes:
     return value
 
 
-def add_command(
-    commands: Commands,
-    name: str,
-    summary: str,
+def describe(
+    parser: argparse.ArgumentParser,
     description: str,
     examples: str,
     *,
     tables: bool = False,
     json: str | None = "print one JSON object",
-) -> argparse.ArgumentParser:
-    """Add a command that the module of its name runs.
+) -> None:
+    """Give a command's parser its help.
 
     Args:
-        commands: where to add it.
-        name: of the command, and of its module in this package, which has ``run(options)``.
-        summary: one line for ``xenmapcache --help``.
+        parser: the command's.
         description: a paragraph for its own ``--help``.
         examples: lines for its own ``--help``.
         tables: it prints tables, unless ``--json`` is given; they need rich.
         json: the help of ``--json``; None: the command prints what another program says.
     """
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.description = description
+    parser.epilog = f"examples:\n{examples}"
     if json is not None:
         parser.add_argument("--json", action="store_true", help=json)
-    parser.set_defaults(command=name.replace("-", "_"), tables=tables, usage_error=parser.error)
-    return parser
+    parser.set_defaults(tables=tables, usage_error=parser.error)
 
 
 def add_source(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailableError
-from .arguments import FILES, Commands, add_command
+from .arguments import FILES, describe
 from .output import Output, print_json, print_note
 
 if TYPE_CHECKING:
@@ -17,12 +17,10 @@ _TITLE = "6. What it looks like"
 _SOURCE = "xenmapcache demo: a guest balloons; [1] is the cache that copies"
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command."""
-    parser = add_command(
-        commands,
-        "demo",
-        "show what ballooning does to DMA, without Xen",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show on a mock guest what this package is about: a guest balloons while DMA is\n"
         "under way. Needs neither Xen nor root.",
         "  xenmapcache demo\n  xenmapcache demo -o demo.html\n"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..address import PAGE_MASK, PAGE_SHIFT, KiB
 from ..cache import MapCache
-from .arguments import CommandError, Commands, add_command, add_range, add_source
+from .arguments import CommandError, add_range, add_source, describe
 from .output import place, print_json, print_line, size
 from .sources import address_range, merge_adjacent, open_cache, opening, present
 
@@ -17,12 +17,10 @@ _PART_BYTES = 256 * KiB
 """Two of them fit into a processor's cache."""
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "diff",
-        "compare two sources",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Compare the memory of two sources, page by page, and print the ranges that differ or\n"
         "that only one of them has.",
         "  xenmapcache diff before.core after.core\n"

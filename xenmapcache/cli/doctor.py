@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from .arguments import Commands, add_command, domid
+from .arguments import describe, domid
 from .output import Output, print_json
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "doctor",
-        "check libraries, devices, Xen and a live guest",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Check what mapping a live guest needs, and map one page of one.",
         "  xenmapcache doctor\n"
         "  xenmapcache doctor --domid $(xl domid NAME)\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..cache import MapCache
 from ..extras import require
-from .arguments import FILES, CommandError, Commands, add_command, add_source, size
+from .arguments import FILES, CommandError, add_source, describe, size
 from .sources import open_cache, opening, usage_errors
 
 logger = logging.getLogger("xenmapcache")
@@ -22,12 +22,10 @@ _MAX_RESIDENT = "32GiB"
 _FAILED = 1
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "drgn",
-        "debug a guest's kernel with drgn",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Run drgn on a guest, live or saved. A script gets the program as `prog`, as from\n"
         "drgn's own command. Without a script, drgn's prompt appears, or a script is read from\n"
         "stdin. Options come before the source; what follows the script is the script's.",

@@ -16,7 +16,7 @@ from ..cache import MapCache
 from ..errors import XenMapCacheError
 from ..files.atomic import new_file
 from ..source import LIVE
-from .arguments import FILES, CommandError, Commands, add_command, add_range, add_source
+from .arguments import FILES, CommandError, add_range, add_source, describe
 from .ending import Ending
 from .output import Report, print_json, print_line, progress, size
 from .sources import address_range, open_cache, opening, present, usage_errors, views
@@ -25,12 +25,10 @@ _WRITERS = {"coredump": "write_coredump", "lime": "write_lime", "vmcore": "write
 """The formats besides raw: the module of ``writers``, and its function."""
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "dump",
-        "copy memory to a file",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Copy memory to a file. The file appears when the copy is complete. Only its owner can\n"
         "read it. Formats:\n"
         "  raw       an address is an offset from --start; holes take no room and read as zeros\n"

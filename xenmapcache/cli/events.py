@@ -36,7 +36,7 @@ from ..files.atomic import new_file
 from ..observe.eventlines import NAMES, encode, name_of
 from ..observe.perfetto import TraceWriter
 from ..observe.recording import Entry, Recording, read
-from .arguments import FILES, Commands, add_command, add_range
+from .arguments import FILES, add_range, describe
 from .output import print_line, print_note, size
 from .sources import usage_errors
 
@@ -46,12 +46,10 @@ _BUFFER: Final = 1 << 20
 _KINDS: Final = {0: "port", 1: "MMIO", 2: "PCI", 7: "time offset"}
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "events",
-        "print what a recorder has written",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Print the events of recordings, one line each: leases, buckets, INVALIDATE, ioreqs. "
         "A recording comes from xenmapcache.record, from any program that runs with "
         "XENMAPCACHE_RECORD=PATH, or from qemu-log --record.",

@@ -14,7 +14,7 @@ from ..cache import MapCache
 from ..escape import printable
 from ..extras import require
 from ..guest import GuestMemory
-from .arguments import CommandError, Commands, add_command, add_range, add_source, positive, size
+from .arguments import CommandError, add_range, add_source, describe, positive, size
 from .hexdump import Hexdump
 from .output import place, print_json_line, print_line, print_lines
 from .sources import address_range, open_cache, opening, usage_errors
@@ -30,12 +30,10 @@ _LINE = 16
 _MAX_MATCH = 4096
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "find",
-        "search for text, bytes, a regular expression or YARA's rules",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Search memory. Holes are skipped. Each match is a line: its address, and what was\n"
         "found. A regular expression follows Python's re, over bytes; matches longer than\n"
         "4 KiB may be reported only in part. YARA judges its rules for each MiB on its own.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .arguments import Commands, add_command
+from .arguments import describe
 from .output import print_json, print_line, size
 
 if TYPE_CHECKING:
@@ -14,12 +14,10 @@ if TYPE_CHECKING:
 _COLUMNS = "{:>7} {:>6}  {:<13} {:>8} {:>10} {:>5}  {}"
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    add_command(
-        commands,
-        "holders",
-        "show which processes hold guests' memory",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show which processes of this domain map guests' memory (privcmd) and grants (gntdev),\n"
         "QEMU and all others, and which of them may keep a dying domain, which xl list calls\n"
         "(null). Run it in Dom0, as root. The kernel does not say whose pages a process maps:\n"

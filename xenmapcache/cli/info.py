@@ -10,7 +10,7 @@ from ..address import PAGE_SHIFT
 from ..backend import Backend
 from ..cache import MapCache
 from ..formats import cpu_notes
-from .arguments import Commands, add_command, add_range, add_source
+from .arguments import add_range, add_source, describe
 from .output import Output, place, print_json, size
 from .sources import address_range, merge_adjacent, open_cache, opening, present
 
@@ -33,12 +33,10 @@ _BUCKET_SHIFT = 24
 """Nothing is read, so few map calls of 16 MiB each show which pages are present."""
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "info",
-        "show what a source is, and which memory it has",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show what a source is, which ranges of memory it has, and what its headers say.",
         "  xenmapcache info guest.core\n"
         "  xenmapcache info --json xen:web | jq .ranges\n"

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..escape import printable
-from .arguments import Commands, add_command
+from .arguments import describe
 from .output import place, print_json, print_line
 from .processes import add_pid, age, ask_processes, cut
 
@@ -18,12 +18,10 @@ _COLUMNS = "{:<18} {:<6} {:>15} {:>10} {:<13} {:>7} {}"
 _OWNER_WIDTH, _THREAD_WIDTH, _LINE_WIDTH = 18, 24, 80
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "leases",
-        "show which leases processes hold: whose, since when, and whether stale",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show the leases that processes hold, oldest first: owner, kind, guest addresses,\n"
         "direction, age, and the thread that took each. A stale one was held across an\n"
         "INVALIDATE: what a device writes there is lost. The line of code is shown if the\n"

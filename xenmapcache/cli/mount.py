@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .arguments import Commands, add_command, add_source
+from .arguments import add_source, describe
 from .arguments import size as parse_size
 from .output import print_json, print_line, size
 from .sources import open_cache, opening, usage_errors
@@ -14,12 +14,10 @@ from .sources import open_cache, opening, usage_errors
 _MAX_RESIDENT = "1GiB"
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "mount",
-        "show memory as files, for crash, gdb and MemProcFS",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Mount a folder with files that are a guest's memory, live or saved. Nothing is copied\n"
         "before it is read, and nothing can be written:\n"
         "  memory.raw    an address is an offset; holes read as zeros\n"

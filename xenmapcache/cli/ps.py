@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..escape import printable
-from .arguments import Commands, add_command
+from .arguments import describe
 from .output import print_json, print_line, size
 from .processes import HOW, age, ask_processes, cut
 
@@ -18,12 +18,10 @@ _COLUMNS = "{:>7} {:>6} {:>8} {:>7} {:>6} {:>10}  {}"
 _DOMAIN_WIDTH, _COMMAND_WIDTH = 6, 29
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    add_command(
-        commands,
-        "ps",
-        "show which processes use this package, and what they hold",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show this user's processes that have a monitor, and what their caches hold: leases,\n"
         "DMA leases that an INVALIDATE has made stale, and mapped memory. A process has a\n"
         "monitor if it was started with XENMAPCACHE_MONITOR=1, or calls\n"

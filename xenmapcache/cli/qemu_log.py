@@ -14,7 +14,7 @@ from ..files.logfile import LogFile
 from ..formats.qemu_events import Found, separate
 from ..observe.qemu import START_BYTES, Parser, QemuAnalysis, make_parser
 from ..observe.recording import write_recording
-from .arguments import FILES, CommandError, Commands, add_command
+from .arguments import FILES, CommandError, describe
 from .output import Output, flush, print_json, print_json_line, print_line, progress, size
 from .sources import usage_errors
 
@@ -24,12 +24,10 @@ _WAIT_S = 0.5
 _ROUND_EVENTS = 20
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "qemu-log",
-        "show what QEMU's log says about DMA, INVALIDATE and ioreqs",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show what a log of QEMU says about its map cache: DMA that was held across an INVALIDATE, "
         "bursts of INVALIDATEs, hits, buckets that are mapped again and again, and ioreqs. "
         "It reads trace events as text or in QEMU's binary form, and the messages of QEMU 2.10 "

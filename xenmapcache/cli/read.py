@@ -10,7 +10,7 @@ from ..address import PAGE_MASK, MiB, check_range
 from ..cache import MapCache
 from ..errors import TranslationError
 from ..guest.addressspace import AddressSpace, missing_page
-from .arguments import CommandError, Commands, add_command, add_source, byte, size
+from .arguments import CommandError, add_source, byte, describe, size
 from .hexdump import Hexdump
 from .output import place, print_bytes, print_lines, print_part
 from .sources import open_cache, opening, present, usage_errors, views
@@ -19,12 +19,10 @@ from .translate import add_space, open_space
 _DEFAULT_LENGTH = 256
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "read",
-        "read memory: a hexdump on a terminal, the bytes into a pipe or file",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Read memory. On a terminal it is shown as hexdump -C does; a pipe or a file gets the\n"
         "bytes themselves. A missing page is an error, unless --fill gives a byte to\n"
         "return for it. With --virtual, ADDRESS is translated by the page tables of the Linux\n"

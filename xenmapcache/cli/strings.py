@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 
 from ..guest import search
-from .arguments import Commands, add_command, add_range, add_source, positive
+from .arguments import add_range, add_source, describe, positive
 from .output import place, print_json_line, print_part
 from .sources import address_range, open_cache, opening, usage_errors
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "strings",
-        "print printable text and its addresses",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Print runs of printable ASCII, each with its address.",
         "  xenmapcache strings guest.core | less\n"
         "  xenmapcache strings guest.core -n 8 --encoding utf-16le\n"

@@ -13,7 +13,7 @@ from ..observe.timeline.making import picture_of
 from ..observe.timeline.model import Picture
 from ..observe.timeline.page import load_library, write_page
 from ..observe.timeline.svg import load_matplotlib, write_svg
-from .arguments import FILES, Commands, add_command
+from .arguments import FILES, describe
 from .output import print_json, print_line, print_note
 from .sources import usage_errors
 
@@ -22,12 +22,10 @@ _BUFFER: Final = 1 << 20
 Write = Callable[[str], object]
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "timeline",
-        "draw what a recorder has written",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Draw a recording as one page for a browser: a lane for each owner with its leases, "
         "stale leases in red, INVALIDATEs, guest addresses, rates, handler times, and the worst "
         "leases. The page is one file and uses no network. It needs plotly, an SVG needs "

@@ -8,7 +8,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Final
 
-from .arguments import CommandError, Commands, add_command, positive
+from .arguments import CommandError, describe, positive
 from .output import Display, flush, print_json_line, print_line, print_note
 from .processes import HOW, ask_processes
 
@@ -20,12 +20,10 @@ _MIN_SECONDS, _MAX_SECONDS = 0.1, 86400.0
 _ENDED: Final = 1
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "top",
-        "watch what a process holds, live",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Show what the caches and servers of a process do: map calls, evictions, INVALIDATEs and\n"
         "requests per second, what a server does now, and the leases, oldest first. Stale leases,\n"
         "and requests that take more than 0.1 s, are red. The process has a monitor if it runs\n"

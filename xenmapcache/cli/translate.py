@@ -8,7 +8,7 @@ from ..cache import MapCache
 from ..errors import TranslationError
 from ..formats.pagetables import PAGE_TABLE_LEVELS, Rights
 from ..guest.addressspace import AddressSpace, Step
-from .arguments import CommandError, Commands, add_command, add_source, number, size
+from .arguments import CommandError, add_source, describe, number, size
 from .output import place, print_json, print_line
 from .output import size as size_text
 from .sources import open_cache, opening, usage_errors
@@ -16,12 +16,10 @@ from .sources import open_cache, opening, usage_errors
 _DEFAULT_LEVELS = 4
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "translate",
-        "translate virtual addresses by the guest's page tables",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Translate virtual addresses. For each, the guest-physical address and the page's size\n"
         "and rights are printed, and then each level's entry: its name, its guest-physical\n"
         "address and its value. The page tables are those of the Linux kernel, unless --cpu or\n"

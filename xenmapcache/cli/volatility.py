@@ -6,18 +6,16 @@ import argparse
 import sys
 
 from ..extras import require
-from .arguments import Commands, add_command, add_source
+from .arguments import add_source, describe
 from .sources import open_cache, opening, usage_errors
 
 _MAX_RESIDENT = "32GiB"
 
 
-def prepare_parser(commands: Commands) -> None:
-    """Add the command and its arguments."""
-    parser = add_command(
-        commands,
-        "volatility",
-        "run a plug-in of Volatility 3",
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
         "Run Volatility 3 on a guest, live or saved. Holes stay holes: reads of them fail, and\n"
         "scans skip them and nothing else. Options of this command come before the source; all\n"
         "arguments after it are Volatility's.",
