@@ -20,7 +20,7 @@ from typing import Final
 
 from tests.free_threaded import ROOT, UNAVAILABLE, UnavailableError, run
 
-SUITE: Final = "bookworm"
+SUITE: Final = "trixie"
 PACKAGES: Final = ("ca-certificates", "git", "make", "python3", "python3-venv")
 ABSENT: Final = ("/usr/bin/gcc", "/usr/bin/cc", "/usr/include/stdio.h", "/usr/include/xen")
 """What the root must not have, or the run would prove nothing."""
