@@ -195,7 +195,7 @@ def test_pending_bits_are_read_only(
 
 
 @pytest.mark.parametrize(
-    ("vectors", "length"), [(1, 4096), (252, 4096), (254, 8192), (2048, 65536)]
+    ("vectors", "length"), [(1, 4096), (254, 4096), (255, 8192), (2048, 65536)]
 )
 def test_the_bar_holds_table_and_pending_bits(
     served: IoreqServer, vectors: int, length: int
