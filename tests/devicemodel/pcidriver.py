@@ -84,3 +84,12 @@ class PciDriver:
 def claims_of(guest: MockDomain) -> Claims:
     """Return what the mock's Xen has of all servers, both ends included; PCI as a number."""
     return {claim for server in guest.ioreq_servers.values() for claim in server._claims}
+
+
+def raised(guest: MockDomain) -> list[tuple[object, ...]]:
+    """Return the last two numbers of each interrupt: address and data, or pin and level."""
+    found: list[tuple[object, ...]] = []
+    for interrupt in guest.interrupts:
+        last = interrupt[-1]
+        found.append((last if isinstance(last, tuple) else interrupt)[-2:])
+    return found

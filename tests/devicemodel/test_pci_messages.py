@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.devicemodel.pcidriver import BDF, MEMORY, PciDriver
+from tests.devicemodel.pcidriver import BDF, MEMORY, PciDriver, raised
 from tests.kit import connection_of, in_thread, link_of, wait_for_the_log
 from xenmapcache import ClosedError, MockDomain, XenCallError
 from xenmapcache.devicemodel import IoreqServer
@@ -66,8 +66,8 @@ class MsixDriver(PciDriver):
         return self.guest.mmio_read(TABLE + 16 * 4, 8)
 
     @property
-    def messages(self) -> list[tuple[int, int]]:
-        return [(arguments[0], arguments[1]) for _, arguments in self.guest.interrupts]
+    def messages(self) -> list[tuple[object, ...]]:
+        return raised(self.guest)
 
 
 @pytest.fixture
@@ -402,8 +402,8 @@ class MsiDriver(PciDriver):
         return self.read(self.capability(MSI) + 20)
 
     @property
-    def messages(self) -> list[tuple[int, int]]:
-        return [(arguments[0], arguments[1]) for _, arguments in self.guest.interrupts]
+    def messages(self) -> list[tuple[object, ...]]:
+        return raised(self.guest)
 
 
 @pytest.fixture
