@@ -13,7 +13,8 @@
 #   2. If a reset times out, the status stays as it was, and the driver sees that.
 #   3. The line's level is "interrupt status is not 0". Workers raise bits, the serving thread
 #      clears them, and each calls the line without a lock. After a call, each looks whether the
-#      level is still right, and calls again if it is not. So the last call tells the truth.
+#      level is still right, and calls again if it is not. So the last call tells the truth. In
+#      between the line may be high for a moment without a bit: drivers ignore such an interrupt.
 
 from __future__ import annotations
 
