@@ -239,7 +239,7 @@ def test_toggling_is_quiet_and_cheap(
 def test_sizing_while_decoding_is_quiet(
     guest: MockDomain, driver: PciDriver, served: IoreqServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A register of all ones is no place for a BAR, and a question instead of a mistake."""
+    """A register of all ones asks for the size: it is not claimed, and not a mistake."""
     place_all(driver)
     driver.command(IO | MEMORY)
     for offset in (0x10, 0x14, 0x18, 0x1C):
@@ -563,7 +563,7 @@ def test_one_place_has_one_function(guest: MockDomain, served: IoreqServer) -> N
 
 
 def test_after_the_server(guest: MockDomain, server: IoreqServer) -> None:
-    """A closed server has released everything; to unplug is no error, to plug is one."""
+    """A closed server has released everything: `unplug` accepts that, and `plug` does not."""
     function = new(server, interrupt_pin=1)
     function.add_bar(0, 4096, Memory())
     function.plug()

@@ -136,7 +136,7 @@ class Bar:
         """Claim the range, if the guest decodes it and it is not claimed.
 
         Raises:
-            ValueError: the range is no place for a BAR, or this server has claimed a part of it.
+            ValueError: the range does not suit a BAR, or this server has claimed a part of it.
             XenCallError: Xen refused.
             ClosedError: the server is closed.
         """

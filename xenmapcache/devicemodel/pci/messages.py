@@ -35,6 +35,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from ...address import as_int
+from ...cache.locked import locked
 from ...errors import XenCallError
 from ...logs import safely
 from ..dispatch import GuestError
@@ -94,12 +95,14 @@ class MessageInterrupts(ABC):
         """
         if not 0 <= as_int("vector", vector) < self.vectors:
             raise ValueError(f"{self._name}: vector {vector} must be in 0..{self.vectors - 1}")
-        with self._lock:
-            self._pending.add(vector)
-            refused = self._send([vector])
+        refused = locked(self._lock, self._add_and_send, vector)
         if refused and not self._reported:
             self._reported = True
             safely(logger.warning, "domain %d: %s", self._server.domid, refused)
+
+    def _add_and_send(self, vector: int) -> str | None:
+        self._pending.add(vector)
+        return self._send([vector])
 
     def _pending_bits(self) -> int:
         """Return the pending vectors, one bit for each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from ...address import as_int
+from ...cache.locked import locked
 from ..server import IoreqServer
 from .messages import MessageInterrupts, is_pirq
 
@@ -45,9 +46,11 @@ class MsiCapability(MessageInterrupts):
 
     def reset(self) -> None:
         """Disable it, and forget what the guest has programmed."""
-        with self._lock:
-            self._body = self._initial
-            self._pending.clear()
+        locked(self._lock, self._clear)
+
+    def _clear(self) -> None:
+        self._body = self._initial
+        self._pending.clear()
 
     @property
     def enabled(self) -> bool:
@@ -56,15 +59,16 @@ class MsiCapability(MessageInterrupts):
 
     def value(self) -> int:
         """Return the capability as the guest reads it, with the pending bits."""
-        with self._lock:
-            pending = self._pending_bits() << 8 * (_MSI.size - 4)
-            return int.from_bytes(self._body, "little") | pending
+        pending = locked(self._lock, self._pending_bits)
+        return int.from_bytes(self._body, "little") | pending << 8 * (_MSI.size - 4)
 
     def written(self, capability: int) -> None:
         """Take the capability as the guest has written it."""
-        with self._lock:
-            self._body = capability.to_bytes(_MSI.size, "little")
-            self._send_allowed(self._pending)
+        locked(self._lock, self._write, capability.to_bytes(_MSI.size, "little"))
+
+    def _write(self, body: bytes) -> None:
+        self._body = body
+        self._send_allowed(self._pending)
 
     def _message(self, vector: int) -> tuple[int, int] | None:
         control, address, data, _, masks, _ = _MSI.unpack(self._body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from ...address import as_int
+from ...cache.locked import locked
 from ..dispatch import GuestError
 from ..server import IoreqServer
 from .messages import MessageInterrupts, is_pirq
@@ -45,10 +46,12 @@ class MsixTable(MessageInterrupts):
 
     def reset(self) -> None:
         """Disable it: all entries are empty and masked, and no vector is pending."""
-        with self._lock:
-            self._table = bytearray(_ENTRY.pack(0, 0, _MASKED) * self.vectors)
-            self._control = 0
-            self._pending.clear()
+        locked(self._lock, self._clear)
+
+    def _clear(self) -> None:
+        self._table = bytearray(_ENTRY.pack(0, 0, _MASKED) * self.vectors)
+        self._control = 0
+        self._pending.clear()
 
     @property
     def enabled(self) -> bool:
@@ -57,26 +60,29 @@ class MsixTable(MessageInterrupts):
 
     def written(self, capability: int) -> None:
         """Take what the guest wrote to the capability: the first two bytes are the control."""
-        with self._lock:
-            self._control = capability & 0xFFFF
-            self._send_allowed(self._pending)
+        locked(self._lock, self._write_control, capability & 0xFFFF)
+
+    def _write_control(self, control: int) -> None:
+        self._control = control
+        self._send_allowed(self._pending)
 
     def read(self, offset: int, size: int) -> int:
         """Read the table or the pending bits; a handler."""
         self._check(offset, size)
-        with self._lock:
-            if offset < self._pending_at:
-                return int.from_bytes(self._table[offset : offset + size], "little")
-            return self._pending_bits() >> 8 * (offset - self._pending_at) & (1 << 8 * size) - 1
+        if offset < self._pending_at:  # no other thread writes it
+            return int.from_bytes(self._table[offset : offset + size], "little")
+        pending = locked(self._lock, self._pending_bits)
+        return pending >> 8 * (offset - self._pending_at) & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write the table; a handler. The pending bits are read-only."""
         self._check(offset, size)
-        if offset >= self._pending_at:
-            return
-        with self._lock:
-            self._table[offset : offset + size] = value.to_bytes(size, "little")
-            self._send_allowed([offset // _ENTRY.size])
+        if offset < self._pending_at:
+            locked(self._lock, self._write_entry, offset, value.to_bytes(size, "little"))
+
+    def _write_entry(self, offset: int, data: bytes) -> None:
+        self._table[offset : offset + len(data)] = data
+        self._send_allowed([offset // _ENTRY.size])
 
     def _check(self, offset: int, size: int) -> None:
         if size not in (4, 8) or offset % size:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 
 from ...address import as_int
+from ...cache.locked import locked
 from ...errors import ClosedError
 from ..server import IoreqServer
 
@@ -49,24 +50,22 @@ class InterruptPin:
         """
         if not self.number:
             raise ValueError(f"PCI function {self._bdf} has no interrupt pin (interrupt_pin=0)")
-        with self._lock:
-            self.level = level
-            self._apply()
+        self.level = level
+        locked(self._lock, self._apply)
 
     def disable(self, disabled: bool) -> None:
         """Have the guest's choice; raises as :meth:`set`."""
-        with self._lock:
-            self._disabled = disabled
-            self._apply()
+        self._disabled = disabled
+        locked(self._lock, self._apply)
 
     def reset(self) -> None:
         """Lower the line, and forget the guest's choice; raises as :meth:`set`."""
-        with self._lock, contextlib.suppress(ClosedError):  # a closed server has no lines
-            self.level = self._disabled = False
-            self._apply()
-            self._asserted = False
+        self.level = self._disabled = False
+        with contextlib.suppress(ClosedError):  # a closed server has no lines
+            locked(self._lock, self._apply)
 
     def _apply(self) -> None:
+        """Set the line. Whichever thread does it last sees what all of them have stored."""
         wanted = self.level and not self._disabled
         if wanted != self._asserted:
             self._server.set_pci_intx(self._bdf, self.number - 1, wanted)
