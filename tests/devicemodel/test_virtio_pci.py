@@ -52,7 +52,7 @@ class Slow(VirtioDevice):
 
 
 class VirtioPciDriver(PciDriver):
-    """A driver of one device behind virtio-pci, with one vCPU. It asks where each area is."""
+    """The driver of one device over virtio-pci, with one vCPU. It asks where each area is."""
 
     def __init__(self, guest: MockDomain) -> None:
         super().__init__(guest)

@@ -285,11 +285,12 @@ class PciFunction:
             self._region = None
         # From here on no handler changes the configuration space.
         self.config.reset()
-        for messages in self._messages:
-            messages.reset()
         for bar in self._bars:
             bar.release(0)
             bar.reset()
+        # From here on no handler writes a table, either.
+        for messages in self._messages:
+            messages.reset()
         self._pin.reset()
 
     def reset(self) -> None:
