@@ -88,7 +88,7 @@ class QueueRecord:
 
     def begin(self, head: int) -> None:
         """Note that a request is in flight."""
-        self._memory[self._start + _HEADS + head] = 1
+        self._mark(head, 1)
 
     def publish(self, head: int) -> None:
         """Note which request is about to be given back."""
@@ -96,7 +96,7 @@ class QueueRecord:
 
     def end(self, head: int, idx: int) -> None:
         """Note that it was given back, and the device area's idx from then on."""
-        self._memory[self._start + _HEADS + head] = 0
+        self._mark(head, 0)
         self._put(_IDX, idx)
 
     def settle(self, idx: int) -> list[int] | None:
@@ -116,6 +116,9 @@ class QueueRecord:
             return None
         flags = self._memory[self._start + _HEADS : self._start + _HEADS + self._size]
         return [head for head, flag in enumerate(flags) if flag]
+
+    def _mark(self, head: int, flag: int) -> None:
+        self._memory[self._start + _HEADS + head] = flag
 
     def _get(self, place: int) -> int:
         (value,) = _U16.unpack_from(self._memory, self._start + place)
