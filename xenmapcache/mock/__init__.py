@@ -9,7 +9,19 @@ lost. All of it can be seen from the guest's side.
 from .domain import PAGES_PER_INVALIDATE, MockDomain
 from .faults import Call
 from .hypervisor import MockHypervisor
+from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
 from .saving import MockImage
 from .vcpu import Vcpu
 
-__all__ = ["PAGES_PER_INVALIDATE", "Call", "MockDomain", "MockHypervisor", "MockImage", "Vcpu"]
+__all__ = [
+    "PAGES_PER_INVALIDATE",
+    "Call",
+    "Interrupt",
+    "IntxInterrupt",
+    "IsaInterrupt",
+    "MockDomain",
+    "MockHypervisor",
+    "MockImage",
+    "MsiInterrupt",
+    "Vcpu",
+]

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from .. import mapping as _mapping
 from ..address import PAGE_SHIFT, as_int
 from ..errors import MappingLostError, XenCallError
+from ..ioreq import SLOT_SIZE
 from ..mapping import LiveMapping, Mapping, PageErrors
 from .faults import Call, FaultPlan
 from .frames import Frames
+from .interrupts import HasInterrupts
 from .ioreq_server import MAX_VCPUS, MockIoreqServer
 from .p2m import P2m, lose, merged, whole_pages
 from .saving import MockImage
@@ -34,7 +36,7 @@ PAGES_PER_INVALIDATE = 84
 """How many pages a guest gives up between two INVALIDATE requests, as seen on Xen 4.17."""
 
 
-class MockDomain(HasVcpus):
+class MockDomain(HasVcpus, HasInterrupts):
     """A guest. Make it with :meth:`.MockHypervisor.create_domain`.
 
     Attributes:
@@ -47,7 +49,8 @@ class MockDomain(HasVcpus):
         vcpu_timeout: how long a vCPU waits for a device model before TimeoutError, in seconds.
             A real one waits for ever.
         ioreq_servers: the ioreq servers, by id.
-        interrupts: what device models raised, in order, as ``(kind, details)``.
+        interrupts: what device models raised, in order: named tuples, of :class:`.MsiInterrupt`,
+            :class:`.IsaInterrupt` and :class:`.IntxInterrupt`.
         crashed: why Xen would have ended the guest, or an empty string.
         dirty_gfns: frame numbers that were reported as written, until you clear the set.
         invalidations: how many INVALIDATE requests the guest has sent.
@@ -72,15 +75,18 @@ class MockDomain(HasVcpus):
     ) -> None:
         vcpus = as_int("vcpus", vcpus)
         if not 1 <= vcpus <= MAX_VCPUS:
-            raise ValueError(f"vcpus must be 1 to {MAX_VCPUS}, not {vcpus}")
+            raise ValueError(
+                f"vcpus must be 1 to {MAX_VCPUS}, not {vcpus}: each vCPU has a slot of {SLOT_SIZE} "
+                f"bytes in the one page that an ioreq server shares with Xen"
+            )
         if type not in TYPES:
             raise ValueError(f"type must be one of {TYPES}, not {type!r}")
+        super().__init__()
         self.domid = domid
         self.type = type
         self.vcpus = vcpus
         self.vcpu_timeout = 10.0
         self.ioreq_servers: dict[int, MockIoreqServer] = {}
-        self.interrupts: list[tuple[str, tuple[int, ...]]] = []
         self.crashed = ""
         self.dirty_gfns: set[int] = set()
         self.invalidations = 0
