@@ -8,7 +8,7 @@ import pytest
 
 from tests.kit import in_thread
 from xenmapcache import MockDomain, MockHypervisor
-from xenmapcache.mock import IntxInterrupt, IsaInterrupt, MsiInterrupt
+from xenmapcache.mock import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 
@@ -91,3 +91,20 @@ def test_two_waiters_share_an_interrupt_fairly(guest: MockDomain, link: MockIore
     assert sorted(str(seen) for _, seen in waits) == [
         f"[MsiInterrupt(kind='msi', address=4276092928, data={data})]" for data in (1, 2)
     ]
+
+
+def test_an_interrupt_that_another_waiter_took_is_passed_by(
+    guest: MockDomain, link: MockIoreqServer
+) -> None:
+    """If two waiters see the same interrupt, the one that comes second takes the next one."""
+
+    class Contested(dict[int, Interrupt]):
+        """Another thread takes the first interrupt just before it is taken here."""
+
+        def pop(self, number: int, default: object = None) -> object:  # type: ignore[override] # of one form
+            return default if super().pop(number).data == 1 else link  # type: ignore[union-attr] # an MSI
+
+    for data in (1, 2):
+        link.inject_msi(0xFEE00000, data)
+    guest._untaken = Contested(guest._untaken)
+    assert guest.wait_for_interrupt(timeout=0) is link  # type: ignore[comparison-overlap] # see above

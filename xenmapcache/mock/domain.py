@@ -16,11 +16,12 @@ from ..ioreq import SLOT_SIZE
 from ..mapping import LiveMapping, Mapping, PageErrors
 from .faults import Call, FaultPlan
 from .frames import Frames
+from .guest_code import RunsCode
 from .interrupts import HasInterrupts
 from .ioreq_server import MAX_VCPUS, MockIoreqServer
 from .p2m import P2m, lose, merged, whole_pages
 from .saving import MockImage
-from .vcpu import HasVcpus, Vcpu
+from .vcpu import Vcpu
 from .waiting import Gate
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ PAGES_PER_INVALIDATE = 84
 """How many pages a guest gives up between two INVALIDATE requests, as seen on Xen 4.17."""
 
 
-class MockDomain(HasVcpus, HasInterrupts):
+class MockDomain(RunsCode, HasInterrupts):
     """A guest. Make it with :meth:`.MockHypervisor.create_domain`.
 
     Attributes:
@@ -52,6 +53,7 @@ class MockDomain(HasVcpus, HasInterrupts):
         interrupts: what device models raised, in order: named tuples, of :class:`.MsiInterrupt`,
             :class:`.IsaInterrupt` and :class:`.IntxInterrupt`.
         crashed: why Xen would have ended the guest, or an empty string.
+        pci_cf8: what the guest has written to port 0xcf8 last, to select a PCI register.
         dirty_gfns: frame numbers that were reported as written, until you clear the set.
         invalidations: how many INVALIDATE requests the guest has sent.
         p2m: which frame is at which guest frame number.
@@ -88,6 +90,7 @@ class MockDomain(HasVcpus, HasInterrupts):
         self.vcpu_timeout = 10.0
         self.ioreq_servers: dict[int, MockIoreqServer] = {}
         self.crashed = ""
+        self.pci_cf8 = 0
         self.dirty_gfns: set[int] = set()
         self.invalidations = 0
         self.faults = FaultPlan(domid)
@@ -175,7 +178,7 @@ class MockDomain(HasVcpus, HasInterrupts):
                     self.write(address, data)
             return symbols
 
-    def balloon_out(self, address: int, length: int, *, vcpu: int = 0) -> None:
+    def balloon_out(self, address: int, length: int, *, vcpu: int | None = None) -> None:
         """Give pages up, as a guest's balloon driver does, with Xen's burst of INVALIDATEs.
 
         Absent pages are skipped. Every ioreq server and every listener
@@ -213,7 +216,7 @@ class MockDomain(HasVcpus, HasInterrupts):
         """
         self.p2m.add(*whole_pages(address, length))
 
-    def send_invalidate(self, *, vcpu: int = 0) -> None:
+    def send_invalidate(self, *, vcpu: int | None = None) -> None:
         """Ask every ioreq server and listener to drop its mappings, and wait for them.
 
         Raises:

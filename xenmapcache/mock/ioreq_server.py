@@ -64,6 +64,7 @@ class Guest(Protocol):
     ioreq_servers: dict[int, MockIoreqServer]
     vcpu_timeout: float
     crashed: str
+    pci_cf8: int
 
     def raise_interrupt(self, interrupt: Interrupt) -> None:
         """Record an interrupt, and wake who waits for one."""
