@@ -18,6 +18,7 @@ __all__ = [
     "CacheFullError",
     "ClosedError",
     "CorruptImageError",
+    "DeviceError",
     "EmptyRangeError",
     "FaultError",
     "LeaseError",
@@ -181,6 +182,10 @@ class CacheFullError(XenMapCacheError):
 
 class QueueFullError(XenMapCacheError):
     """A DMA engine has as many transfers under way as it accepts."""
+
+
+class DeviceError(XenMapCacheError):
+    """A driver of the mock's guest cannot use a device, because of what the device says or does."""
 
 
 class ClosedError(XenMapCacheError, ValueError):

@@ -10,6 +10,8 @@ from .domain import PAGES_PER_INVALIDATE, MockDomain
 from .faults import Call
 from .hypervisor import MockHypervisor
 from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
+from .pci_device import MsixVector, PciBar, PciDevice
+from .pci_driver import PciDriver
 from .saving import MockImage
 from .vcpu import Vcpu
 
@@ -23,5 +25,9 @@ __all__ = [
     "MockHypervisor",
     "MockImage",
     "MsiInterrupt",
+    "MsixVector",
+    "PciBar",
+    "PciDevice",
+    "PciDriver",
     "Vcpu",
 ]

@@ -97,14 +97,27 @@ class HasInterrupts:
         Raises:
             ValueError: there is no such kind of line, or it is named by other values.
         """
-        match kind, *line:
-            case "isa", int(irq):
-                return self._levels.get(("isa", irq), False)
-            case "intx", str(bdf), int(pin):
-                return self._levels.get(("intx", bdf_text(bdf_number(bdf)), pin), False)
-        raise ValueError(
-            f"{(kind, *line)!r} must name a line, as ('isa', 5) or ('intx', '0000:00:05.0', 0)"
-        )
+        return self._levels.get(_line(kind, *line), False)
+
+    def wait_for_line(
+        self, kind: Literal["isa", "intx"], *line: int | str, timeout: float = 10.0
+    ) -> None:
+        """Wait until an interrupt line is high; return at once if it is.
+
+        Args:
+            kind: as of :meth:`line_level`.
+            line: as of :meth:`line_level`.
+            timeout: in seconds.
+
+        Raises:
+            TimeoutError: it was not raised in time.
+            ValueError: as of :meth:`line_level`.
+        """
+        end = time.monotonic() + timeout
+        fields = _line(kind, *line)
+        # It may have been lowered since: then the wait goes on.
+        while not self._levels.get(fields, False):
+            self.wait_for_interrupt(*fields, True, timeout=end - time.monotonic())
 
     def wait_for_interrupt(self, *fields: object, timeout: float = 10.0) -> Interrupt:
         """Wait for an interrupt, and return it.
@@ -141,3 +154,13 @@ class HasInterrupts:
                     )
         finally:
             self._waiters.pop(bell, None)
+
+
+def _line(*line: int | str) -> tuple[object, ...]:
+    """Return the fields of a line's interrupts, without the level."""
+    match line:
+        case "isa", int(irq):
+            return "isa", irq
+        case "intx", str(bdf), int(pin):
+            return "intx", bdf_text(bdf_number(bdf)), pin
+    raise ValueError(f"{line!r} must name a line, as ('isa', 5) or ('intx', '0000:00:05.0', 0)")
