@@ -102,7 +102,7 @@ def test_nobody_reads_the_selection_unless_a_server_answers(
 
 
 def test_only_four_bytes_at_0xcf8_select(guest: MockDomain, server: IoreqServer) -> None:
-    """Smaller writes, writes beside the port, strings and reads go on to the server alone."""
+    """Smaller writes, writes next to the port, strings and reads go on to the server alone."""
     bus = Memory()
     server.claim_ports(CF8, 4, bus)
     guest.port_out(CF8, SELECT)

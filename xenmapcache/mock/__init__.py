@@ -8,19 +8,28 @@ lost. All of it can be seen from the guest's side.
 
 from .domain import PAGES_PER_INVALIDATE, MockDomain
 from .faults import Call
+from .heap import GuestHeap
 from .hypervisor import MockHypervisor
 from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
 from .pci_device import MsixVector, PciBar, PciDevice
 from .pci_driver import PciDriver
 from .saving import MockImage
 from .vcpu import Vcpu
+from .virtio_driver import VirtioDriver
+from .virtio_mmio import MmioTransport
+from .virtio_pci import PciTransport
+from .virtio_ring import Chain, DriverQueue
 
 __all__ = [
     "PAGES_PER_INVALIDATE",
     "Call",
+    "Chain",
+    "DriverQueue",
+    "GuestHeap",
     "Interrupt",
     "IntxInterrupt",
     "IsaInterrupt",
+    "MmioTransport",
     "MockDomain",
     "MockHypervisor",
     "MockImage",
@@ -29,5 +38,7 @@ __all__ = [
     "PciBar",
     "PciDevice",
     "PciDriver",
+    "PciTransport",
     "Vcpu",
+    "VirtioDriver",
 ]

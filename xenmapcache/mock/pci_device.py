@@ -20,7 +20,7 @@ MSIX_ENABLE, MSIX_MASK_ALL = 0x8000, 0x4000
 
 _BARS_OF_HEADER = {0: 6, 1: 2}
 _MAX_CAPABILITIES = 48
-"""So many fit configuration space, 4 bytes each; a list that is longer has a loop."""
+"""Configuration space holds no more of 4 bytes each, so a longer list has a loop."""
 _ENTRY_SIZE = 16
 _MASKED = 1
 
@@ -240,6 +240,11 @@ class PciDevice:
                 return offset
         raise DeviceError(f"{self.bdf}: it has no capability {number:#x}")
 
+    @property
+    def msix_size(self) -> int:
+        """How many entries its MSI-X table has; DeviceError if it has none."""
+        return (self.read_config(self.find_capability(MSIX) + 2, 2) & 0x7FF) + 1
+
     def enable_msix(self, vectors: int, *, pirq: int | None = None) -> list[MsixVector]:
         """Enable MSI-X, and program the first entries of its table.
 
@@ -253,7 +258,7 @@ class PciDevice:
             DeviceError: the function has no MSI-X, or fewer entries.
         """
         control = self.find_capability(MSIX) + 2
-        size = (self.read_config(control, 2) & 0x7FF) + 1
+        size = self.msix_size
         if not 1 <= vectors <= size:
             raise DeviceError(f"{self.bdf}: {vectors} MSI-X vectors must be 1 to {size}")
         self.write_config(control, MSIX_ENABLE | MSIX_MASK_ALL, 2)
