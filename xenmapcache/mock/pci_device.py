@@ -20,7 +20,7 @@ MSIX_ENABLE, MSIX_MASK_ALL = 0x8000, 0x4000
 
 _BARS_OF_HEADER = {0: 6, 1: 2}
 _MAX_CAPABILITIES = 48
-"""Configuration space holds no more of 4 bytes each, so a longer list has a loop."""
+"""Configuration space holds 48 of 4 bytes each, so a longer list has a loop."""
 _ENTRY_SIZE = 16
 _MASKED = 1
 
