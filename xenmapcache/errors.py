@@ -181,7 +181,7 @@ class CacheFullError(XenMapCacheError):
 
 
 class QueueFullError(XenMapCacheError):
-    """A DMA engine has as many transfers under way as it accepts."""
+    """A DMA engine, or a queue of the mock's virtio driver, has no room for another transfer."""
 
 
 class DeviceError(XenMapCacheError):

@@ -8,6 +8,7 @@ lost. All of it can be seen from the guest's side.
 
 from .domain import PAGES_PER_INVALIDATE, MockDomain
 from .faults import Call
+from .guest_code import GuestCode
 from .heap import GuestHeap
 from .hypervisor import MockHypervisor
 from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
@@ -25,6 +26,7 @@ __all__ = [
     "Call",
     "Chain",
     "DriverQueue",
+    "GuestCode",
     "GuestHeap",
     "Interrupt",
     "IntxInterrupt",
