@@ -4,6 +4,7 @@ from .block import VirtioBlock
 from .buffer import BrokenDriverError, GuestBuffer
 from .device import Job, Transport, VirtioDevice
 from .mmio import VirtioMmio
+from .pci import VirtioPci
 from .queue import Request, Virtqueue
 from .rng import VirtioRng
 
@@ -16,6 +17,7 @@ __all__ = [
     "VirtioBlock",
     "VirtioDevice",
     "VirtioMmio",
+    "VirtioPci",
     "VirtioRng",
     "Virtqueue",
 ]
