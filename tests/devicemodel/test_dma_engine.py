@@ -295,7 +295,7 @@ def test_the_close_of_the_server_finishes_what_was_accepted(
         closing.join()
     spin_until(lambda: not engine.transfers)
     assert transfer.status is DONE
-    assert guest.interrupts == [("msi", (0xFEE00000, 0x31))]
+    assert guest.interrupts == [("msi", 0xFEE00000, 0x31)]
     assert guest.read(0x5000, 4) == b"data"
     assert late[0].status is CANCELLED
     assert isinstance(late[0].error, ClosedError)

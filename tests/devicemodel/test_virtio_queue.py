@@ -323,7 +323,7 @@ def test_a_size_against_the_rules(cache: MapCache, ring: Ring, size: int) -> Non
 )
 def test_an_address_against_the_rules(cache: MapCache, ring: Ring, area: str, address: int) -> None:
     """Each area is aligned, and ends within 64 bits."""
-    addresses = ring.addresses | {area: address}
+    addresses = ring.at(**{area: address})
     with pytest.raises(BrokenDriverError, match=f"at {address:#x} must be aligned to"):
         Virtqueue(cache, 0, size=SIZE, **addresses, features=0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Sequence
+from typing import TypedDict
 
 from xenmapcache import MockDomain
 from xenmapcache.devicemodel.virtio import queue as rings
@@ -13,6 +14,14 @@ NEXT, WRITE, INDIRECT = rings.NEXT, rings.WRITE, rings.INDIRECT
 EVENT_IDX = rings.EVENT_IDX
 ALL_FEATURES = rings.VERSION_1 | rings.INDIRECT_DESC | EVENT_IDX
 Ranges = Sequence[tuple[int, int]]
+
+
+class Areas(TypedDict):
+    """Where the areas of a ring are."""
+
+    descriptors: int
+    driver: int
+    device: int
 
 
 class Ring:
@@ -26,9 +35,17 @@ class Ring:
         guest.write(base, bytes(self.device + 6 + 8 * size - base))
 
     @property
-    def addresses(self) -> dict[str, int]:
+    def addresses(self) -> Areas:
         """As start_queue and Virtqueue take them."""
-        return {"descriptors": self.descriptors, "driver": self.driver, "device": self.device}
+        return self.at()
+
+    def at(self, **places: int) -> Areas:
+        """Return the addresses, some of them replaced."""
+        return Areas(
+            descriptors=places.get("descriptors", self.descriptors),
+            driver=places.get("driver", self.driver),
+            device=places.get("device", self.device),
+        )
 
     def u16(self, address: int) -> int:
         return int.from_bytes(self.guest.read(address, 2), "little")

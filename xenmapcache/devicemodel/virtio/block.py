@@ -98,6 +98,7 @@ class VirtioBlock(VirtioDevice):
         name: for reports.
         workers: how many requests are carried out at the same time.
         limit: how many requests may be under way. The others stay in the guest's ring.
+        record: path of a file with what the next process needs; see :class:`VirtioDevice`.
 
     Raises:
         ValueError: the serial number is too long, or not ASCII.
@@ -117,6 +118,7 @@ class VirtioBlock(VirtioDevice):
         name: str = "disk0",
         workers: int = 4,
         limit: int = 64,
+        record: str | os.PathLike[str] | None = None,
     ) -> None:
         features = SIZE_MAX | SEG_MAX | BLK_SIZE | FLUSH
         features |= RO if read_only else DISCARD | WRITE_ZEROES
@@ -128,7 +130,9 @@ class VirtioBlock(VirtioDevice):
         self._has_holes = stat.S_ISREG(os.fstat(self._fd).st_mode)
         self._read_only = read_only
         self._serial = serial.encode().ljust(_ID_BYTES, b"\0")
-        super().__init__(server, name=name, features=features, workers=workers, limit=limit)
+        super().__init__(
+            server, name=name, features=features, workers=workers, limit=limit, record=record
+        )
         self.config = _CONFIG.pack(
             self._sectors,
             _MAX_SEGMENT,

@@ -33,6 +33,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -48,6 +49,7 @@ from ..report import FailureLog, Tally
 from ..server import IoreqServer
 from .buffer import BrokenDriverError, GuestBuffer
 from .queue import EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
+from .record import DeviceRecord, QueueRecord
 
 Result = TypeVar("Result")
 
@@ -98,6 +100,8 @@ class VirtioDevice:
         name: for reports: the owner of the leases.
         workers: how many requests are carried out at the same time.
         limit: how many requests of a queue may be under way.
+        record: path of a file for what the next process needs if this one is killed, or None. Put
+            it into a file system that is empty after the machine's start, such as ``/run``.
 
     Attributes:
         device_id: virtio's number of the kind of device.
@@ -106,6 +110,10 @@ class VirtioDevice:
         negotiated: what the driver has accepted of it; 0 before.
         config: the bytes of the configuration space.
         transport: of the device; the transport sets it.
+        record: the file, opened, or None. The transport keeps its registers there.
+
+    Raises:
+        OSError: the record cannot be opened, or another process uses it.
 
     Synchronization: a transport calls it in the thread that serves. Workers call :meth:`Job`'s
     functions: ``end`` one at a time, ``work`` several at a time.
@@ -124,9 +132,11 @@ class VirtioDevice:
         features: int = 0,
         workers: int = 1,
         limit: int = 64,
+        record: str | os.PathLike[str] | None = None,
     ) -> None:
-        # A transfer is in the engine's table until its `on_end` has submitted the next one.
-        most = limit * len(self.queue_sizes) + workers
+        # A transfer is in the engine's table until its `on_end` has submitted the next one. Another
+        # process, with another limit, may have left as many as the queues hold.
+        most = sum(self.queue_sizes) + workers
         self._engine = DmaEngine(server, name=name, workers=workers, limit=most)
         self.name = name
         self.features = features | INDIRECT_DESC | EVENT_IDX | VERSION_1
@@ -138,6 +148,9 @@ class VirtioDevice:
         self._lock = threading.RLock()
         self._log = FailureLog(server.domid, Tally())
         self._log_lock = threading.RLock()
+        self.record: DeviceRecord | None = None
+        if record is not None:
+            self.record = DeviceRecord(record, server.domid, self.device_id, self.queue_sizes)
 
     def __repr__(self) -> str:
         state = "broken" if self._broken else f"{len(self._queues)} queues"
@@ -189,19 +202,21 @@ class VirtioDevice:
     def _start(self, index: int, size: int, descriptors: int, driver: int, device: int) -> None:
         if not index < len(self.queue_sizes) or index in self._queues:
             raise BrokenDriverError(f"queue {index} does not exist, or is in use")
-        if size > self.queue_sizes[index]:
+        record = None if self.record is None else self.record.queues[index]
+        addresses = {"descriptors": descriptors, "driver": driver, "device": device}
+        queue = self._queue(index, size=size, **addresses, record=record)
+        if record is not None:
+            record.start(size=size, **addresses)
+        self._queues[index] = queue
+
+    def _queue(self, index: int, *, record: QueueRecord | None, **numbers: int) -> Virtqueue:
+        if numbers["size"] > self.queue_sizes[index]:
             raise BrokenDriverError(
-                f"queue {index}: its size {size} must be at most {self.queue_sizes[index]}"
+                f"queue {index}: its size {numbers['size']} must be at most "
+                f"{self.queue_sizes[index]}"
             )
-        self._queues[index] = Virtqueue(
-            self._server.cache,
-            index,
-            size=size,
-            descriptors=descriptors,
-            driver=driver,
-            device=device,
-            features=self.negotiated,
-        )
+        cache = self._server.cache
+        return Virtqueue(cache, index, **numbers, features=self.negotiated, record=record)
 
     def notify_queue(self, index: int) -> None:
         """Take the requests that the driver has made available."""
@@ -219,6 +234,8 @@ class VirtioDevice:
         if queue is not None:
             queue.stopped = True
             self._engine.drain()
+            if self.record is not None:
+                self.record.queues[index].stop()
             del self._queues[index]
 
     def reset(self) -> None:
@@ -230,11 +247,41 @@ class VirtioDevice:
         for queue in self._queues.values():
             queue.stopped = True
         self._engine.cancel()
+        if self.record is not None:
+            self.record.clear()
         self._queues = {}
         self.negotiated = 0
         self._broken = False
 
     # --- life -----------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue with the driver that another process has served, if the record has one.
+
+        Call it when the server is open, and before it serves. What was in flight when that process
+        was killed is carried out again, and each request is answered once.
+        """
+        for index, record in enumerate(self.record.queues if self.record is not None else ()):
+            addresses = record.addresses
+            if addresses is None:
+                continue
+            found = self._guarded(self._resume, index, record, addresses)
+            if found is None:
+                continue
+            queue, requests = found
+            for request, job in requests:
+                self._submit(queue, request, job)
+            # The last interrupt and the last notification may be lost.
+            self.transport.interrupt_queue(index)
+            self._pump(queue)
+
+    def _resume(
+        self, index: int, record: QueueRecord, addresses: dict[str, int]
+    ) -> tuple[Virtqueue, list[tuple[Request, Job]]]:
+        queue = self._queue(index, **addresses, record=record)
+        requests = [(request, self.prepare(request)) for request in queue.resume()]
+        self._queues[index] = queue
+        return queue, requests
 
     def close(self) -> None:
         """Wait until requests under way have ended. Can be repeated; close the server before.
@@ -242,8 +289,12 @@ class VirtioDevice:
         Raises:
             TimeoutError: some are still under way; the message names them.
         """
-        self._engine.close()
-        locked(self._log_lock, self._log.flush)
+        try:
+            self._engine.close()
+        finally:
+            if self.record is not None:
+                self.record.close()
+            locked(self._log_lock, self._log.flush)
 
     def __enter__(self) -> Self:
         return self

@@ -18,10 +18,12 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
 
 from ...cache.locked import locked
+from ...errors import CorruptImageError
 from ..regions import Region
 from ..server import IoreqServer
 from .device import VirtioDevice
@@ -37,6 +39,8 @@ DRIVER_OK, FEATURES_OK, NEEDS_RESET = 4, 8, 0x40
 USED, CHANGED = 1, 2
 """Bits of the interrupt status."""
 _LOW = 0xFFFFFFFF
+_STATE = struct.Struct("<BQ")
+"""What a process that goes on needs: the status, and the driver's features."""
 _ADDRESSES = {
     0x080: ("descriptors", 0),
     0x084: ("descriptors", 32),
@@ -75,6 +79,10 @@ class VirtioMmio:
     Attributes:
         region: the claim; release it to unplug the device.
 
+    Raises:
+        ValueError: the device's record is of a driver that has accepted other features.
+        CorruptImageError: the record is of another transport.
+
     Synchronization: the guest's accesses come in the thread that serves; the device may call
     :meth:`interrupt_queue` and its siblings in any thread.
     """
@@ -93,6 +101,7 @@ class VirtioMmio:
         self._raised = 0
         self._forget()
         device.transport = self
+        self._restore()
         self.region: Region = server.claim_mmio(address, LENGTH, self)
 
     def __repr__(self) -> str:
@@ -105,6 +114,36 @@ class VirtioMmio:
         self._device_half = self._driver_half = 0
         self._selected = 0
         self._queues = [_Queue() for _ in self._device.queue_sizes]
+
+    # --- what outlives a kill -------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self._device.record is not None:
+            self._device.record.save(_STATE.pack(self._status, self._features))
+
+    def _restore(self) -> None:
+        """Take the registers over from a process that was killed."""
+        record = self._device.record
+        state = record.load() if record is not None else b""
+        if record is None or not state:
+            return
+        if len(state) != _STATE.size:
+            raise CorruptImageError(
+                f"the device's record has {len(state)} bytes of registers, but virtio-mmio has "
+                f"{_STATE.size}: another transport has made it; remove it, and restart the guest"
+            )
+        status, features = _STATE.unpack(state)
+        in_use = [each.addresses is not None for each in record.queues]
+        if status & DRIVER_OK and not any(in_use):
+            return  # it was killed amid a reset
+        if status & FEATURES_OK and not self._device.negotiate(features):
+            raise ValueError(
+                f"the driver has accepted features {features:#x}, and {self._device!r} offers "
+                f"{self._device.features:#x}; make it as it was before, or restart the guest"
+            )
+        self._status, self._features = status, features
+        for queue, ready in zip(self._queues, in_use, strict=True):
+            queue.ready = ready
 
     # --- what the device calls ------------------------------------------------------------------
 
@@ -203,6 +242,7 @@ class VirtioMmio:
         if self._driver_half < 2 and not self._status & FEATURES_OK:
             shift = 32 * self._driver_half
             self._features = self._features & ~(_LOW << shift) | value << shift
+            self._save()
 
     def _open_queue(self) -> _Queue | None:
         """Return the selected queue if the driver may still set it up."""
@@ -241,12 +281,14 @@ class VirtioMmio:
         if not value & 0xFF:
             self._device.reset()
             self._forget()
+            self._save()
             self._acknowledge(_LOW)
             return
         value = (self._status | value) & 0xFF & ~NEEDS_RESET
         if value & FEATURES_OK & ~self._status and not self._device.negotiate(self._features):
             value &= ~FEATURES_OK
         self._status = value
+        self._save()
 
     _WRITERS: dict[int, Callable[[VirtioMmio, int], None]] = {  # noqa: RUF012 - never changed
         0x014: _select_device_half,

@@ -47,6 +47,7 @@ from ...address import as_int
 from ...cache import DmaDirection, MapCache
 from ...errors import XenMapCacheError
 from .buffer import BrokenDriverError, GuestBuffer
+from .record import QueueRecord
 
 INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
 """Features of every virtio device, as bits."""
@@ -104,6 +105,7 @@ class Virtqueue:
         descriptors, driver, device: guest-physical addresses of the three areas.
         features: what was negotiated; INDIRECT_DESC and EVENT_IDX count.
         max_bytes: most bytes of one request.
+        record: keeps what is in flight for the next process, or None.
 
     Attributes:
         index, size: as given.
@@ -127,6 +129,7 @@ class Virtqueue:
         device: int,
         features: int,
         max_bytes: int = MAX_BYTES,
+        record: QueueRecord | None = None,
     ) -> None:
         self.index = index
         self.size = size
@@ -147,6 +150,7 @@ class Virtqueue:
         self._cache = cache
         self._descriptors, self._driver, self._device = descriptors, driver, device
         self._max_bytes = max_bytes
+        self._record = record
         self._indirect, self._events = bool(features & INDIRECT_DESC), bool(features & EVENT_IDX)
         self._next = self._seen = 0  # the next entry to pop; the driver's idx as it was read last
         self._used = 0  # idx of the device area
@@ -172,9 +176,31 @@ class Virtqueue:
         # Arm: a fence for reads, because the entry is read after idx.
         head = self._read_u16(self._driver + 4 + 2 * (self._next % self.size))
         request = self._chain(head)
+        if self._record is not None:
+            self._record.begin(head)
         self.in_flight[head] = request
         self._next = self._next + 1 & _WRAP
         return request
+
+    def resume(self) -> list[Request]:
+        """Continue where another process was killed, and return what it had in flight.
+
+        Raises:
+            BrokenDriverError: the ring contradicts the record.
+            ValueError: the queue has no record.
+        """
+        record = self._record
+        if record is None:
+            raise ValueError(f"queue {self.index}: it has no record to resume from")
+        idx = self._read_u16(self._device + 2)
+        heads = record.settle(idx)
+        if heads is None:
+            raise self._broken(f"idx {idx} of its device area was not written by the device")
+        self._used = idx
+        self._next = self._seen = idx + len(heads) & _WRAP
+        for head in heads:
+            self.in_flight[head] = self._chain(head)
+        return list(self.in_flight.values())
 
     def push(self, *completed: tuple[Request, int]) -> bool:
         """Give requests back to the driver.
@@ -193,11 +219,15 @@ class Virtqueue:
         for request, written in completed:
             if self.in_flight.get(request.head) is not request:
                 raise ValueError(f"queue {self.index}: {request!r} is not in flight")
-            entry = self._device + 4 + 8 * (self._used % self.size)
+            record, entry = self._record, self._device + 4 + 8 * (self._used % self.size)
+            if record is not None:
+                record.publish(request.head)
             self._write(entry, _USED.pack(request.head, as_int("written", written)))
             self._used = self._used + 1 & _WRAP
             # Arm: a fence for writes, because the driver reads the entry after idx.
             self._write(self._device + 2, self._used.to_bytes(2, "little"))
+            if record is not None:
+                record.end(request.head, self._used)
             del self.in_flight[request.head]
         return self._is_interrupt_wanted()
 

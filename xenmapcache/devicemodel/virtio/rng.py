@@ -20,13 +20,20 @@ class VirtioRng(VirtioDevice):
     Args:
         server: whose guest has the driver.
         name: for reports.
+        record: path of a file with what the next process needs; see :class:`VirtioDevice`.
     """
 
     device_id = 4
     queue_sizes = (64,)
 
-    def __init__(self, server: IoreqServer, *, name: str = "rng0") -> None:
-        super().__init__(server, name=name)
+    def __init__(
+        self,
+        server: IoreqServer,
+        *,
+        name: str = "rng0",
+        record: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(server, name=name, record=record)
 
     def prepare(self, request: Request) -> Job:
         """Fill the request's writable part."""
