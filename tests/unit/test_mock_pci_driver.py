@@ -164,9 +164,10 @@ def test_addresses_avoid_ram(server: IoreqServer, guest: MockDomain) -> None:
     function = ToyFunction(server, PCI, IDENT, CLASS)
     function.add_bar(0, 0x4000, Memory())
     function.add_bar(1, 0x1000, Memory())
+    function.add_bar(2, 0x8000, Memory())
     found = PciDriver(guest).find(PCI)
     found.enable()
-    assert [bar.address for bar in found.bars.values()] == [0xE0008000, 0xE000C000]
+    assert [bar.address for bar in found.bars.values()] == [0xE0008000, 0xE000C000, 0xE0010000]
 
 
 def test_a_window_can_be_full(driver: PciDriver, function: ToyFunction) -> None:

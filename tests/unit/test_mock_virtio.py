@@ -113,6 +113,7 @@ def test_a_waiter_sleeps_until_the_interrupt(
     device.run(0)
     thread.join()
     assert seen == [b"retal"]
+    assert not device.interrupt  # the driver has acknowledged it
 
 
 @pytest.mark.parametrize("transport", ["msix", "mmio"])
@@ -179,9 +180,11 @@ def test_a_device_that_cannot_be_driven_is_given_up(
 
 def test_a_reset_is_waited_for(driver: VirtioDriver, device: ToyVirtioPci) -> None:
     """Until the device says that it has ended, or the time is over."""
-    device.slow_resets = 5
     driver.start()
+    device.slow_resets = 5
+    driver.reset()
     assert device.slow_resets == 0
+    driver.start()
     device.slow_resets = 1 << 30
     with pytest.raises(TimeoutError, match="its reset has not ended in 0 s; its status is 0xf"):
         driver.reset(0)
