@@ -64,9 +64,9 @@ def test_accesses_run_on_the_drivers_vcpu(guest: MockDomain, function: ToyFuncti
     """One that it was given; else the one whose code the thread runs."""
     with pytest.raises(ValueError, match=r"vCPU 2 must be in 0\.\.1"):
         PciDriver(guest, vcpu=2)
-    guest.vcpu_timeout = 0.01
     with guest.vcpu[1]._busy:
         assert PciDriver(guest).find(PCI).vendor_id == 0x1AF4
+        guest.vcpu_timeout = 0.01
         with pytest.raises(TimeoutError, match="vCPU 1 .* is busy"):
             PciDriver(guest, vcpu=1).scan()
         with pytest.raises(TimeoutError, match="vCPU 1 .* is busy"):
