@@ -400,8 +400,8 @@ def test_a_missing_interrupt_is_named(
     device.raise_for = lambda queue: None  # type: ignore[method-assign] # for this test alone
     chain = queue.add([b"x"], [1])
 
-    def sleep(index: int, timeout: float) -> None:
-        device.run(index)
+    def sleep(queue: int, timeout: float) -> None:
+        device.run(queue)
         raise TimeoutError
 
     driver.transport.wait = sleep  # type: ignore[method-assign] # it takes no time
