@@ -409,6 +409,32 @@ def test_a_missing_interrupt_is_named(
         queue.wait(chain, 5)
 
 
+def test_an_event_index_follows_what_was_collected(
+    guest: MockDomain, driver: VirtioDriver, queue: DriverQueue, device: ToyVirtioPci
+) -> None:
+    """A chain that was used just before the index was written does not hide the next one."""
+    device.lazy = True
+    queue.suppress_interrupts()
+    first, second = queue.add([b"1"], [1]), queue.add([b"2"], [1])
+    want_interrupt, wait = queue.want_interrupt, driver.transport.wait
+
+    def use_one_before() -> None:
+        guest.write(queue.driver_area + 2, b"\1\0")
+        device.run(0)
+        guest.write(queue.driver_area + 2, b"\2\0")
+        queue.want_interrupt = want_interrupt  # type: ignore[method-assign] # once is enough
+        want_interrupt()
+
+    def use_the_other(queue: int, timeout: float) -> None:
+        device.run(queue)
+        wait(queue, 0)
+
+    queue.want_interrupt = use_one_before  # type: ignore[assignment, method-assign] # for this test
+    driver.transport.wait = use_the_other  # type: ignore[method-assign] # for this test alone
+    assert queue.wait(second, 5).data == b"2"
+    assert (first.data, len(guest.interrupts)) == (b"1", 1)
+
+
 # --- notifications, both ways ---------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@
 # believed, because the device is what is tested.
 #
 # No interrupt is lost: a wait first tells the device that interrupts are wanted, then looks at the
-# device area, and only then sleeps. With EVENT_IDX it has to do so before each sleep.
+# device area, and sleeps only if nothing new is there. With EVENT_IDX the device interrupts when it
+# passes an index. If it has passed that index before the driver has written it, it never will.
 
 from __future__ import annotations
 
@@ -281,9 +282,11 @@ class DriverQueue:
                 self.suppress_interrupts()
             else:
                 self.want_interrupt()
-            self.collect()
+            found = self.collect()
             if chain.done:
                 return chain
+            if found:
+                continue  # the event index has to follow them before the driver sleeps
             try:
                 self._sleep(end - time.monotonic(), poll)
             except TimeoutError:
