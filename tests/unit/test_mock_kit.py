@@ -127,13 +127,13 @@ class Register:
 def test_the_kits_bars_and_messages_are_driven(
     mock_domain: MockDomain, ioreq_server: IoreqServer, pci_guest: PciDriver
 ) -> None:
-    """All kinds of BARs, at two addresses each; MSI-X in both forms, masked and unmasked."""
+    """All kinds of BARs, at two addresses each; MSI-X in both forms, and plain MSI."""
     function = PciFunction(ioreq_server, PCI, vendor=0x1AF4, device=0x1234, class_code=0xFF0000)
     registers = [Register() for _ in range(3)]
     function.add_bar(0, 0x20, registers[0], kind="io")
     function.add_bar(2, 0x1000, registers[1], kind="mmio32")
     function.add_bar(4, 0x4000, registers[2], kind="mmio64", prefetchable=True)
-    msix = function.add_msix(1, 2)
+    msix, msi = function.add_msix(1, 2), function.add_msi()
     function.plug()
     (device,) = pci_guest.scan()
     assert {number: bar.kind for number, bar in device.bars.items()} == {
@@ -159,3 +159,10 @@ def test_the_kits_bars_and_messages_are_driven(
     msix.notify(0)
     first.wait()
     assert mock_domain.interrupts[-1] == ("msi", 0x100_FEEFF000, 0x700)
+    device.disable_msix()
+    vector = device.enable_msi()
+    vector.mask()
+    msi.notify()
+    assert len(mock_domain.interrupts) == 2
+    vector.unmask()
+    vector.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import DeviceError
-from .pci_device import MsixVector, PciDevice
+from .pci_device import MsiVector, PciDevice
 
 VENDOR_SPECIFIC = 0x09
 """The number of a capability; virtio says in several where its registers are."""
@@ -56,7 +56,7 @@ class PciTransport:
         if not 0 < self.device_id < 0x40:
             raise DeviceError(f"{device!r}: a modern virtio device has ids 0x1041 to 0x107f")
         device.enable()
-        self.vectors: list[MsixVector] = []
+        self.vectors: list[MsiVector] = []
         self._msix = msix
         self._pirq = pirq
         self._places: dict[int, _Place] = {}
