@@ -409,6 +409,20 @@ def test_a_missing_interrupt_is_named(
         queue.wait(chain, 5)
 
 
+def test_a_line_that_stays_high_does_not_hang_the_driver(
+    guest: MockDomain, server: IoreqServer
+) -> None:
+    """Each look finds an interrupt and nothing used, and the wait ends all the same."""
+    device, driver = pair(guest, server, "mmio")
+    device.lazy = True
+    driver.start()
+    chain = driver.queues[0].add([b"x"], [1])
+    device.lower = lambda bits: None  # type: ignore[method-assign] # for this test alone
+    server.set_isa_irq(IRQ, True)
+    with pytest.raises(TimeoutError, match="has not used <Chain 0, in flight>"):
+        driver.queues[0].wait(chain, 0.02)
+
+
 def test_an_event_index_follows_what_was_collected(
     guest: MockDomain, driver: VirtioDriver, queue: DriverQueue, device: ToyVirtioPci
 ) -> None:

@@ -109,21 +109,17 @@ class PciTransport:
     def status(self, value: int) -> None:
         self._write(COMMON, _STATUS, value, 1)
 
-    def read_features(self) -> int:
-        """Return the 64 feature bits that the device offers."""
+    def read_features(self, half: int) -> int:
+        """Return the lower (0) or upper (1) 32 feature bits that the device offers."""
         select, register = _DEVICE_FEATURES
-        halves = []
-        for half in (0, 1):
-            self._write(COMMON, select, half, 4)
-            halves.append(self._read(COMMON, register, 4))
-        return halves[1] << 32 | halves[0]
+        self._write(COMMON, select, half, 4)
+        return self._read(COMMON, register, 4)
 
-    def write_features(self, features: int) -> None:
-        """Accept features."""
+    def write_features(self, half: int, features: int) -> None:
+        """Accept features of the lower (0) or upper (1) 32 bits."""
         select, register = _DRIVER_FEATURES
-        for half in (0, 1):
-            self._write(COMMON, select, half, 4)
-            self._write(COMMON, register, features >> 32 * half & 0xFFFFFFFF, 4)
+        self._write(COMMON, select, half, 4)
+        self._write(COMMON, register, features, 4)
 
     @property
     def generation(self) -> int:

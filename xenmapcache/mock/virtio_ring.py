@@ -293,12 +293,12 @@ class DriverQueue:
                 self._time_out(chain, timeout)
 
     def _sleep(self, timeout: float, poll: bool) -> None:
-        if not poll:
-            self._transport.wait(self.index, max(0.0, timeout))
-        elif timeout > 0:
+        if timeout <= 0:  # also if interrupts come all the time
+            raise TimeoutError
+        if poll:
             os.sched_yield()
         else:
-            raise TimeoutError
+            self._transport.wait(self.index, timeout)
 
     def _time_out(self, chain: Chain, timeout: float) -> NoReturn:
         self.collect()
