@@ -225,6 +225,7 @@ class Runner:
             importlib.import_module(name)
         for library in LIBRARIES:
             prototypes(library)  # which remembers them
+        module_state()  # which remembers what to look at
         quiet()  # here, so that no child has to look through what was there before it
 
     def run(
