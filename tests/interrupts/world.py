@@ -31,6 +31,9 @@ _FINALIZERS = ("_unmap", "_finalize", "__del__", "sweep")
 _BELLS = ("_bells",)
 """Where the package keeps locks that a thread sleeps at until another one releases them."""
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_HOLDERS = (*_LOCKS, dict, list, tuple, set, frozenset)
+_KINDS: dict[type, bool] = {}
+"""Whether objects of a type are locks, or may lead to one."""
 
 
 class InjectedInterrupt(KeyboardInterrupt):
@@ -274,7 +277,7 @@ def held_locks(*roots: object) -> Iterator[str]:
             held = ((f"[{key!r:.40}]", each) for key, each in _of_use(value.items()))
         elif isinstance(value, list | tuple | set | frozenset):
             held = (("[..]", each) for _, each in _of_use(("", each) for each in value))
-        elif _is_ours(type(value)):
+        elif _is_ours(value):
             held = ((f".{name}", each) for name, each in _of_use(_attributes(value)))
             held = ((name, each) for name, each in held if name[1:] not in _BELLS)
         waiting += [(path + name, each) for name, each in held]
@@ -282,17 +285,16 @@ def held_locks(*roots: object) -> Iterator[str]:
 
 def _of_use(pairs: Iterable[tuple[Any, object]]) -> Iterator[tuple[Any, object]]:
     """Yield the pairs whose second is a lock, or may lead to one."""
-    return ((name, each) for name, each in list(pairs) if _may_hold(type(each)))
+    for name, each in list(pairs):
+        kind = type(each)
+        if kind not in _KINDS:
+            _KINDS[kind] = isinstance(each, _HOLDERS) or _is_ours(each)
+        if _KINDS[kind]:
+            yield name, each
 
 
-@functools.cache
-def _may_hold(kind: type) -> bool:
-    return issubclass(kind, (*_LOCKS, dict, list, tuple, set, frozenset)) or _is_ours(kind)
-
-
-@functools.cache
-def _is_ours(kind: type) -> bool:
-    return not issubclass(kind, type) and kind.__module__.startswith(_PACKAGE)
+def _is_ours(value: object) -> bool:
+    return not isinstance(value, type) and type(value).__module__.startswith(_PACKAGE)
 
 
 def _attributes(value: object) -> Iterator[tuple[str, object]]:
@@ -312,7 +314,7 @@ def module_state() -> list[object]:
         for name in _modules(len(sys.modules))
         for variable in _variables(name, len(vars(sys.modules[name])))
         for value in [vars(sys.modules[name]).get(variable)]
-        if isinstance(value, _LOCKS) or _is_ours(type(value))
+        if isinstance(value, _LOCKS) or _is_ours(value)
     ]
 
 
