@@ -171,7 +171,7 @@ def test_the_size(server: IoreqServer, path: Path) -> None:
 
 
 def test_the_serial_number(guest: MockDomain, driver: DiskDriver) -> None:
-    """The driver gets 20 bytes, or as many as there is room for."""
+    """The driver gets 20 bytes, or less if there is less room."""
     assert driver.do(GET_ID, writable=[(DATA, 20)]) == OK
     assert guest.read(DATA, 20) == b"xen-0001".ljust(20, b"\0")
     guest.write(DATA, b"#" * 24)
@@ -405,7 +405,7 @@ def test_ranges_that_cannot_be_cleared(
 
 
 def test_a_part_of_a_range(driver: DiskDriver) -> None:
-    """15 bytes are no range."""
+    """A range has 16 bytes, so 15 are refused."""
     assert driver.do(DISCARD_OUT, readable=[(DATA, 15)]) == IOERR
 
 

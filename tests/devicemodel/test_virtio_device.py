@@ -168,7 +168,7 @@ def test_more_requests_than_may_be_under_way(
 def test_a_round_ends_although_the_driver_adds_requests(
     guest: MockDomain, rng: VirtioRng, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One round pops as many as the queue has entries; the rest is popped by who ends one."""
+    """One round pops one request for each entry at most; the end of one begins the next round."""
     ring = Ring(guest, RING, 8)
     driver.start(ring)
     queue = rng._queues[0]
@@ -370,7 +370,7 @@ def test_a_reset_that_times_out(
 def test_transfers_of_a_reset_that_timed_out_fill_the_engine(
     guest: MockDomain, slow: Blocking
 ) -> None:
-    """If the engine takes no more, the device needs another reset, and the process lives."""
+    """If the engine is full, the device needs another reset, and the process lives."""
     slow._engine._table.drain_timeout = 0.01
     rings = [Ring(guest, RING + 0x1000 * number, 8) for number in range(2)]
     for resets in range(10):
@@ -465,7 +465,7 @@ def test_the_server_closes_amid_requests(
 def test_a_request_after_the_server_has_closed(
     guest: MockDomain, server: IoreqServer, line: Line
 ) -> None:
-    """Whoever still pops one has nobody to answer to."""
+    """A thread that still pops one has no vCPU to answer to."""
     with VirtioRng(server) as rng:
         VirtioMmio(server, BASE, rng, interrupt=line)
         with server:

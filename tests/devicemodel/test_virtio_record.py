@@ -269,7 +269,7 @@ def driver(guest: MockDomain) -> MmioDriver:
 def make(
     server: IoreqServer, driver: MmioDriver, path: Path, letter: bytes, **options: int
 ) -> Slow:
-    """Return a device behind virtio-mmio."""
+    """Return a device over virtio-mmio."""
     device = Slow(server, letter, path, **options)
     VirtioMmio(server, BASE, device, interrupt=driver.line)
     return device

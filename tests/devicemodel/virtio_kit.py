@@ -129,7 +129,7 @@ class Line:
 
 
 class MmioDriver:
-    """A driver of one device behind virtio-mmio, with one vCPU."""
+    """A driver of one device over virtio-mmio, with one vCPU."""
 
     def __init__(self, guest: MockDomain, base: int, line: Line) -> None:
         self.guest, self.base, self.line = guest, base, line

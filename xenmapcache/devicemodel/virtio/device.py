@@ -23,7 +23,7 @@
 #      ever, whatever the guest adds. The last request that it popped begins the next round.
 #   3. The lock is held while the ring is changed. Transports and log handlers are called
 #      without it.
-#   4. A queue that a reset has stopped is changed no more: its requests end without a push.
+#   4. A queue that a reset has stopped is not changed any longer: its requests end without a push.
 #   5. What the driver does wrong sets NEEDS_RESET, and nothing else. The device touches no ring
 #      from then on, until it is reset.
 #
@@ -135,7 +135,7 @@ class VirtioDevice:
         record: str | os.PathLike[str] | None = None,
     ) -> None:
         # A transfer is in the engine's table until its `on_end` has submitted the next one. Another
-        # process, with another limit, may have left as many as the queues hold.
+        # process, with another limit, may have left one for each entry of a queue.
         most = sum(self.queue_sizes) + workers
         self._engine = DmaEngine(server, name=name, workers=workers, limit=most)
         self.name = name
@@ -159,7 +159,7 @@ class VirtioDevice:
     def prepare(self, request: Request) -> Job:
         """Return how to carry out a request: the device's own part.
 
-        It is called under the device's lock, so it reads a header and does no more.
+        It is called under the device's lock, so it only reads a header.
 
         Raises:
             BrokenDriverError: there is no place for an answer.
@@ -178,7 +178,7 @@ class VirtioDevice:
     def negotiate(self, features: int) -> bool:
         """Take the features that the driver wants, and return whether it can have them.
 
-        They must have been offered, and VERSION_1 must be among them: this is no legacy device.
+        They must have been offered, and VERSION_1 must be among them, because the legacy interface differs.
         """
         if features & ~self.features or not features & VERSION_1:
             return False
