@@ -178,7 +178,8 @@ class VirtioDevice:
     def negotiate(self, features: int) -> bool:
         """Take the features that the driver wants, and return whether it can have them.
 
-        They must have been offered, and VERSION_1 must be among them, because the legacy interface differs.
+        They must have been offered, and VERSION_1 must be among them, because the legacy
+        interface differs.
         """
         if features & ~self.features or not features & VERSION_1:
             return False
