@@ -249,10 +249,10 @@ def test_a_queue_that_cannot_be_started(
 ) -> None:
     """If a transport starts one in use, or one that does not exist, the driver is told once."""
     ring = Ring(guest, RING, 8)
-    slow.start_queue(0, size=8, **ring.addresses)
+    slow.start_queue(0, size=8, **ring.at())
     assert driver.line.rises == 0
     for _ in range(2):
-        slow.start_queue(index, size=8, **ring.addresses)
+        slow.start_queue(index, size=8, **ring.at())
         assert (driver.read(0x70), driver.line.rises) == (0x40, 1)
         driver.write(0x64, 3)
 
@@ -375,7 +375,7 @@ def test_transfers_of_a_reset_that_timed_out_fill_the_engine(
     rings = [Ring(guest, RING + 0x1000 * number, 8) for number in range(2)]
     for resets in range(10):
         for index, ring in enumerate(rings):
-            slow.start_queue(index, size=8, **ring.addresses)
+            slow.start_queue(index, size=8, **ring.at())
             ring.idx = 0
             ring.offer(*(ring.chain(writable=[(DATA, 16)]) for _ in range(3)))
             slow.notify_queue(index)
@@ -403,7 +403,7 @@ def test_a_queue_is_stopped(guest: MockDomain, slow: Blocking, driver: MmioDrive
     driver.kick(1)
     assert driver.collect(rings[1], 1) == [(0, 1)]
     assert rings[0].used() == []
-    slow.start_queue(0, size=8, **rings[0].addresses)
+    slow.start_queue(0, size=8, **rings[0].at())
     driver.kick()
     assert driver.collect(rings[0], 1) == [(0, 1)]
 
@@ -470,7 +470,7 @@ def test_a_request_after_the_server_has_closed(
         VirtioMmio(server, BASE, rng, interrupt=line)
         with server:
             ring = Ring(guest, RING, 8)
-            rng.start_queue(0, size=8, **ring.addresses)
+            rng.start_queue(0, size=8, **ring.at())
         ring.offer(ring.chain(writable=[(DATA, 16)]))
         rng.notify_queue(0)
         assert (ring.used(), rng._broken) == ([], False)
