@@ -1,10 +1,11 @@
-"""What a guest's kernel does to a PCI function, in the order in which Linux does it."""
+"""A PCI function, and what a guest's kernel does to it, in the order in which Linux does it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from xenmapcache import MockDomain
+from xenmapcache.devicemodel import IoreqServer, PciFunction
 from xenmapcache.ioreq import RequestKind
 
 BDF = "0000:00:05.0"
@@ -13,6 +14,23 @@ IO, MEMORY, MASTER, INTX_DISABLE = 0x1, 0x2, 0x4, 0x400
 ONES = 0xFFFFFFFF
 
 Claims = set[tuple[RequestKind, int, int]]
+
+
+def new(
+    server: IoreqServer, bdf: str = BDF, *, interrupt_pin: int = 0, multifunction: bool = False
+) -> PciFunction:
+    """Return a function with an identity."""
+    return PciFunction(
+        server,
+        bdf,
+        vendor=0x1AF4,
+        device=0x1041,
+        class_code=0x020000,
+        revision=0x5A,
+        subsystem=(0x1234, 0x5678),
+        interrupt_pin=interrupt_pin,
+        multifunction=multifunction,
+    )
 
 
 class FoundBar(NamedTuple):
@@ -88,8 +106,6 @@ def claims_of(guest: MockDomain) -> Claims:
 
 def raised(guest: MockDomain) -> list[tuple[object, ...]]:
     """Return the last two numbers of each interrupt: address and data, or pin and level."""
-    found: list[tuple[object, ...]] = []
-    for interrupt in guest.interrupts:
-        last = interrupt[-1]
-        found.append((last if isinstance(last, tuple) else interrupt)[-2:])
-    return found
+    interrupts: list[tuple[object, ...]] = [*guest.interrupts]
+    lasts = [(interrupt, interrupt[-1]) for interrupt in interrupts]
+    return [(last if isinstance(last, tuple) else whole)[-2:] for whole, last in lasts]

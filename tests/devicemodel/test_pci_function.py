@@ -22,6 +22,7 @@ from tests.devicemodel.pcidriver import (
     FoundBar,
     PciDriver,
     claims_of,
+    new,
     raised,
 )
 from tests.kit import Memory, in_thread, link_of, wait_for_the_log
@@ -48,23 +49,6 @@ def served(server: IoreqServer) -> Iterator[IoreqServer]:
     """The server, open and served by a thread, without a device."""
     with server, server.serving():
         yield server
-
-
-def new(
-    server: IoreqServer, bdf: str = BDF, *, interrupt_pin: int = 0, multifunction: bool = False
-) -> PciFunction:
-    """Return a function with an identity."""
-    return PciFunction(
-        server,
-        bdf,
-        vendor=0x1AF4,
-        device=0x1041,
-        class_code=0x020000,
-        revision=0x5A,
-        subsystem=(0x1234, 0x5678),
-        interrupt_pin=interrupt_pin,
-        multifunction=multifunction,
-    )
 
 
 @pytest.fixture
@@ -525,10 +509,11 @@ def test_unplug_waits_for_a_handler_that_runs(guest: MockDomain, served: IoreqSe
     unplugs: list[Any] = []
     real = function._place
 
-    def place() -> None:
+    def place() -> str:
         unplugs.append(in_thread(function.unplug))
-        real()
+        problems = real()
         assert unplugs[0][0].is_alive()
+        return problems
 
     function._place = place  # type: ignore[method-assign] # for this test
     driver.command(MEMORY)

@@ -67,6 +67,19 @@ def test_reset_calls_no_hook(bank: RegisterBank, calls: list[tuple[str, int]]) -
     assert (bank.read(0, 4), bank.read(4, 2), calls) == (0, 0x1234, [("control", 1)])
 
 
+def test_values_are_saved_and_restored(bank: RegisterBank, calls: list[tuple[str, int]]) -> None:
+    """Of what was saved, only the bits count that the guest can change; no hook is called."""
+    bank.write(0, 4, 0x8001)
+    next(each for each in bank if each.name == "count").value = 7 | 1 << 99
+    saved = bank.save()
+    assert saved == bytes.fromhex("01800000 0700 0000 0000000000000000")
+    bank.reset()
+    bank.restore(saved)
+    assert (bank.read(0, 4), bank.read(4, 2), len(calls)) == (0x8001, 0x1234, 1)
+    with pytest.raises(ValueError, match="timer: state of 15 bytes must have 16"):
+        bank.restore(saved[:15])
+
+
 @pytest.mark.parametrize(
     ("offset", "size", "message"),
     [

@@ -172,6 +172,29 @@ class RegisterBank:
         for register in self._registers:
             register.value = register.initial
 
+    def save(self) -> bytes:
+        """Return the stored values, each at its offset; zeros in between."""
+        data = bytearray(self.length)
+        for register in self._registers:
+            ones = (1 << 8 * register.size) - 1
+            value = (register.value & ones).to_bytes(register.size, "little")
+            data[register.offset : register.end] = value
+        return bytes(data)
+
+    def restore(self, data: bytes) -> None:
+        """Have the values that the guest had written when ``data`` was saved. No hook is called.
+
+        The bits that the guest cannot change have their initial values.
+
+        Raises:
+            ValueError: ``data`` is of another length.
+        """
+        if len(data) != self.length:
+            raise ValueError(f"{self.name}: state of {len(data)} bytes must have {self.length}")
+        for register in self._registers:
+            saved = int.from_bytes(data[register.offset : register.end], "little")
+            register.value = register.initial & ~register.mask | saved & register.mask
+
     def read(self, offset: int, size: int) -> int:
         """Return what the guest reads; a handler.
 

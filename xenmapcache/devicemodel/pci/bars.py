@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from ...address import ADDRESS_LIMIT, as_int
 from ...errors import ClosedError
+from ...ioreq import RequestKind
 from ..regions import Device, Region
 from ..registers import RegisterBank
 from ..server import IoreqServer
@@ -88,11 +89,10 @@ class Bar:
                 f"{name}: size {size:#x} must be a power of 2 in {space.least:#x}.."
                 f"{space.most:#x} for {kind}"
             )
-        if not (hasattr(device, "read") or hasattr(device, "write")):
-            raise TypeError(
-                f"{name}: device {device!r} has neither read(offset, size) nor "
-                "write(offset, size, value)"
-            )
+        try:
+            Region(RequestKind.MMIO, 0, size, device, release)  # only to check the device
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from None
         if prefetchable and kind == "io":
             raise ValueError(f"{name}: ports cannot be prefetchable")
         self.region: Region | None = None

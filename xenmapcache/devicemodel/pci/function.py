@@ -19,11 +19,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from itertools import accumulate
 from typing import TypeVar
 
 from ...errors import XenCallError
 from ...ioreq import bdf_number, bdf_text
+from ...logs import safely
 from ..dispatch import GuestError
 from ..regions import Device, Region
 from ..registers import RegisterBank
@@ -33,6 +36,8 @@ from .messages import MessageInterrupts
 from .msi import MSI_ID, MsiCapability
 from .msix import MSIX_ID, MSIX_WRITABLE, MsixTable
 from .pin import InterruptPin
+
+logger = logging.getLogger("xenmapcache.devicemodel")
 
 MessagesT = TypeVar("MessagesT", bound=MessageInterrupts)
 
@@ -75,6 +80,8 @@ class PciFunction:
         server: as given.
         bdf: with segment and leading zeros.
         config: the registers.
+        on_write: is called after each write of the guest to the configuration space or to an
+            MSI-X table, so that a program can :meth:`save` the state.
 
     Raises:
         ValueError: a number does not fit, or ``bdf`` names no PCI function.
@@ -102,6 +109,7 @@ class PciFunction:
         self.config = config = RegisterBank(
             f"PCI function {self.bdf}", CONFIG_SIZE, sizes=(1, 2, 4), unaligned=True, gaps=True
         )
+        self.on_write: Callable[[], object] = lambda: None
         self._region: Region | None = None
         self._bars: list[Bar] = []
         self._messages: list[MessageInterrupts] = []
@@ -187,7 +195,7 @@ class PciFunction:
         Raises:
             ValueError: as :meth:`add_bar` and :meth:`add_capability`.
         """
-        table = MsixTable(self.server, self.config.name, vectors)
+        table = MsixTable(self.server, self.config.name, vectors, lambda: self.on_write())
         self.add_bar(bar, table.length, table)
         self._add_capability(MSIX_ID, table.body(bar), MSIX_WRITABLE, write=table.written)
         return self._keep(table)
@@ -270,7 +278,14 @@ class PciFunction:
             ClosedError: the server is closed.
         """
         self._check_not_plugged()
-        self._region = self.server.claim_pci(self.bdf, self)
+        try:
+            problems = self._place()  # after `restore`, the guest may decode BARs already
+            self._region = self.server.claim_pci(self.bdf, self)
+        except BaseException:
+            self._release_bars()
+            raise
+        if problems:
+            safely(logger.warning, "domain %d: %s", self.server.domid, problems)
 
     def unplug(self) -> None:
         """Release all claims, so that the guest no longer finds the function. Can be repeated.
@@ -285,12 +300,16 @@ class PciFunction:
             self._region = None
         # From here on no handler changes the configuration space.
         self.config.reset()
+        self._release_bars()
+        # From here on no handler writes a table, either.
         for messages in self._messages:
             messages.reset()
+        self._pin.reset()
+
+    def _release_bars(self) -> None:
         for bar in self._bars:
             bar.release(0)
             bar.reset()
-        self._pin.reset()
 
     def reset(self) -> None:
         """Have the state of a new function: nothing is decoded, and no interrupt is raised.
@@ -305,6 +324,35 @@ class PciFunction:
         self.unplug()
         if plugged:
             self.plug()
+
+    def save(self) -> bytes:
+        """Return what the guest has written, for :meth:`restore` in another process.
+
+        That is the configuration space, and the tables and pending bits of messages. The state of
+        the devices of the BARs is the program's.
+        """
+        return b"".join([self.config.save(), *(each.save() for each in self._messages)])
+
+    def restore(self, state: bytes) -> None:
+        """Continue with a guest that has set up an equal function; call it before :meth:`plug`.
+
+        Args:
+            state: as :meth:`save` returned it.
+
+        Raises:
+            ValueError: it is of a function with other capabilities, or this one is plugged.
+        """
+        self._check_not_plugged()
+        lengths = [CONFIG_SIZE, *(each.state_length for each in self._messages)]
+        if len(state) != sum(lengths):
+            raise ValueError(
+                f"{self.config.name}: a state of {len(state)} bytes must have {sum(lengths)}"
+            )
+        ends = [*accumulate(lengths)]
+        self.config.restore(state[:CONFIG_SIZE])
+        for messages, start, end in zip(self._messages, ends[:-1], ends[1:], strict=True):
+            messages.restore(state[start:end])
+        self._pin.disable(bool(self._command.value & _INTX_DISABLE))
 
     def _check_not_plugged(self) -> None:
         if self._region is not None:
@@ -326,14 +374,22 @@ class PciFunction:
         """
         if offset >= CONFIG_SIZE:
             return
+        problems = ""
         try:
             self.config.write(offset, size, value)
         finally:
             if offset < BARS_END:
-                self._place()
+                problems = self._place()
+            self.on_write()
+        if problems:
+            raise GuestError(problems)
 
-    def _place(self) -> None:
-        """Have each BAR claimed where the guest decodes it, and nowhere else."""
+    def _place(self) -> str:
+        """Have each BAR claimed where the guest decodes it, and nowhere else.
+
+        Returns:
+            The problems that were not reported before, or an empty string.
+        """
         command = self._command.value
         problems: list[str] = []
         for step in (Bar.release, Bar.claim):
@@ -343,5 +399,4 @@ class PciFunction:
                 except (ValueError, XenCallError) as error:
                     problems.append(bar.report(error))
         found = "; ".join(filter(None, problems))
-        if found:
-            raise GuestError(f"{self.config.name}: {found}")
+        return found and f"{self.config.name}: {found}"

@@ -82,6 +82,19 @@ class MessageInterrupts(ABC):
     def reset(self) -> None:
         """Disable it, and forget what the guest has programmed and what is pending."""
 
+    @property
+    @abstractmethod
+    def state_length(self) -> int:
+        """How many bytes :meth:`save` returns."""
+
+    @abstractmethod
+    def save(self) -> bytes:
+        """Return what the guest has programmed, and what is pending."""
+
+    @abstractmethod
+    def restore(self, data: bytes) -> None:
+        """Have what was saved. Nothing is sent before the guest writes or the device notifies."""
+
     def notify(self, vector: int = 0) -> None:
         """Send the message of a vector, as soon as the guest allows it.
 
@@ -107,6 +120,9 @@ class MessageInterrupts(ABC):
     def _pending_bits(self) -> int:
         """Return the pending vectors, one bit for each."""
         return sum(1 << vector for vector in tuple(self._pending))
+
+    def _set_pending(self, bits: int) -> None:
+        self._pending.update(vector for vector in range(self.vectors) if bits >> vector & 1)
 
     def _send_allowed(self, vectors: Iterable[int]) -> None:
         """Send those of the vectors that are pending and allowed, for a write of the guest.

@@ -53,6 +53,27 @@ class MsiCapability(MessageInterrupts):
         self._pending.clear()
 
     @property
+    def state_length(self) -> int:
+        """See :meth:`save`."""
+        return _MSI.size
+
+    def save(self) -> bytes:
+        """Return the capability as the guest reads it."""
+        return self.value().to_bytes(_MSI.size, "little")
+
+    def restore(self, data: bytes) -> None:
+        """Have what was saved."""
+        locked(self._lock, self._restore, data)
+
+    def _restore(self, data: bytes) -> None:
+        writable = int.from_bytes(self.writable, "little")
+        fixed = int.from_bytes(self._initial, "little")
+        body = fixed & ~writable | int.from_bytes(data, "little") & writable
+        self._body = body.to_bytes(_MSI.size, "little")
+        self._pending.clear()
+        self._set_pending(int.from_bytes(data[-4:], "little"))
+
+    @property
     def enabled(self) -> bool:
         """Whether the guest has enabled MSI; if not, a device uses INTx, or nothing."""
         return bool(self._body[0] & _MSI_ENABLE)

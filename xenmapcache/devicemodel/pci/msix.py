@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 from ...address import as_int
 from ...cache.locked import locked
@@ -29,7 +30,13 @@ class MsixTable(MessageInterrupts):
         length: of the BAR, in bytes.
     """
 
-    def __init__(self, server: IoreqServer, name: str, vectors: int) -> None:
+    def __init__(
+        self,
+        server: IoreqServer,
+        name: str,
+        vectors: int,
+        on_write: Callable[[], object] = lambda: None,
+    ) -> None:
         if not 1 <= as_int("vectors", vectors) <= _MAX_VECTORS:
             raise ValueError(f"{name}: vectors must be 1 to {_MAX_VECTORS}, not {vectors}")
         super().__init__(server, name, vectors)
@@ -38,6 +45,7 @@ class MsixTable(MessageInterrupts):
         self.length = max(_PAGE, 1 << (used - 1).bit_length())
         self._table = bytearray()
         self._control = 0
+        self._on_write = on_write
         self.reset()
 
     def body(self, bar: int) -> bytes:
@@ -52,6 +60,29 @@ class MsixTable(MessageInterrupts):
         self._table = bytearray(_ENTRY.pack(0, 0, _MASKED) * self.vectors)
         self._control = 0
         self._pending.clear()
+
+    @property
+    def state_length(self) -> int:
+        """See :meth:`save`."""
+        return 2 + self._pending_at + (self.vectors + 7) // 8
+
+    def save(self) -> bytes:
+        """Return the control bits, the table and the pending bits."""
+        return locked(self._lock, self._save)
+
+    def _save(self) -> bytes:
+        pending = self._pending_bits().to_bytes((self.vectors + 7) // 8, "little")
+        return self._control.to_bytes(2, "little") + self._table + pending
+
+    def restore(self, data: bytes) -> None:
+        """Have what was saved."""
+        locked(self._lock, self._restore, data)
+
+    def _restore(self, data: bytes) -> None:
+        self._control = int.from_bytes(data[:2], "little")
+        self._table = bytearray(data[2 : 2 + self._pending_at])
+        self._pending.clear()
+        self._set_pending(int.from_bytes(data[2 + self._pending_at :], "little"))
 
     @property
     def enabled(self) -> bool:
@@ -78,7 +109,10 @@ class MsixTable(MessageInterrupts):
         """Write the table; a handler. The pending bits are read-only."""
         self._check(offset, size)
         if offset < self._pending_at:
-            locked(self._lock, self._write_entry, offset, value.to_bytes(size, "little"))
+            try:
+                locked(self._lock, self._write_entry, offset, value.to_bytes(size, "little"))
+            finally:
+                self._on_write()
 
     def _write_entry(self, offset: int, data: bytes) -> None:
         self._table[offset : offset + len(data)] = data

@@ -22,6 +22,8 @@
 #      thread: the level is "isr is not 0". The lock is held during the call to Xen, as for
 #      messages.
 #   4. If a reset times out, the status stays as it was, and the driver sees that.
+#   5. With a record, each write that changes a register is kept there before it is answered. Isr
+#      and pending messages are not, because the next process interrupts for each queue.
 
 from __future__ import annotations
 
@@ -30,10 +32,12 @@ import threading
 from functools import partial
 
 from ...cache.locked import locked
+from ...errors import CorruptImageError
 from ..pci.function import PciFunction
 from ..registers import RegisterBank
 from ..server import IoreqServer
 from .device import VirtioDevice
+from .record import DeviceRecord
 
 DRIVER_OK, FEATURES_OK, NEEDS_RESET = 4, 8, 0x40
 """Bits of the status. The driver writes all but NEEDS_RESET."""
@@ -51,6 +55,8 @@ _COMMON_TYPE, _NOTIFY_TYPE, _ISR_TYPE, _DEVICE_TYPE, _WINDOW_TYPE = 1, 2, 3, 4, 
 _BODY = struct.Struct("<BBBxxxII")
 """Length of the capability, type, BAR; offset and length of the area."""
 _BODY_BYTES = 16
+_STATE = struct.Struct("<BQ")
+"""What a process that goes on needs besides vectors: the status, and the driver's features."""
 _LOW = 0xFFFFFFFF
 _QUEUE_REGISTERS = {
     "size": (0x18, 2),
@@ -81,8 +87,15 @@ class VirtioPci:
         class_code: 24 bits, for firmware; drivers do not look at it.
         interrupt_pin: 1 (INTA) to 4, for drivers without MSI-X in an HVM guest; 0 for none.
 
+    If the device has a record, the registers are kept there, and those of a process that was
+    killed are taken over. Then call ``device.resume()`` when the server is open.
+
     Attributes:
         function: the PCI function.
+
+    Raises:
+        ValueError: the device's record is of a driver that has accepted other features.
+        CorruptImageError: the record is of another transport.
 
     Synchronization: the guest's accesses come in the thread that serves; the device may call
     :meth:`interrupt_queue` and its siblings in any thread; ``plug`` and ``unplug`` one at a time.
@@ -115,6 +128,10 @@ class VirtioPci:
         self._add_capabilities()
         self._forget()
         device.transport = self
+        if device.record is not None:
+            self._restore(device.record)
+            self._save()
+            self.function.on_write = self._save
 
     def __repr__(self) -> str:
         return f"<VirtioPci {self.function.bdf}, status {self._read_status():#x}, {self._device!r}>"
@@ -184,6 +201,48 @@ class VirtioPci:
         ]
         self._show_queue()
 
+    # --- what outlives a kill -------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Keep what the driver has written; the record has the addresses of its queues."""
+        if self._device.record is not None:
+            vectors = [self._config_vector.value, *(queue["vector"] for queue in self._queues)]
+            state = _STATE.pack(self._status, self._features)
+            state += struct.pack(f"<{len(vectors)}H", *vectors)
+            self._device.record.save(state + self.function.save())
+
+    def _restore(self, record: DeviceRecord) -> None:
+        """Take the registers over from a process that was killed."""
+        state = record.load()
+        if not state:
+            return
+        vectors = struct.Struct(f"<{1 + len(self._queues)}H")
+        start = _STATE.size + vectors.size
+        if len(state) != start + len(self.function.save()):
+            raise CorruptImageError(
+                f"the device's record has {len(state)} bytes of registers, but virtio-pci has "
+                f"{start + len(self.function.save())}: another transport has made it; remove it, "
+                "and restart the guest"
+            )
+        self.function.restore(state[start:])
+        status, features = _STATE.unpack_from(state)
+        queues = [each.addresses for each in record.queues]
+        if status & DRIVER_OK and not any(queues):
+            return  # it was killed amid a reset
+        if status & FEATURES_OK and not self._device.negotiate(features):
+            raise ValueError(
+                f"the driver has accepted features {features:#x}, and {self._device!r} offers "
+                f"{self._device.features:#x}; make it as it was before, or restart the guest"
+            )
+        self._status, self._features = status, features
+        config_vector, *queue_vectors = vectors.unpack_from(state, _STATE.size)
+        self._config_vector.value = self._vector(config_vector)
+        for queue, addresses, vector in zip(self._queues, queues, queue_vectors, strict=True):
+            queue["vector"] = self._vector(vector)
+            if addresses is not None:
+                queue |= addresses | {"enabled": 1}
+        self._show_queue()
+
     # --- life -----------------------------------------------------------------------------------
 
     def plug(self) -> None:
@@ -193,12 +252,15 @@ class VirtioPci:
     def unplug(self) -> None:
         """Take the device away from the guest, and reset it. Can be repeated.
 
+        Do not call it before an end after which another process is to continue with the record.
+
         Raises:
             TimeoutError: a request is still under way; call it again.
             XenCallError: Xen refused; call it again.
         """
         self.function.unplug()
         self._reset()
+        self._save()
 
     def _reset(self) -> None:
         self._device.reset()
@@ -259,7 +321,10 @@ class VirtioPci:
         elif offset >= _DEVICE:
             self._device.write_config(offset - _DEVICE, size, value)
         elif offset < _ISR:
-            self._common.write(offset, size, value)
+            try:
+                self._common.write(offset, size, value)
+            finally:
+                self._save()
 
     # --- the window in configuration space ------------------------------------------------------
 
