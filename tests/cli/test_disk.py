@@ -91,6 +91,18 @@ def read_sector(guest: MockDomain, bdf: str = PVH) -> bytes:
     return driver.queues[0].wait(chain).data
 
 
+def stop_with(guest: MockDomain, number: int) -> None:
+    """Send a signal to the command, whose guest is busy until it has ended.
+
+    A signal that comes right before the server waits is noticed with the next request.
+    """
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    signal.pthread_kill(main_thread, number)
+    while guest.ioreq_servers:
+        guest.pci_read(PVH, 0)
+
+
 def test_a_guest_uses_the_disk(
     guest: MockDomain,
     path: Path,
@@ -159,17 +171,42 @@ def test_a_signal_ends_it(
 ) -> None:
     """The disk is closed in order; 130 is Ctrl-C, as of each command."""
     monkeypatch.setattr(MockBackend, "has_ended", lambda _: False)
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
 
     def stop() -> None:
         read_sector(guest)
-        signal.pthread_kill(main_thread, number)
-        while guest.ioreq_servers:
-            os.sched_yield()
+        stop_with(guest, number)
 
     use(stop)
     assert main(["disk", "web", str(path)]) == status
+
+
+def test_it_is_started_again(
+    guest: MockDomain,
+    path: Path,
+    use: Callable[[Callable[[], object]], list[object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a record, the driver continues, and has noticed nothing."""
+    stopped = threading.Event()
+
+    def work() -> bytes:
+        driver = VirtioDriver.over_pci(PciDriver(guest).find(PVH))
+        driver.start()
+        stop_with(guest, signal.SIGTERM)
+        assert stopped.wait(20)
+        while driver.status != 15:
+            os.sched_yield()
+        chain = driver.queues[0].add([READ], [512, 1])
+        driver.queues[0].kick()
+        return driver.queues[0].wait(chain).data
+
+    seen = use(work)
+    arguments = ["disk", "web", str(path), "--record", str(path.with_suffix(".record"))]
+    assert main(arguments) == 0
+    assert not guest.ioreq_servers
+    stopped.set()
+    assert main(arguments) == 0
+    assert seen == [b"b" * 512 + b"\0"]
 
 
 def test_an_end_that_cannot_be_told(
@@ -189,9 +226,7 @@ def test_an_end_that_cannot_be_told(
     def stop() -> None:
         while not caplog.messages:
             os.sched_yield()
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-        while guest.ioreq_servers:
-            os.sched_yield()
+        stop_with(guest, signal.SIGTERM)
 
     with caplog.at_level(logging.WARNING):
         use(stop)

@@ -55,6 +55,13 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         help=f"the disk's place on the PCI bus (default: {_SLOTS['pvh']} of a PVH guest, "
         f"{_SLOTS['hvm']} of an HVM guest)",
     )
+    record = parser.add_argument(
+        "--record",
+        metavar="PATH",
+        help="a file in /run: if the command ends or is killed, start it again with the same "
+        "file, and the guest continues",
+    )
+    record.complete = FILES  # type: ignore[attr-defined] # shtab's way
     parser.add_argument("--serial", default="", help="a serial number, up to 20 characters")
 
 
@@ -73,11 +80,18 @@ def run(options: argparse.Namespace) -> int:
         kind = _kind(options, domain)
         server = IoreqServer(domain, cache, recover=True, guest_type=options.type)
         with usage_errors():
-            disk = VirtioBlock(server, fd, read_only=options.read_only, serial=options.serial)
+            disk = VirtioBlock(
+                server,
+                fd,
+                read_only=options.read_only,
+                serial=options.serial,
+                record=options.record,
+            )
             stack.enter_context(disk)
             bdf = options.bdf or _SLOTS[kind]
             _plug(server, disk, kind, bdf)
             stack.enter_context(server)
+            disk.resume()
         end = stack.enter_context(GuestEnd(server))
         _show(options, server.domid, disk, kind, bdf)
         number = server.serve_forever()
