@@ -58,6 +58,8 @@ class GuestBuffer:
         start, stop, step = part.indices(self._length)
         if step != 1:
             raise ValueError(f"the step of a slice must be 1, not {step}")
+        if not start and stop == self._length:
+            return self
         found = []
         for address, length in self.ranges:
             low, high = max(start, 0), min(stop, length)
