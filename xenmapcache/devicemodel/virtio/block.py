@@ -158,31 +158,32 @@ class VirtioBlock(VirtioDevice):
         if len(request.readable) < _HEADER.size or not len(request.writable):
             raise BrokenDriverError(f"{request!r} has no header of 16 bytes, or no status byte")
         kind, _, sector = _HEADER.unpack(request.readable[: _HEADER.size].read())
-        outgoing, incoming = request.readable[_HEADER.size :], request.writable[:-1]
         work: Callable[[Segments], int] = _nothing
         quick: Callable[[Segments], int | None] | None = None
         buffer, status = request.readable[:0], OK
         try:
             if kind == IN:
-                buffer, offset = incoming, self._offset(sector, len(incoming))
+                buffer = request.writable[:-1]
+                offset = self._offset(sector, len(buffer))
                 work = partial(self._read, offset)
-                if self._can_peek and len(incoming) <= _MAX_QUICK:
+                if self._can_peek and len(buffer) <= _MAX_QUICK:
                     quick = partial(self._peek, offset)
-            elif kind == GET_ID:
-                buffer, work = incoming[:_ID_BYTES], self._identify
-            elif kind == FLUSH_OUT:
-                work = self._flush
             elif kind == OUT:
                 self._check_writable()
-                buffer = outgoing
-                work = partial(self._write, self._offset(sector, len(outgoing)))
+                buffer = request.readable[_HEADER.size :]
+                work = partial(self._write, self._offset(sector, len(buffer)))
+            elif kind == GET_ID:
+                buffer, work = request.writable[:-1][:_ID_BYTES], self._identify
+            elif kind == FLUSH_OUT:
+                work = self._flush
             elif kind in (DISCARD_OUT, ZEROES_OUT):
                 self._check_writable()
-                work = partial(self._clear, kind, [*self._ranges(kind, outgoing)])
+                ranges = [*self._ranges(kind, request.readable[_HEADER.size :])]
+                work = partial(self._clear, kind, ranges)
             else:
                 status = UNSUPP
         except _BadRequestError as bad:
-            status = bad.status
+            buffer, status = request.readable[:0], bad.status
         return Job(buffer, work, partial(self._answer, request, status), quick)
 
     def _answer(self, request: Request, status: int, moved: int | None) -> int:
