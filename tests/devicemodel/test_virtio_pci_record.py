@@ -110,8 +110,9 @@ def test_a_process_that_ends_in_order(guest: MockDomain, path: Path) -> None:
     with serving(guest, path, driver) as (_, device):
         assert (driver.status, device.negotiated) == (11, ALL_FEATURES & ~EVENT_IDX)
         driver.start(ring)
+        driver.write(0x3C, 9, 1)  # the last write is to configuration space
     with serving(guest, path, driver) as (_, device):
-        assert driver.message() == 1
+        assert (driver.read(0x3C, 1), driver.message()) == (9, 1)
         device.go.set()
         ring.offer(ring.chain(writable=[(DATA, 1)]))
         driver.kick()

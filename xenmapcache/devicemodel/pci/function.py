@@ -328,8 +328,8 @@ class PciFunction:
     def save(self) -> bytes:
         """Return what the guest has written, for :meth:`restore` in another process.
 
-        That is the configuration space, and the tables and pending bits of messages. The state of
-        the devices of the BARs is the program's.
+        That is the configuration space, and the tables and pending bits of messages. The program
+        keeps the state of the BARs' devices, and sets the level of the pin again.
         """
         return b"".join([self.config.save(), *(each.save() for each in self._messages)])
 

@@ -21,12 +21,14 @@
 #      they share the pin. The bits of isr and the level of the pin change under one lock, in any
 #      thread: the level is "isr is not 0". The lock is held during the call to Xen, as for
 #      messages.
-#   4. If a reset times out, the status stays as it was, and the driver sees that.
+#   4. If a reset times out, the status stays as it was, and each read of the status tries again:
+#      a driver that has written 0 reads the status until it is 0, and writes nothing else.
 #   5. With a record, each write that changes a register is kept there before it is answered. Isr
 #      and pending messages are not, because the next process interrupts for each queue.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from functools import partial
@@ -134,7 +136,7 @@ class VirtioPci:
             self.function.on_write = self._save
 
     def __repr__(self) -> str:
-        return f"<VirtioPci {self.function.bdf}, status {self._read_status():#x}, {self._device!r}>"
+        return f"<VirtioPci {self.function.bdf}, status {self._shown_status:#x}, {self._device!r}>"
 
     def _add_registers(self, name: str) -> None:
         """Make the common area: each register at the offset of virtio_pci_common_cfg."""
@@ -191,7 +193,7 @@ class VirtioPci:
         )
 
     def _forget(self) -> None:
-        self._needs_reset = False
+        self._needs_reset = self._reset_due = False
         self._status = self._features = 0
         self._common.reset()
         self._queues = [
@@ -361,11 +363,22 @@ class VirtioPci:
             self._features = self._features & ~(_LOW << 32 * half) | value << 32 * half
 
     def _read_status(self) -> int:
+        if self._reset_due:
+            with contextlib.suppress(TimeoutError):  # reported when the driver has written 0
+                self._reset()
+                self._save()
+        return self._shown_status
+
+    @property
+    def _shown_status(self) -> int:
         return self._status | (NEEDS_RESET if self._needs_reset else 0)
 
     def _write_status(self, value: int) -> None:
         if not value:
+            self._reset_due = True
             self._reset()
+            return
+        if self._reset_due:
             return
         value = (self._status | value) & ~NEEDS_RESET
         if value & FEATURES_OK & ~self._status and not self._device.negotiate(self._features):
