@@ -64,9 +64,9 @@ def test_accesses_run_on_the_drivers_vcpu(guest: MockDomain, function: ToyFuncti
     """One that it was given; else the one whose code the thread runs."""
     with pytest.raises(ValueError, match=r"vCPU 2 must be in 0\.\.1"):
         PciDriver(guest, vcpu=2)
-    guest.vcpu_timeout = 0.01
     with guest.vcpu[1]._busy:
         assert PciDriver(guest).find(PCI).vendor_id == 0x1AF4
+        guest.vcpu_timeout = 0.01
         with pytest.raises(TimeoutError, match="vCPU 1 .* is busy"):
             PciDriver(guest, vcpu=1).scan()
         with pytest.raises(TimeoutError, match="vCPU 1 .* is busy"):
@@ -164,9 +164,10 @@ def test_addresses_avoid_ram(server: IoreqServer, guest: MockDomain) -> None:
     function = ToyFunction(server, PCI, IDENT, CLASS)
     function.add_bar(0, 0x4000, Memory())
     function.add_bar(1, 0x1000, Memory())
+    function.add_bar(2, 0x8000, Memory())
     found = PciDriver(guest).find(PCI)
     found.enable()
-    assert [bar.address for bar in found.bars.values()] == [0xE0008000, 0xE000C000]
+    assert [bar.address for bar in found.bars.values()] == [0xE0008000, 0xE000C000, 0xE0010000]
 
 
 def test_a_window_can_be_full(driver: PciDriver, function: ToyFunction) -> None:
@@ -263,7 +264,7 @@ def test_msix_vectors_are_programmed_and_unmasked(
     """Each has a message of its own; entries that are not used stay masked; INTx is off."""
     first, second = found.enable_msix(2)
     assert (first.address, first.data, second.data) == (0xFEE00000, 0x21, 0x22)
-    assert repr(first).startswith("<MsixVector 0xfee00000, 0x21 of <PciDevice 0000:00:05.0")
+    assert repr(first).startswith("<MsiVector 0xfee00000, 0x21 of <PciDevice 0000:00:05.0")
     assert [msix.table[16 * entry + 12] for entry in range(4)] == [0, 0, 1, 1]
     assert found.read_config(COMMAND, 2) & 0x400
     assert msix.fire(1)
@@ -317,6 +318,46 @@ def test_more_vectors_than_the_table_has_are_refused(found: PciDevice, vectors: 
     """Nothing is enabled then."""
     with pytest.raises(DeviceError, match=f"{vectors} MSI-X vectors must be 1 to 4"):
         found.enable_msix(vectors)
+
+
+MSI_LAYOUTS = {"32 bits": (0, 8, None), "64 bits": (0x80, 12, None), "masks": (0x180, 12, 16)}
+
+
+@pytest.mark.parametrize("name", MSI_LAYOUTS)
+@pytest.mark.parametrize("pirq", [None, 54])
+def test_plain_msi_is_programmed(
+    driver: PciDriver, function: ToyFunction, name: str, pirq: int | None
+) -> None:
+    """One message, where the capability has room for it; masks are set with a pirq only."""
+    control, data, masks = MSI_LAYOUTS[name]
+    start = function.add_capability(5, (control | 0x0A).to_bytes(2, "little") + bytes(18))
+    function.masks[start + 2 : start + 20] = b"\x71" + b"\0" + b"\xff" * 16
+    found = driver.find(PCI)
+    vector = found.enable_msi(pirq=pirq)
+    message = (0xFEE36000, 0x700) if pirq else (0xFEE00000, 0x21)
+    assert (vector.address, vector.data) == message
+    assert (function.get(start + 4, 4), function.get(start + data, 2)) == message
+    assert function.get(start + 2, 2) == control | 0x0B
+    assert found.read_config(COMMAND, 2) & 0x400
+    if masks:
+        assert function.get(start + masks, 4) == bool(pirq)
+        vector.mask()
+        assert function.get(start + masks, 4) == 1
+    else:
+        with pytest.raises(DeviceError, match="its MSI capability has no mask bits"):
+            vector.unmask()
+    found.disable_msi()
+    assert not function.get(start + 2, 1) & 1
+    assert not found.read_config(COMMAND, 2) & 0x400
+
+
+def test_an_address_that_plain_msi_cannot_hold_is_named(
+    driver: PciDriver, function: ToyFunction
+) -> None:
+    """A pirq above 255 needs 64 bits."""
+    function.add_capability(5, bytes(12))
+    with pytest.raises(DeviceError, match="MSI address 0x100fee2c000 does not fit its 32 bits"):
+        driver.find(PCI).enable_msi(pirq=300)
 
 
 def test_an_interrupt_pin_is_waited_for(

@@ -238,7 +238,7 @@ class IoreqServer:
 
         Raises:
             ValueError: ports outside of 0..0xffff, or some are claimed by this server.
-            TypeError: a device without either method.
+            TypeError: a device without either method, or a class.
             XenCallError: Xen refused.
         """
         return self._claim(RequestKind.PORT, *claims.ports(first, count), device)

@@ -12,7 +12,7 @@ from .guest_code import GuestCode
 from .heap import GuestHeap
 from .hypervisor import MockHypervisor
 from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
-from .pci_device import MsixVector, PciBar, PciDevice
+from .pci_device import MsiVector, PciBar, PciDevice
 from .pci_driver import PciDriver
 from .saving import MockImage
 from .vcpu import Vcpu
@@ -36,7 +36,7 @@ __all__ = [
     "MockHypervisor",
     "MockImage",
     "MsiInterrupt",
-    "MsixVector",
+    "MsiVector",
     "PciBar",
     "PciDevice",
     "PciDriver",

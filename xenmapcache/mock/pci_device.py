@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 from ..errors import DeviceError
@@ -14,9 +15,11 @@ IO, MEMORY, MASTER, INTX_DISABLE = 0x1, 0x2, 0x4, 0x400
 """Bits of the command register."""
 HAS_CAPABILITIES = 0x10
 """A bit of the status register."""
-MSIX = 0x11
-"""The number of a capability."""
+MSI, MSIX = 0x05, 0x11
+"""Numbers of capabilities."""
+MSI_ENABLE, MSI_VECTORS_USED, MSI_64BIT, MSI_MASKS = 0x1, 0x70, 0x80, 0x100
 MSIX_ENABLE, MSIX_MASK_ALL = 0x8000, 0x4000
+"""Bits of their control registers."""
 
 _BARS_OF_HEADER = {0: 6, 1: 2}
 _MAX_CAPABILITIES = 48
@@ -73,7 +76,8 @@ class PciDevice:
 
     Attributes:
         bdf: as ``"0000:00:05.0"``.
-        vendor_id, device_id: 16 bits each.
+        vendor_id: 16 bits.
+        device_id: 16 bits.
         class_code: 24 bits.
         bars: its BARs, by number.
 
@@ -245,7 +249,7 @@ class PciDevice:
         """How many entries its MSI-X table has; DeviceError if it has none."""
         return (self.read_config(self.find_capability(MSIX) + 2, 2) & 0x7FF) + 1
 
-    def enable_msix(self, vectors: int, *, pirq: int | None = None) -> list[MsixVector]:
+    def enable_msix(self, vectors: int, *, pirq: int | None = None) -> list[MsiVector]:
         """Enable MSI-X, and program the first entries of its table.
 
         Args:
@@ -270,11 +274,53 @@ class PciDevice:
         self.write_config(control, MSIX_ENABLE, 2)
         programmed = []
         for number, place in enumerate(places[:vectors]):
-            message = self.bus.message(None if pirq is None else pirq + number)
-            programmed.append(MsixVector(self, place, *message))
+            programmed.append(self._program(place, None if pirq is None else pirq + number))
             if pirq is None:
                 programmed[-1].unmask()
         return programmed
+
+    def _program(self, place: tuple[int, int], pirq: int | None) -> MsiVector:
+        """Write the message of an entry of the MSI-X table."""
+        bar, offset = place
+        address, data = self.bus.message(pirq)
+        for index, value in enumerate((address & 0xFFFFFFFF, address >> 32, data)):
+            self.write_bar(bar, offset + 4 * index, value)
+        return MsiVector(self, address, data, partial(self.write_bar, bar, offset + 12))
+
+    def enable_msi(self, *, pirq: int | None = None) -> MsiVector:
+        """Enable plain MSI with one message, as Linux mostly does.
+
+        Args:
+            pirq: as of :meth:`enable_msix`; a mask stays set then.
+
+        Raises:
+            DeviceError: the function has no MSI, or has 32 bits for an address of 64.
+        """
+        start = self.find_capability(MSI)
+        control = self.read_config(start + 2, 2)
+        is_64 = bool(control & MSI_64BIT)
+        address, data = self.bus.message(pirq)
+        if address >> 32 and not is_64:
+            raise DeviceError(f"{self.bdf}: MSI address {address:#x} does not fit its 32 bits")
+        masks = start + (0x10 if is_64 else 0x0C)
+        set_mask = partial(self.write_config, masks) if control & MSI_MASKS else None
+        vector = MsiVector(self, address, data, set_mask)
+        if set_mask:
+            vector.mask()
+        self.write_config(start + 4, address & 0xFFFFFFFF)
+        if is_64:
+            self.write_config(start + 8, address >> 32)
+        self.write_config(start + (0x0C if is_64 else 0x08), data, 2)
+        self.set_command(on=INTX_DISABLE)
+        self.write_config(start + 2, control & ~MSI_VECTORS_USED | MSI_ENABLE, 2)
+        if set_mask and pirq is None:
+            vector.unmask()
+        return vector
+
+    def disable_msi(self) -> None:
+        """Disable plain MSI, and allow INTx again."""
+        self.write_config(self.find_capability(MSI) + 2, 0, 2)
+        self.set_command(off=INTX_DISABLE)
 
     def disable_msix(self) -> None:
         """Disable MSI-X, and allow INTx again."""
@@ -294,33 +340,39 @@ class PciDevice:
         self.bus.domain.wait_for_line("intx", self.bdf, pin - 1, timeout=timeout)
 
 
-class MsixVector:
-    """A programmed entry of an MSI-X table.
+class MsiVector:
+    """A message that a function was programmed with, by MSI-X or plain MSI.
 
     Attributes:
-        address, data: the message.
+        address: of the message, 64 bits.
+        data: of the message.
 
     Synchronization: as its :class:`PciDevice`; :meth:`wait` is for any thread.
     """
 
-    def __init__(self, device: PciDevice, place: tuple[int, int], address: int, data: int) -> None:
+    def __init__(
+        self, device: PciDevice, address: int, data: int, set_mask: Callable[[int], object] | None
+    ) -> None:
         self.address = address
         self.data = data
         self._device = device
-        self._bar, self._offset = place
-        for index, value in enumerate((address & 0xFFFFFFFF, address >> 32, data)):
-            device.write_bar(self._bar, self._offset + 4 * index, value)
+        self._set_mask = set_mask
 
     def __repr__(self) -> str:
-        return f"<MsixVector {self.address:#x}, {self.data:#x} of {self._device!r}>"
+        return f"<MsiVector {self.address:#x}, {self.data:#x} of {self._device!r}>"
 
     def mask(self) -> None:
-        """Hold its interrupts back."""
-        self._device.write_bar(self._bar, self._offset + 12, _MASKED)
+        """Hold its interrupts back; DeviceError if the function has no mask for it."""
+        self._write_mask(_MASKED)
 
     def unmask(self) -> None:
-        """Have its interrupts raised, one that is pending at once."""
-        self._device.write_bar(self._bar, self._offset + 12, 0)
+        """Have its interrupts raised, one that is pending at once; as :meth:`mask`."""
+        self._write_mask(0)
+
+    def _write_mask(self, value: int) -> None:
+        if self._set_mask is None:
+            raise DeviceError(f"{self._device.bdf}: its MSI capability has no mask bits")
+        self._set_mask(value)
 
     def wait(self, timeout: float = 10.0) -> None:
         """Wait for its interrupt.

@@ -54,11 +54,11 @@ class Transport(RingTransport, Protocol):
     def generation(self) -> int:
         """A number that changes with the device's configuration."""
 
-    def read_features(self) -> int:
-        """Return the 64 feature bits that the device offers."""
+    def read_features(self, half: int) -> int:
+        """Return the lower (0) or upper (1) 32 feature bits that the device offers."""
 
-    def write_features(self, features: int) -> None:
-        """Accept features."""
+    def write_features(self, half: int, features: int) -> None:
+        """Accept features of the lower (0) or upper (1) 32 bits."""
 
     def read_config(self, offset: int, size: int) -> int:
         """Read 1, 2 or 4 bytes of the device's configuration."""
@@ -181,11 +181,12 @@ class VirtioDriver:
         transport = self.transport
         for bit in (ACKNOWLEDGE, DRIVER):
             transport.status = transport.status | bit
-        offered = transport.read_features()
+        offered = transport.read_features(0) | transport.read_features(1) << 32
         if not offered & VERSION_1:
             raise self._failed(f"it offers {offered:#x}, without VERSION_1")
         self.features = offered & (features | VERSION_1)
-        transport.write_features(self.features)
+        for half in (0, 1):
+            transport.write_features(half, self.features >> 32 * half & 0xFFFFFFFF)
         transport.status = transport.status | FEATURES_OK
         if not transport.status & FEATURES_OK:
             raise self._failed(f"it does not accept the features {self.features:#x}")

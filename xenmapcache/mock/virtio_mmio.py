@@ -65,21 +65,17 @@ class MmioTransport:
     def status(self, value: int) -> None:
         self._write(_STATUS, value)
 
-    def read_features(self) -> int:
-        """Return the 64 feature bits that the device offers."""
+    def read_features(self, half: int) -> int:
+        """Return the lower (0) or upper (1) 32 feature bits that the device offers."""
         select, register = _DEVICE_FEATURES
-        halves = []
-        for half in (0, 1):
-            self._write(select, half)
-            halves.append(self._read(register))
-        return halves[1] << 32 | halves[0]
+        self._write(select, half)
+        return self._read(register)
 
-    def write_features(self, features: int) -> None:
-        """Accept features."""
+    def write_features(self, half: int, features: int) -> None:
+        """Accept features of the lower (0) or upper (1) 32 bits."""
         select, register = _DRIVER_FEATURES
-        for half in (0, 1):
-            self._write(select, half)
-            self._write(register, features >> 32 * half & 0xFFFFFFFF)
+        self._write(select, half)
+        self._write(register, features)
 
     @property
     def generation(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..errors import DeviceError
-from .pci_device import MsixVector, PciDevice
+from .pci_device import MsiVector, PciDevice
 
 VENDOR_SPECIFIC = 0x09
 """The number of a capability; virtio says in several where its registers are."""
@@ -56,7 +56,7 @@ class PciTransport:
         if not 0 < self.device_id < 0x40:
             raise DeviceError(f"{device!r}: a modern virtio device has ids 0x1041 to 0x107f")
         device.enable()
-        self.vectors: list[MsixVector] = []
+        self.vectors: list[MsiVector] = []
         self._msix = msix
         self._pirq = pirq
         self._places: dict[int, _Place] = {}
@@ -109,21 +109,17 @@ class PciTransport:
     def status(self, value: int) -> None:
         self._write(COMMON, _STATUS, value, 1)
 
-    def read_features(self) -> int:
-        """Return the 64 feature bits that the device offers."""
+    def read_features(self, half: int) -> int:
+        """Return the lower (0) or upper (1) 32 feature bits that the device offers."""
         select, register = _DEVICE_FEATURES
-        halves = []
-        for half in (0, 1):
-            self._write(COMMON, select, half, 4)
-            halves.append(self._read(COMMON, register, 4))
-        return halves[1] << 32 | halves[0]
+        self._write(COMMON, select, half, 4)
+        return self._read(COMMON, register, 4)
 
-    def write_features(self, features: int) -> None:
-        """Accept features."""
+    def write_features(self, half: int, features: int) -> None:
+        """Accept features of the lower (0) or upper (1) 32 bits."""
         select, register = _DRIVER_FEATURES
-        for half in (0, 1):
-            self._write(COMMON, select, half, 4)
-            self._write(COMMON, register, features >> 32 * half & 0xFFFFFFFF, 4)
+        self._write(COMMON, select, half, 4)
+        self._write(COMMON, register, features, 4)
 
     @property
     def generation(self) -> int:

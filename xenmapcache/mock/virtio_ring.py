@@ -14,7 +14,8 @@
 # believed, because the device is what is tested.
 #
 # No interrupt is lost: a wait first tells the device that interrupts are wanted, then looks at the
-# device area, and only then sleeps. With EVENT_IDX it has to do so before each sleep.
+# device area, and sleeps only if nothing new is there. With EVENT_IDX the device interrupts when it
+# passes an index. If it has passed that index before the driver has written it, it never will.
 
 from __future__ import annotations
 
@@ -281,21 +282,23 @@ class DriverQueue:
                 self.suppress_interrupts()
             else:
                 self.want_interrupt()
-            self.collect()
+            found = self.collect()
             if chain.done:
                 return chain
+            if found:
+                continue  # the event index has to follow them before the driver sleeps
             try:
                 self._sleep(end - time.monotonic(), poll)
             except TimeoutError:
                 self._time_out(chain, timeout)
 
     def _sleep(self, timeout: float, poll: bool) -> None:
-        if not poll:
-            self._transport.wait(self.index, max(0.0, timeout))
-        elif timeout > 0:
+        if timeout <= 0:  # also if interrupts come all the time
+            raise TimeoutError
+        if poll:
             os.sched_yield()
         else:
-            raise TimeoutError
+            self._transport.wait(self.index, timeout)
 
     def _time_out(self, chain: Chain, timeout: float) -> NoReturn:
         self.collect()
