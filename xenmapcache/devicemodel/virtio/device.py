@@ -23,7 +23,8 @@
 #   1. At most `limit` requests of a queue are under way. If there are more, they stay in the
 #      guest's ring, and nobody is notified of new ones; the end of a request pops the next one.
 #   2. One round pops at most as many requests as the queue has entries. So no round lasts for
-#      ever, whatever the guest adds. The last request that it popped begins the next round.
+#      ever, whatever the guest adds. The end of the last request begins the next round; so that
+#      one is always a worker's.
 #   3. The lock is held while the ring is changed. Transports and log handlers are called
 #      without it.
 #   4. A queue that a reset has stopped is not changed any longer: its requests end without a push.
