@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import call
 from pathlib import Path
-from typing import NamedTuple
 
 from .ctypes_loader import cause_of
 from .declarations import GRANT_TABLE
@@ -50,14 +49,6 @@ _SOURCE_IS_GRANT, _DEST_IS_GRANT = 1, 2
 _STATUS = struct.Struct("=20xhxx")
 
 _call: Callable[[Callable[[], object]], object] = call
-
-
-class Part(NamedTuple):
-    """Bytes of one granted page: its reference, the first byte in it, and how many bytes."""
-
-    ref: int
-    offset: int
-    length: int
 
 
 class GrantTable(Handle):
@@ -140,7 +131,8 @@ class GrantTable(Handle):
             done: a C function, called when they are given back. It returns something false.
 
         Returns:
-            Whether the kernel knew them; False also if another call has the token.
+            False if the kernel does not know them: other code has given them back. If another call
+            has the token, nothing is done.
 
         Raises:
             XenCallError: it failed, and changed nothing.
@@ -170,7 +162,7 @@ class GrantTable(Handle):
                 return False
             return True
         except IndexError:
-            return False  # another call has the token
+            return True  # another call has the token
         except ctypes.ArgumentError as error:
             raise cause_of(error) from error
         finally:
@@ -188,13 +180,19 @@ class GrantTable(Handle):
         return self.check(FD, None)
 
     def copy(
-        self, domid: int, parts: Sequence[Part], buffer: bytearray, *, to_guest: bool
+        self,
+        domid: int,
+        parts: Sequence[tuple[int, int, int]],
+        buffer: bytearray,
+        *,
+        to_guest: bool,
     ) -> list[int]:
         """Copy between a buffer and granted pages, without mapping them.
 
         Args:
             domid: the domain that has granted them.
-            parts: of granted pages, in the order of the buffer; none crosses a page's end.
+            parts: ``(reference, offset, length)`` of granted pages, in the order of the buffer;
+                none crosses a page's end.
             buffer: it is kept, and keeps its size, during the call.
             to_guest: copy from the buffer to the pages.
 
@@ -206,7 +204,7 @@ class GrantTable(Handle):
             XenCallError: the call failed as a whole; parts may have been copied.
             UnsupportedOperationError: the library is older than VERS_1.1.
         """
-        if sum(part.length for part in parts) != len(buffer):
+        if sum([length for _, _, length in parts]) != len(buffer):
             raise ValueError(f"the parts must be {len(buffer)} bytes, the buffer's size, together")
         # SAFETY: the array keeps the buffer, and the buffer its memory, until this returns.
         memory = (ctypes.c_char * len(buffer)).from_buffer(buffer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..address import ADDRESS_LIMIT, PAGE_SHIFT, MiB, page_span
+from ..address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, MiB, as_int, page_span
 from ..backend import Backend
 from ..errors import CacheFullError, UnsupportedOperationError
+from ..grants import GrantMapping, GrantSource, is_granted
 from ..mapping import Mapping
 from . import telling
 from .access import Access, check_guest_range
@@ -15,7 +16,7 @@ from .info import DmaDirection, LeaseKind
 from .lease import Lease
 from .locked import locked
 from .mapper import Mapper
-from .record import LeaseRecord, call_stack
+from .record import NEVER_STALE, LeaseRecord, call_stack
 from .registry import LeaseRegistry
 from .strict import Views
 
@@ -36,6 +37,7 @@ class Leasing:
         max_lease: as given.
         ages: warns of DMA leases that are held for long, or None.
         strict_views: whether a release while views are in use is an error.
+        grants: the pages that the guest has granted, or None.
 
     Synchronization: all methods are called in any thread, without the lock.
     """
@@ -62,6 +64,7 @@ class Leasing:
         self._record_origin = record_origin
         self.ages: AgeWatch | None = None
         self.strict_views = False
+        self.grants: GrantSource | None = None
 
     def lease(
         self,
@@ -81,6 +84,9 @@ class Leasing:
             type(address) is type(length) is int and 0 <= address < address + length < ADDRESS_LIMIT
         ):
             table.check_open()
+            grants = self.grants
+            if grants is not None and kind is _DMA and is_granted(as_int("address", address)):
+                return self._lease_granted(grants, address, length, owner, direction, writable)
             address, length = check_guest_range(
                 address, length, self._access.known_hole, empty=False
             )
@@ -108,6 +114,45 @@ class Leasing:
             self._registry.withdraw(record)
             raise
 
+    def _lease_granted(
+        self,
+        grants: GrantSource,
+        address: int,
+        length: int,
+        owner: str,
+        direction: DmaDirection | None,
+        writable: bool,
+    ) -> Lease:
+        """Lease pages that the guest has granted, with a mapping that no other lease shares."""
+        address, length = as_int("address", address), as_int("length", length)
+        if length > self.max_lease:
+            raise self._too_long(address, length)
+        record = LeaseRecord(_DMA, address, length, owner, direction, self.origin())
+        taken: list[GrantMapping] = []
+        try:
+            if self.strict_views:
+                record.views = Views()
+            mapping = grants.map(address, length, writable=writable, result_out=taken)
+            locked(self._budget.lock, self._bind_granted, record, mapping)
+            if self.ages is not None:
+                self.ages.begin()
+            if self._observed:
+                self._registry.tell_taken(record)
+            return Lease(record, self._registry)
+        except BaseException:
+            self._registry.withdraw(record)
+            for each in taken:
+                each.give_back()
+            raise
+
+    def _bind_granted(self, record: LeaseRecord, mapping: GrantMapping) -> None:
+        """Give a lease of granted pages its memory and store it; called under the lock."""
+        start = record.address & PAGE_MASK
+        record.view = mapping.bytes[start : start + record.length]
+        record.mapping = mapping
+        record.host_address = mapping.address + start
+        self._registry.grant(record, NEVER_STALE, None)
+
     def origin(self) -> tuple[str, ...] | None:
         """Return the stack where a lease is taken, if leases note it."""
         return call_stack() if self._record_origin else None
@@ -126,10 +171,13 @@ class Leasing:
     def _check_length(self, address: int, length: int) -> None:
         self._access.check_ends(address, length)
         if length > self.max_lease:
-            raise CacheFullError(
-                f"{length:#x} bytes at {address:#x} are more than max_lease "
-                f"{self.max_lease:#x}; lease a smaller range, or raise max_lease"
-            )
+            raise self._too_long(address, length)
+
+    def _too_long(self, address: int, length: int) -> CacheFullError:
+        return CacheFullError(
+            f"{length:#x} bytes at {address:#x} are more than max_lease "
+            f"{self.max_lease:#x}; lease a smaller range, or raise max_lease"
+        )
 
     def _grant_in_bucket(self, record: LeaseRecord, writable: bool) -> None:
         """Grant a lease that shares the mapping of its bucket."""
@@ -252,4 +300,4 @@ class Leasing:
         pin = None
         if index is not None and generation.buckets.get(index) is mapping:
             pin = generation.clock.pin(index)
-        self._registry.grant(record, generation, pin)
+        self._registry.grant(record, generation.sequence, pin)

@@ -15,6 +15,7 @@ from ..errors import MappingLostError, XenCallError
 from ..mapping import LiveMapping, Mapping, PageErrors
 from .faults import Call, FaultPlan
 from .frames import Frames
+from .grants import GuestGrants
 from .ioreq_server import MAX_VCPUS, MockIoreqServer
 from .p2m import P2m, lose, merged, whole_pages
 from .saving import MockImage
@@ -53,6 +54,7 @@ class MockDomain(HasVcpus):
         invalidations: how many INVALIDATE requests the guest has sent.
         p2m: which frame is at which guest frame number.
         faults: the injected faults, and the log of calls.
+        grants: the pages that the guest has granted, as :class:`.GuestGrants`.
         gate: closed while the domain is paused or suspended.
 
     Synchronization: all methods may be called in any threads and signal handlers. Listeners run
@@ -87,6 +89,7 @@ class MockDomain(HasVcpus):
         self.faults = FaultPlan(domid)
         self.gate = Gate()
         self.p2m = P2m(frames, domid, pages)
+        self.grants = GuestGrants(self.p2m, self.faults, domid)
         for address, length in holes:
             self.p2m.remove(*self._pages(address, length))
         self.vcpu = tuple(Vcpu(self, number) for number in range(vcpus))
@@ -227,7 +230,7 @@ class MockDomain(HasVcpus):
         As on Xen, it is dying for as long as anything is mapped: pages that are asked
         for are not there (EINVAL). After that there is no such domain (ESRCH).
         """
-        self._destroyed = True
+        self._destroyed = self.grants.destroyed = True
         for server in list(self.ioreq_servers.values()):
             server.destroy()
         self.p2m.clear()
@@ -314,7 +317,7 @@ class MockDomain(HasVcpus):
         """How many pieces of its memory are mapped in this process."""
         _mapping.sweep()
         self._note_unmaps()
-        return sum(record.mapped for record in list(self._records))
+        return sum(record.mapped for record in list(self._records)) + self.grants.mappings
 
     def _note_unmaps(self) -> None:
         """Log what finalizers have unmapped."""

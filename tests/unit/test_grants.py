@@ -1,0 +1,773 @@
+"""Leases and copies of granted pages: over the mock, and over the stand-in for Xen's library."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.fake_xen import DOMID, Behaviour, need
+from tests.fake_xen.fixtures import MakeFake, make_fake
+from xenmapcache import (
+    CacheFullError,
+    ClosedError,
+    FaultError,
+    GuestMemory,
+    LeaseError,
+    MapCache,
+    MockHypervisor,
+    UnsupportedOperationError,
+    XenCallError,
+    open_backend,
+)
+from xenmapcache.address import PAGE_SIZE
+from xenmapcache.backend import Backend
+from xenmapcache.binding import libc
+from xenmapcache.events import LeaseReleased, LeaseTaken
+from xenmapcache.grants import GRANT_BIT, GrantSource, grant_address, is_granted, source
+from xenmapcache.mapping import live_mappings
+
+__all__ = ["make_fake"]
+
+KINDS = ["mock", "cffi", "ctypes"]
+
+
+@dataclass
+class Lender:
+    """A guest that lends pages, seen from both sides.
+
+    Attributes:
+        backend: over it.
+        grant: lends a page, as a reference that follows the last one.
+        revoke: takes a grant back that is not mapped.
+        is_mapped: whether a granted page is mapped.
+        read, write: as the guest does.
+        domid: its number.
+        misuses: how often the library was used wrongly.
+    """
+
+    backend: Backend
+    grant: Callable[[int, bool], int]
+    revoke: Callable[[int], object]
+    is_mapped: Callable[[int], bool]
+    read: Callable[[int, int], bytes]
+    write: Callable[[int, bytes], object]
+    domid: int
+    misuses: Callable[[], int] = int
+
+    def lend(self, count: int = 1, *, gfn: int = 1, readonly: bool = False) -> int:
+        """Grant consecutive pages that say which they are, and return the address of the first."""
+        refs = []
+        for number in range(gfn, gfn + count):
+            self.write(number * PAGE_SIZE, b"page %02d" % number)
+            refs.append(self.grant(number, readonly))
+        assert refs == [*range(refs[0], refs[0] + count)]
+        return grant_address(refs[0])
+
+
+@pytest.fixture(params=KINDS)
+def lender(request: pytest.FixtureRequest, make_fake: MakeFake) -> Iterator[Lender]:
+    """A guest of 64 pages."""
+    gc.collect()
+    if request.param == "mock":
+        guest = MockHypervisor().create_domain(memory=64 * PAGE_SIZE)
+        with open_backend("mock", domain=guest) as backend:
+            yield Lender(
+                backend,
+                lambda gfn, readonly: guest.grants.grant(gfn, readonly=readonly),
+                guest.grants.revoke,
+                guest.grants.is_mapped,
+                guest.read,
+                guest.write,
+                guest.domid,
+            )
+        return
+    if request.param == "cffi":
+        need("_cffi_backend")
+    fake = make_fake()
+    refs = iter(range(8, 128))
+
+    def grant(gfn: int, readonly: bool) -> int:
+        ref = next(refs)
+        fake.grant(ref, gfn, readonly=readonly)
+        return ref
+
+    with open_backend("xen", domid=DOMID, binding=request.param, library=fake.library) as backend:
+        yield Lender(
+            backend,
+            grant,
+            fake.revoke,
+            lambda ref: fake.granted(ref) > 0,
+            fake.read,
+            fake.write,
+            DOMID,
+            lambda: fake.misuses,
+        )
+    assert fake.misuses == 0
+
+
+@pytest.fixture
+def grants(lender: Lender) -> Iterator[GrantSource]:
+    """The guest's grants, of which eight may be mapped at a time, and four in one lease."""
+    grants = lender.backend.open_grants(max_refs=4, max_mapped=8)
+    yield grants
+    grants.close(force=True)
+
+
+@pytest.fixture
+def cache(lender: Lender, grants: GrantSource) -> Iterator[MapCache]:
+    """A cache that knows the grants."""
+    cache = MapCache(lender.backend, bucket_shift=14, grants=grants)
+    yield cache
+    cache.close(force=True)
+
+
+def ref_of(address: int) -> int:
+    return (address & ~GRANT_BIT) // PAGE_SIZE
+
+
+# --- addresses -----------------------------------------------------------------------------
+
+
+def test_addresses() -> None:
+    """Bit 63 alone says that an address names granted pages."""
+    assert grant_address(200, 0x123) == 0x80000000000C8123
+    assert [is_granted(each) for each in (0, 1 << 62, 1 << 63, (1 << 64) - 1, 1 << 64, -1)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+# --- leases --------------------------------------------------------------------------------
+
+
+def test_a_lease_shows_the_pages(lender: Lender, cache: MapCache, grants: GrantSource) -> None:
+    """Consecutive references are one mapping, which both sides see, and its end ends the grants."""
+    address = lender.lend(3)
+    with cache.map_dma(address + 8, 2 * PAGE_SIZE, owner="disk") as lease:
+        assert bytes(lease.view[PAGE_SIZE - 8 : PAGE_SIZE - 1]) == b"page 02"
+        lease.view[:4] = b"disk"
+        assert lender.read(PAGE_SIZE + 8, 4) == b"disk"
+        lender.write(3 * PAGE_SIZE, b"now")
+        assert bytes(lease.view[2 * PAGE_SIZE - 8 :][:3]) == b"now"
+        assert grants.mapped == 3
+        assert lender.is_mapped(ref_of(address))
+        (info,) = cache.leases()
+        assert (info.address, info.length) == (address + 8, 2 * PAGE_SIZE)
+        assert cache.resolve(lease.host_address + 5) == address + 13
+    assert grants.mapped == 0
+    assert not lender.is_mapped(ref_of(address))
+    assert cache.leases() == ()
+    with pytest.raises(LeaseError, match="was released"):
+        _ = lease.view
+
+
+def test_each_lease_has_a_mapping_of_its_own(
+    lender: Lender, cache: MapCache, grants: GrantSource
+) -> None:
+    """No lease is served from another one's mapping, and none stays in the cache."""
+    address = lender.lend()
+    with (
+        cache.map_dma(address, 16, owner="a") as first,
+        cache.map_dma(address, 16, owner="b") as second,
+    ):
+        assert first.host_address != second.host_address
+        assert grants.mapped == 2
+    assert cache.stats().resident_bytes == 0
+    lender.revoke(ref_of(address))
+    with pytest.raises(XenCallError):
+        cache.map_dma(address, 16, owner="c")
+
+
+def test_read_only_grants_are_mapped_to_be_read(lender: Lender, cache: MapCache) -> None:
+    """TO_DEVICE maps a page that was granted read-only; to write it is refused."""
+    address = lender.lend(readonly=True)
+    with cache.map_dma(address, 16, owner="disk", direction="to-device") as lease:
+        assert lease.view.readonly
+        assert bytes(lease.view[:7]) == b"page 01"
+        maps = Path("/proc/self/maps").read_text()
+        (line,) = [each for each in maps.splitlines() if f"{lease.host_address:x}-" in each]
+        assert line.split()[1] == "r--s"
+    with pytest.raises(XenCallError, match="read-only") as caught:
+        cache.map_dma(address, 16, owner="disk", direction="from-device")
+    assert (caught.value.domid, caught.value.errno) == (lender.domid, errno.EINVAL)
+
+
+def test_all_or_none(lender: Lender, cache: MapCache, grants: GrantSource) -> None:
+    """If one page is not granted, none is mapped, and the error names domain and references."""
+    address = lender.lend(3)
+    ref = ref_of(address)
+    lender.revoke(ref + 1)
+    with pytest.raises(XenCallError) as caught:
+        cache.map_dma(address, 3 * PAGE_SIZE, owner="disk")
+    assert f"for domain {lender.domid}" in str(caught.value)
+    assert f"references {ref} to {ref + 2}:" in str(caught.value)
+    assert grants.mapped == 0
+    assert cache.leases() == ()
+    with cache.map_dma(address, PAGE_SIZE, owner="disk"):
+        assert lender.is_mapped(ref)
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "kind", "text"),
+    [
+        (grant_address(1 << 32), 1, FaultError, "no page at 0x8000100000000000"),
+        (grant_address((1 << 32) - 1), PAGE_SIZE + 1, FaultError, "no page at 0x8000100000000000"),
+        ((1 << 64) - 1, 1, FaultError, "no page at 0xffffffffffffffff"),
+        (grant_address(8), 0, FaultError, "length at address"),
+        (grant_address(8), 4 * PAGE_SIZE + 1, CacheFullError, "more than max_refs 4"),
+        (grant_address(8), 1 << 40, CacheFullError, "more than max_"),
+        (grant_address(8), -1, ValueError, "is negative"),
+        (1 << 62, 1, FaultError, "no page at"),
+    ],
+)
+def test_what_a_guest_may_choose(
+    cache: MapCache, address: int, length: int, kind: type[Exception], text: str
+) -> None:
+    """Addresses without a page, and lengths beyond all bounds, are refused before a call."""
+    with pytest.raises(kind, match=text):
+        cache.map_dma(address, length, owner="disk")
+    if length:
+        with pytest.raises(kind):
+            cache.read(address, length)
+
+
+def test_how_many_may_be_mapped(lender: Lender, cache: MapCache, grants: GrantSource) -> None:
+    """The grants that are mapped at a time are bounded, whichever leases have them."""
+    address = lender.lend(4)
+    leases = [cache.map_dma(address, 4 * PAGE_SIZE, owner="disk") for _ in range(2)]
+    with pytest.raises(CacheFullError, match=r"9 grants would be mapped, and max_mapped is 8"):
+        cache.map_dma(address, 1, owner="disk")
+    leases.pop().release()
+    cache.map_dma(address, 1, owner="disk").release()
+    assert grants.mapped == 4
+
+
+def test_max_lease_bounds_them_too(lender: Lender, grants: GrantSource) -> None:
+    """The cache's own bound of a lease's length is valid for granted pages."""
+    address = lender.lend(2)
+    with (
+        MapCache(lender.backend, max_lease=PAGE_SIZE, grants=grants) as cache,
+        pytest.raises(CacheFullError, match="max_lease 0x1000"),
+    ):
+        cache.map_dma(address, PAGE_SIZE + 1, owner="disk")
+
+
+def test_leases_fill_the_cache_and_grants_go_on(lender: Lender, grants: GrantSource) -> None:
+    """Granted pages take no room of max_resident, nor does what is leased hinder them."""
+    address = lender.lend(4)
+    with MapCache(lender.backend, bucket_shift=12, max_resident=PAGE_SIZE, grants=grants) as cache:
+        with cache.map_dma(address, PAGE_SIZE, owner="granted"):
+            assert cache.read(0x5000, 1) == b"\0"
+            with (
+                cache.map_dma(0x6000, 16, owner="dma"),
+                cache.map_dma(address, PAGE_SIZE, owner="granted"),
+                pytest.raises(CacheFullError),
+            ):
+                cache.read(0x5000, 1)
+
+
+def test_an_invalidation_does_not_concern_them(
+    lender: Lender, cache: MapCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lease that is held across INVALIDATE is not stale, and nobody is warned."""
+    address = lender.lend()
+    with cache.map_dma(address, 16, owner="disk") as lease:
+        report = cache.invalidate()
+        assert (report.dma, report.device) == ((), ())
+        assert not lease.stale
+        assert not cache.leases()[0].stale
+        assert cache.stats().stale_dma_held == 0
+        lease.view[:4] = b"disk"
+    assert not lease.stale
+    assert cache.stats().stale_dma_released == 0
+    assert lender.read(PAGE_SIZE, 4) == b"disk"
+    assert caplog.records == []
+
+
+def test_events_tell_of_them(lender: Lender, cache: MapCache) -> None:
+    """Observers hear of a lease of granted pages as of any other."""
+    address = lender.lend()
+    seen: list[object] = []
+    with cache.observe(seen.append):
+        cache.map_dma(address, 16, owner="disk", direction="to-device").release()
+    taken, released = (each for each in seen if isinstance(each, LeaseTaken | LeaseReleased))
+    assert isinstance(taken, LeaseTaken)
+    assert (taken.start, taken.kind, taken.owner, taken.stale) == (address, "dma", "disk", False)
+    assert isinstance(released, LeaseReleased)
+    assert (released.lease, released.stale) == (taken.lease, False)
+
+
+def test_written_pages_are_not_reported(lender: Lender, cache: MapCache) -> None:
+    """Xen itself notes what was written through a grant: there is no frame number to report."""
+    address = lender.lend()
+    seen: list[object] = []
+    with cache.observe(seen.append):
+        lease = cache.map_dma(address, 16, owner="disk")
+        assert cache.mark_leases_dirty() == 0
+        lease.release(written=8)
+    assert not [each for each in seen if type(each).__name__ == "PagesDirty"]
+
+
+def test_scatter_gather_takes_both_kinds(
+    lender: Lender, cache: MapCache, grants: GrantSource
+) -> None:
+    """A list may have granted pages next to guest addresses; an error leaves none mapped."""
+    address = lender.lend(2)
+    ranges = [(0x8FF8, 16), (address + PAGE_SIZE - 4, 8), (address, 0), (address, 4)]
+    with GuestMemory(cache).segments(ranges, owner="disk", direction="from-device") as segments:
+        segments[:] = bytes(range(28))
+        assert grants.mapped == 3
+    assert lender.read(0x8FF8, 16) == bytes(range(16))
+    assert lender.read(2 * PAGE_SIZE - 4, 8) == bytes(range(16, 24))
+    assert lender.read(PAGE_SIZE, 4) == bytes(range(24, 28))
+    bad = [*ranges, (grant_address(100), 1)]
+    with (
+        pytest.raises(XenCallError, match="reference 100:"),
+        GuestMemory(cache).segments(bad, owner="disk", direction="from-device"),
+    ):
+        pass
+    assert (grants.mapped, cache.leases()) == (0, ())
+
+
+def test_options_of_leases(lender: Lender, grants: GrantSource) -> None:
+    """strict_views, record_origin and warn_age know leases of granted pages."""
+    address = lender.lend()
+    with MapCache(
+        lender.backend, grants=grants, strict_views=True, record_origin=True, warn_age=1000
+    ) as cache:
+        lease = cache.map_dma(address, 16, owner="disk")
+        assert __file__ in str(cache.leases()[0])
+        view = lease.view
+        with pytest.raises(LeaseError, match="while views of it are in use"):
+            lease.release()
+        assert lender.is_mapped(ref_of(address))
+        del view
+        lease.release()
+
+
+# --- kept views ----------------------------------------------------------------------------
+
+
+def test_a_kept_view_shows_private_zeros(lender: Lender, cache: MapCache) -> None:
+    """After the release a view is safe, shows zeros, and what is written there stays private."""
+    address = lender.lend()
+    lease = cache.map_dma(address, PAGE_SIZE, owner="disk")
+    view = lease.view
+    mapped = live_mappings()
+    lease.release()
+    assert not lender.is_mapped(ref_of(address))
+    assert bytes(view[:7]) == bytes(7)
+    view[:4] = b"lost"
+    assert lender.read(PAGE_SIZE, 7) == b"page 01"
+    assert live_mappings() == mapped
+    del view, lease
+    assert live_mappings() == mapped - 1
+
+
+def test_the_address_is_never_free(
+    lender: Lender, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the grants are given back, zeros are in their place already."""
+    address = lender.lend()
+    lease = cache.map_dma(address, PAGE_SIZE, owner="disk")
+    view = lease.view
+    seen: list[bytes] = []
+    kind = type(cache._parts.leasing.grants)
+    give_back = kind._give_back  # type: ignore[union-attr] # it is not None here
+
+    def look(source: GrantSource, held: object) -> None:
+        seen.append(bytes(view[:7]))
+        give_back(source, held)  # type: ignore[arg-type] # what the class hands over
+
+    monkeypatch.setattr(kind, "_give_back", look)
+    lease.release()
+    assert seen == [bytes(7)]
+
+
+@pytest.mark.parametrize("released", [False, True], ids=["held", "released"])
+def test_a_forked_child_sees_zeros(
+    lender: Lender, cache: MapCache, grants: GrantSource, released: bool
+) -> None:
+    """In a child views show private zeros, releases do nothing, and the parent's go on."""
+    address = lender.lend()
+    lease = cache.map_dma(address, PAGE_SIZE, owner="disk")
+    view = lease.view
+    if released:
+        lease.release()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            assert bytes(view[:7]) == bytes(7)
+            view[:4] = b"lost"
+            if not released:
+                lease.release()
+            grants.close(force=True)
+            for refused in (
+                lambda: cache.map_dma(address, 16, owner="child"),
+                lambda: grants.read(address, 16),
+                lambda: grants.map(address, 16, writable=False, result_out=[]),
+            ):
+                with pytest.raises(ClosedError):
+                    refused()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert lender.is_mapped(ref_of(address)) is not released
+    assert lender.read(PAGE_SIZE, 7) == b"page 01"
+    if not released:
+        assert bytes(view[:7]) == b"page 01"
+        lease.release()
+    assert not lender.is_mapped(ref_of(address))
+
+
+# --- ends ----------------------------------------------------------------------------------
+
+
+def test_close_refuses_while_grants_are_mapped(
+    lender: Lender, cache: MapCache, grants: GrantSource
+) -> None:
+    """The error names domain and references; after the release it closes, twice."""
+    address = lender.lend(2)
+    lease = cache.map_dma(address, PAGE_SIZE + 1, owner="disk")
+    ref = ref_of(address)
+    with pytest.raises(LeaseError) as caught:
+        grants.close()
+    assert f"2 grants of domain {lender.domid} are mapped: references {ref} to {ref + 1}." in str(
+        caught.value
+    )
+    lease.release()
+    for _ in range(2):
+        grants.close()
+    assert "closed" in repr(grants)
+    for refused in (
+        lambda: cache.map_dma(address, 16, owner="disk"),
+        lambda: cache.read(address, 16),
+        lambda: cache.write(address, b"x"),
+    ):
+        with pytest.raises(ClosedError, match=f"grants of domain {lender.domid} are closed"):
+            refused()
+
+
+def test_close_by_force_ends_the_grants(
+    lender: Lender, cache: MapCache, grants: GrantSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is named by a WARNING, views show zeros, and the lease can still be released."""
+    address = lender.lend()
+    lease = cache.map_dma(address, PAGE_SIZE, owner="disk")
+    view = lease.view
+    grants.close(force=True)
+    assert caplog.messages == [
+        f"domain {lender.domid}: closed by force, still mapped: reference {ref_of(address)}"
+    ]
+    assert not lender.is_mapped(ref_of(address))
+    assert bytes(view[:7]) == bytes(7)
+    lease.release()
+    assert cache.leases() == ()
+
+
+def test_the_block_of_a_source(lender: Lender) -> None:
+    """Its end closes, and complains of what is mapped unless an exception is on its way."""
+    address = lender.lend()
+    with lender.backend.open_grants() as grants:
+        assert grants.read(address, 7) == b"page 01"
+    held: list[object] = []
+    with pytest.raises(KeyError), lender.backend.open_grants() as grants:
+        held.append(grants.map(address, 16, writable=False, result_out=[]))
+        raise KeyError
+    assert not lender.is_mapped(ref_of(address))
+
+
+def test_a_cache_that_is_closed_by_force(
+    lender: Lender, cache: MapCache, grants: GrantSource
+) -> None:
+    """It ends its leases' grants with them, and leases no others."""
+    address = lender.lend()
+    cache.map_dma(address, PAGE_SIZE, owner="disk")
+    cache.close(force=True)
+    assert grants.mapped == 0
+    for refused in (
+        lambda: cache.map_dma(address, 16, owner="disk"),
+        lambda: cache.read(address, 16),
+        lambda: cache.read_into(address, bytearray(4)),
+        lambda: cache.write(address, b"x"),
+    ):
+        with pytest.raises(ClosedError):
+            refused()
+
+
+def test_memory_that_is_dropped(lender: Lender, grants: GrantSource) -> None:
+    """If nobody refers to a mapping, it is unmapped, and the next call gives its grants back."""
+    address = lender.lend()
+    grants.map(address, 16, writable=False, result_out=[])
+    assert lender.is_mapped(ref_of(address))  # munmap is not enough
+    mapping = grants.map(address, 16, writable=False, result_out=[])
+    assert grants.mapped == 1
+    mapping.give_back()
+    mapping.give_back()
+    assert grants.mapped == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["grant", "tell_taken", "dont_fork", "_index", "GrantMapping", "append"]
+)
+def test_a_lease_that_cannot_be_granted(
+    lender: Lender,
+    cache: MapCache,
+    grants: GrantSource,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """Whatever fails once the pages are mapped, they are given back, and nobody has a lease."""
+    address = lender.lend()
+
+    class Refusing(list[object]):
+        def append(self, _: object) -> None:
+            raise MemoryError
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    places = {"dont_fork": libc, "_index": grants, "GrantMapping": source, "append": None}
+    place = places.get(name, cache._parts.registry)
+    with cache.observe(lambda _: None), pytest.raises(MemoryError):
+        if place is None:
+            grants.map(address, 16, writable=False, result_out=Refusing())  # type: ignore[arg-type] # wrong on purpose
+        monkeypatch.setattr(place, name, fail)
+        cache.map_dma(address, 16, owner="disk")
+    monkeypatch.undo()
+    assert (grants.mapped, cache.leases()) == (0, ())
+    assert not lender.is_mapped(ref_of(address))
+
+
+def test_memory_that_cannot_be_covered(
+    lender: Lender, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease is still held, and can be released again; if only a gap is left, it is filled."""
+    address = lender.lend()
+    lease = cache.map_dma(address, PAGE_SIZE, owner="disk")
+    results = [False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(libc, "map_zeros_over", lambda *_, **__: results.pop(0))
+        with pytest.raises(XenCallError, match="max_map_count"):
+            lease.release()
+        assert not lease.released
+        assert bytes(lease.view[:7]) == b"page 01"
+        results += [False, True]
+        lease.release()
+    assert not lender.is_mapped(ref_of(address))
+
+
+# --- copies --------------------------------------------------------------------------------
+
+
+def test_reads_and_writes_are_copies(lender: Lender, cache: MapCache, grants: GrantSource) -> None:
+    """Plain accesses of the cache reach granted pages without mapping them, across pages too."""
+    address = lender.lend(3)
+    memory = GuestMemory(cache)
+    assert cache.read(address, 7) == b"page 01"
+    assert cache.read(address + PAGE_SIZE - 1, PAGE_SIZE + 8)[1:8] == b"page 02"
+    assert cache.read(address, 0) == b""
+    cache.write(address + PAGE_SIZE - 2, b"abcd")
+    cache.write(address, b"")
+    assert lender.read(2 * PAGE_SIZE - 2, 4) == b"abcd"
+    buffer = bytearray(4)
+    cache.read_into(address + PAGE_SIZE - 2, buffer)
+    assert buffer == b"abcd"
+    memory.write_u32(address + 16, 0x12345678)
+    assert memory.read_u32(address + 16) == 0x12345678
+    assert grants.mapped == 0
+
+
+def test_a_copy_that_is_refused(lender: Lender, cache: MapCache) -> None:
+    """The error names domain, reference and address of the first page that Xen refused."""
+    address = lender.lend(2)
+    readonly = lender.lend(gfn=4, readonly=True)
+    ref = ref_of(address) + 1
+    lender.revoke(ref)
+    with pytest.raises(XenCallError) as caught:
+        cache.read(address + 8, PAGE_SIZE + 8)
+    assert caught.value.address == address + PAGE_SIZE
+    assert (caught.value.domid, caught.value.errno) == (lender.domid, errno.EINVAL)
+    assert f"reference {ref}: the guest has not granted it" in str(caught.value)
+    with pytest.raises(XenCallError, match="read-only") as caught:
+        cache.write(readonly, b"x")
+    assert caught.value.errno == errno.EACCES
+    assert cache.read(readonly, 7) == b"page 04"
+
+
+# --- arguments -----------------------------------------------------------------------------
+
+
+def test_without_grants_nothing_is_there(lender: Lender) -> None:
+    """A cache that was given no grants finds no page at such addresses."""
+    address = lender.lend()
+    with MapCache(lender.backend) as cache:
+        for access in (
+            lambda: cache.map_dma(address, 16, owner="disk"),
+            lambda: cache.read(address, 16),
+            lambda: cache.write(address, b"x"),
+        ):
+            with pytest.raises(FaultError):
+                access()
+
+
+def test_other_methods_find_no_page(lender: Lender, cache: MapCache) -> None:
+    """Device leases and windows are for guest addresses, which granted pages do not have."""
+    address = lender.lend()
+    for access in (
+        lambda: cache.map_device(address, 16, owner="disk"),
+        lambda: cache.window(address, 16),
+        lambda: next(cache.views(address, 16)),
+    ):
+        with pytest.raises(FaultError):
+            access()
+
+
+def test_wrong_arguments(lender: Lender, cache: MapCache, grants: GrantSource) -> None:
+    """Bounds below 1, what is not a source, and what is not a number."""
+    with pytest.raises(TypeError, match="grants must be a GrantSource"):
+        MapCache(lender.backend, grants=lender)  # type: ignore[arg-type] # wrong on purpose
+    for bound in ("max_refs", "max_mapped"):
+        with pytest.raises(ValueError, match=f"{bound} must be at least 1, not 0"):
+            lender.backend.open_grants(**{bound: 0})
+    with pytest.raises(TypeError, match="address must be an int"):
+        cache.map_dma("here", 16, owner="disk")  # type: ignore[arg-type] # wrong on purpose
+    with pytest.raises(ValueError, match="bit 63 must be set"):
+        grants.read(PAGE_SIZE, 1)
+
+
+def test_a_file_has_no_grants(tmp_path: Path) -> None:
+    """Only a guest that runs can grant pages."""
+    (tmp_path / "image").write_bytes(bytes(PAGE_SIZE))
+    with (
+        open_backend("raw", path=tmp_path / "image") as backend,
+        pytest.raises(UnsupportedOperationError, match="no running guest that could grant"),
+    ):
+        backend.open_grants()
+
+
+# --- the library alone ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cffi", "ctypes"])
+def binding(request: pytest.FixtureRequest) -> str:
+    """A loader's name."""
+    if request.param == "cffi":
+        need("_cffi_backend")
+    return str(request.param)
+
+
+def test_a_grant_that_cannot_be_given_back(make_fake: MakeFake, binding: str) -> None:
+    """The lease is still held; by force the cache lets it go, and the descriptor's end ends it."""
+    fake = make_fake()
+    fake.grant(8, 1)
+    with (
+        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
+        backend.open_grants() as grants,
+    ):
+        cache = MapCache(backend, grants=grants)
+        lease = cache.map_dma(grant_address(8), 16, owner="disk")
+        fake.plan("ioctl", Behaviour.FAIL, errno.EIO)
+        with pytest.raises(XenCallError, match="UNMAP_GRANT_REF"):
+            lease.release()
+        assert not lease.released
+        fake.plan("ioctl", Behaviour.FAIL, errno.EIO)
+        cache.close(force=True)
+        assert cache.leases() == ()
+        assert fake.granted(8) == 1
+        del lease
+    assert fake.granted(8) == 0
+
+
+def test_the_text_of_a_lease_that_was_let_go(
+    make_fake: MakeFake, binding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The WARNING says that its grants are still mapped."""
+    fake = make_fake()
+    fake.grant(8, 1)
+    with (
+        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
+        backend.open_grants() as grants,
+    ):
+        cache = MapCache(backend, grants=grants)
+        cache.map_dma(grant_address(8), 16, owner="disk")
+        fake.plan("ioctl", Behaviour.FAIL, errno.EIO)
+        cache.close(force=True)
+    assert "closed by force, grants are still mapped: DMA lease of 'disk'" in caplog.messages[0]
+
+
+def test_given_back_by_other_code(
+    make_fake: MakeFake, binding: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Grants that a child of C code has given back are gone: a WARNING names them."""
+    fake = make_fake()
+    fake.grant(8, 1)
+    with (
+        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
+        backend.open_grants() as grants,
+    ):
+        mapping = grants.map(grant_address(8), 16, writable=False, result_out=[])
+        fake._state.maps[0].address = 0
+        mapping.give_back()
+        assert caplog.messages == [f"domain {DOMID}: reference 8: given back by other code"]
+        assert grants.mapped == 0
+
+
+def test_closed_while_pages_are_mapped(
+    make_fake: MakeFake, binding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that another thread's close has overtaken is unmapped, and no lease shows it."""
+    fake = make_fake()
+    fake.grant(8, 1)
+    with open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend:
+        grants = backend.open_grants()
+        dont_fork = libc.dont_fork
+
+        def close(address: int, length: int) -> None:
+            grants.close(force=True)
+            dont_fork(address, length)
+
+        monkeypatch.setattr(libc, "dont_fork", close)
+        with pytest.raises(ClosedError):
+            grants.map(grant_address(8), 16, writable=False, result_out=[])
+        assert libc.file_at(fake._state.maps[0].address) is None
+        assert grants.mapped == 0
+
+
+def test_another_errno_of_the_map_call(make_fake: MakeFake, binding: str) -> None:
+    """What is not EINVAL keeps the meaning that its errno has."""
+    fake = make_fake()
+    fake.grant(8, 1)
+    with (
+        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
+        backend.open_grants() as grants,
+    ):
+        fake.plan("xengnttab_map_domain_grant_refs", Behaviour.FAIL, errno.ENOMEM)
+        with pytest.raises(XenCallError, match="reference 8: out of memory") as caught:
+            grants.map(grant_address(8), 16, writable=False, result_out=[])
+        assert caught.value.errno == errno.ENOMEM
+
+
+def test_an_unknown_status_of_a_copy(make_fake: MakeFake, binding: str) -> None:
+    """A status without a meaning here is shown as a number."""
+    fake = make_fake()
+    fake.grant(8, 1)
+    with (
+        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
+        backend.open_grants() as grants,
+    ):
+        fake.plan("xengnttab_grant_copy", Behaviour.FAIL, -13)
+        with pytest.raises(XenCallError, match=r"reference 8: Xen refused it \(status -13\)"):
+            grants.read(grant_address(8), 1)
