@@ -70,7 +70,7 @@ class Held:
     Attributes:
         first, count: the references.
         address: a list: what the map call returned, until a Mapping has taken it over.
-        index: what the kernel calls these grants; None before they are mapped.
+        index: what the kernel calls these grants; negative until that is known.
         live: the record of their memory; None before.
         token: a list with one element, which the call that gives them back takes out.
     """
@@ -81,7 +81,7 @@ class Held:
         self.first = first
         self.count = count
         self.address: list[int] = []
-        self.index: int | None = None
+        self.index = -1
         self.live: LiveMapping | None = None
         self.token: list[None] = [None]
 
@@ -216,7 +216,7 @@ class GrantSource(abc.ABC):
         for address in filter(None, held.address[-1:]):  # no Mapping has taken it over
             self._unmap(address, held)
         held.address.clear()
-        if held.index is None:
+        if held.index < 0:
             self._held.pop(held, None)
         self._end(held)
 
@@ -224,11 +224,12 @@ class GrantSource(abc.ABC):
         """Cover the memory of grants, and give them back. May be repeated."""
         if os.getpid() != self._pid or held not in self._held:
             return
-        memory = None if held.live is None else held.live()  # keeps the address ours
-        if memory is not None and held.live is not None:
-            _cover(held.live.address, held.live.length, self.domid)
-        del memory
-        self._give_back(held)
+        live = held.live
+        memory = None if live is None else live()  # keeps the address ours
+        if live is not None and memory is not None:
+            _cover(live.address, live.length, self.domid)
+        if held.index >= 0:
+            self._give_back(held)
 
     def _sweep(self) -> None:
         """Give back the grants whose memory was unmapped because nobody referred to it."""
@@ -289,7 +290,7 @@ class GrantSource(abc.ABC):
             return
         self._sweep()
         held = [*self._held]
-        if held and not force:
+        if held and not force and not self._closed:
             named = "; ".join(map(str, held[:_NAMED]))
             raise LeaseError(
                 f"{self.mapped} grants of domain {self.domid} are mapped: {named}"

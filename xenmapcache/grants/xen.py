@@ -62,10 +62,9 @@ class XenGrants(GrantSource):
         self._held.pop(held, None)
 
     def _give_back(self, held: Held) -> None:
-        if held.index is not None:
-            done = partial(self._held.pop, held, None)
-            if not self._table.give_back(held.index, held.count, held.token, done):
-                logger.warning("domain %d: %s: given back by other code", self.domid, held)
+        done = partial(self._held.pop, held, None)
+        if not self._table.give_back(held.index, held.count, held.token, done):
+            logger.warning("domain %d: %s: given back by other code", self.domid, held)
 
     def _copy(self, parts: Sequence[Part], buffer: bytearray, to_guest: bool) -> list[int]:
         return self._table.copy(self.domid, parts, buffer, to_guest=to_guest)

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..address import PAGE_SHIFT, as_int
+from ..address import PAGE_MASK, PAGE_SHIFT, as_int, check_range, page_span
 from ..binding import libc
 from ..errors import XenCallError
 from ..grants.address import Part, grant_address, references
@@ -100,16 +100,15 @@ class GuestGrants:
 
         Raises:
             FaultError: a page is not there.
-            ValueError: not a number of pages, or the guest's grant table is full.
+            ValueError: not a range of pages, or the guest's grant table is full.
         """
-        if as_int("count", count) < 1:
-            raise ValueError(f"count must be at least 1, not {count}")
+        check_range(as_int("gfn", gfn) << PAGE_SHIFT, as_int("count", count) << PAGE_SHIFT)
         self.p2m.frames.check_process()
         self.p2m.check_present(gfn, count)
         with self._lock:
             self._settle()
             if len(self._grants) + count > _MAX_GRANTS:
-                raise ValueError(f"the mock's guest can grant {_MAX_GRANTS} pages, and no more")
+                raise ValueError(f"the mock's guest can grant {_MAX_GRANTS} pages at a time")
             first = self._allocate(count)
             for number in range(count):
                 self._grants[first + number] = Grant(gfn + number, readonly)
@@ -168,9 +167,8 @@ class GuestGrants:
         """Free what the guest has taken back, and what is no longer mapped."""
         with self._lock:
             for ref in [*self._pending]:
-                if not self._pins(ref):
-                    del self._pending[ref]
-                    del self._grants[ref]
+                if not self._pins(ref) and self._pending.pop(ref, ref) is None:
+                    self._grants.pop(ref, None)
                     self._free.append(ref)
 
     def frame(self, ref: int) -> int | None:
@@ -271,12 +269,13 @@ class GrantDma:
         Raises:
             XenCallError: the device is broken.
             FaultError: a page is not there.
+            ValueError: not a range of guest memory.
         """
         if self.broken:
             raise XenCallError("mock_grant_dma", self._grants.domid, _errno.EIO, self.broken)
-        count = ((address + length - 1) >> PAGE_SHIFT) - (address >> PAGE_SHIFT) + 1
-        ref = self._grants.grant(address >> PAGE_SHIFT, count, readonly=to_device)
-        return grant_address(ref, address & ((1 << PAGE_SHIFT) - 1))
+        gfn, count = page_span(*check_range(address, length))
+        ref = self._grants.grant(gfn, count, readonly=to_device)
+        return grant_address(ref, address & PAGE_MASK)
 
     def unmap(self, address: int, length: int) -> None:
         """Take a buffer's grants back, when its request has completed.
@@ -323,9 +322,8 @@ class MockGrants(GrantSource):
         self._held.pop(held, None)
 
     def _give_back(self, held: Held) -> None:
-        if held.index is not None:
-            self._grants.unmap(held.index)
-            self._held.pop(held, None)
+        self._grants.unmap(held.index)
+        self._held.pop(held, None)
 
     def _copy(self, parts: Sequence[Part], buffer: bytearray, to_guest: bool) -> list[int]:
         statuses = []
