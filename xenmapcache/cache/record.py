@@ -11,6 +11,7 @@ import traceback
 from operator import attrgetter
 
 from ..errors import XenMapCacheError
+from ..grants import GrantMapping
 from ..mapping import Mapping
 from .clock import Pin
 from .info import DmaDirection, LeaseInfo, LeaseKind
@@ -126,6 +127,8 @@ class LeaseRecord:
 
     def stale_at(self, sequence: int) -> bool:
         """Tell whether the invalidation of that number has made it stale."""
+        if isinstance(self.mapping, GrantMapping):
+            return self.mapping.covered
         return self.lost or (self.kind is not _DEVICE and self.sequence < sequence)
 
     def info(self, sequence: int) -> LeaseInfo:

@@ -72,10 +72,11 @@ class Held:
         address: a list: what the map call returned, until a Mapping has taken it over.
         index: what the kernel calls these grants; negative until that is known.
         live: the record of their memory; None before.
+        covered: whether private zeros may have taken the place of the memory.
         token: a list with one element, which the call that gives them back takes out.
     """
 
-    __slots__ = ("address", "count", "first", "index", "live", "token")
+    __slots__ = ("address", "count", "covered", "first", "index", "live", "token")
 
     def __init__(self, first: int, count: int) -> None:
         self.first = first
@@ -83,6 +84,7 @@ class Held:
         self.address: list[int] = []
         self.index = -1
         self.live: LiveMapping | None = None
+        self.covered = False
         self.token: list[None] = [None]
 
     def __str__(self) -> str:
@@ -96,11 +98,18 @@ class GrantMapping(Mapping):
     Attributes:
         give_back: ends the grants, and puts private zeros in the place of the memory. Can be
             repeated. In a forked child it does nothing.
+        held: the grants.
     """
 
-    __slots__ = ("give_back",)
+    __slots__ = ("give_back", "held")
 
     give_back: Callable[[], None]
+    held: Held
+
+    @property
+    def covered(self) -> bool:
+        """Whether it may show private zeros: giving the grants back has begun."""
+        return self.held.covered
 
 
 class GrantSource(abc.ABC):
@@ -144,8 +153,10 @@ class GrantSource(abc.ABC):
     @property
     def mapped(self) -> int:
         """How many grants are mapped now."""
-        # Not a generator: CPython 3.11 loses references if it cannot make its function.
-        return sum([held.count for held in [*self._held]])
+        total = 0
+        for held in [*self._held]:  # a loop: CPython 3.11 loses references in a comprehension
+            total += held.count
+        return total
 
     # --- for leases -----------------------------------------------------------------
 
@@ -176,7 +187,7 @@ class GrantSource(abc.ABC):
         held = Held(first, count)
         try:
             self._held[held] = None
-            self._check_open()  # close() marks the source before it looks at what is held
+            self._check_open()  # close() marks the source, and then looks at what is held
             total = self.mapped
             if total > self.max_mapped:
                 raise CacheFullError(
@@ -184,6 +195,7 @@ class GrantSource(abc.ABC):
                     f"max_mapped is {self.max_mapped}; release leases, or raise max_mapped"
                 )
             mapping = self._make(held, address >> PAGE_SHIFT, writable)
+            self._check_open()  # it may have found this before there was a mapping to end
             result_out.append(mapping)
             return mapping
         except BaseException:
@@ -207,7 +219,7 @@ class GrantSource(abc.ABC):
             result_out=held.address,
             domid=self.domid,
         )
-        mapping.give_back = partial(self._end, held)
+        mapping.held, mapping.give_back = held, partial(self._end, held)
         held.live = mapping.record
         return mapping
 
@@ -227,7 +239,12 @@ class GrantSource(abc.ABC):
         live = held.live
         memory = None if live is None else live()  # keeps the address ours
         if live is not None and memory is not None:
-            _cover(live.address, live.length, self.domid)
+            held.covered = True
+            try:
+                _cover(live.address, live.length, self.domid)
+            except XenCallError:
+                held.covered = False
+                raise
         if held.index >= 0:
             self._give_back(held)
 

@@ -63,7 +63,12 @@ class XenGrants(GrantSource):
 
     def _give_back(self, held: Held) -> None:
         done = partial(self._held.pop, held, None)
-        if not self._table.give_back(held.index, held.count, held.token, done):
+        try:
+            known = self._table.give_back(held.index, held.count, held.token, done)
+        except ClosedError:  # the kernel takes the grants back, as their memory has gone
+            known = True
+            done()
+        if not known:
             logger.warning("domain %d: %s: given back by other code", self.domid, held)
 
     def _copy(self, parts: Sequence[Part], buffer: bytearray, to_guest: bool) -> list[int]:

@@ -161,7 +161,10 @@ class GuestGrants:
         return len(self._mapped)
 
     def _pins(self, ref: int) -> int:
-        return [ref in each.frames for each in [*self._mapped.values()]].count(True)
+        pins = 0
+        for each in [*self._mapped.values()]:  # CPython 3.11 loses references in a comprehension
+            pins += ref in each.frames
+        return pins
 
     def _settle(self) -> None:
         """Free what the guest has taken back, and what is no longer mapped."""
@@ -215,7 +218,11 @@ class GuestGrants:
 
         The memory of those before it was unmapped, and its grants were not given back yet.
         """
-        return [index for index, each in [*self._mapped.items()] if each.address == address]
+        found = []
+        for index, each in [*self._mapped.items()]:  # as _pins()
+            if each.address == address:
+                found.append(index)
+        return found
 
     def unmap(self, index: int) -> None:
         """End a mapping. May be repeated."""
