@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_xen import DOMID, Behaviour, need
+from tests.fake_xen import DOMID, need
 from tests.fake_xen.fixtures import MakeFake, make_fake
 from xenmapcache import (
     CacheFullError,
@@ -473,6 +473,8 @@ def test_close_by_force_ends_the_grants(
     ]
     assert not lender.is_mapped(ref_of(address))
     assert bytes(view[:7]) == bytes(7)
+    assert lease.stale
+    assert cache.leases()[0].stale
     lease.release()
     assert cache.leases() == ()
 
@@ -656,118 +658,3 @@ def test_a_file_has_no_grants(tmp_path: Path) -> None:
         pytest.raises(UnsupportedOperationError, match="no running guest that could grant"),
     ):
         backend.open_grants()
-
-
-# --- the library alone ------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["cffi", "ctypes"])
-def binding(request: pytest.FixtureRequest) -> str:
-    """A loader's name."""
-    if request.param == "cffi":
-        need("_cffi_backend")
-    return str(request.param)
-
-
-def test_a_grant_that_cannot_be_given_back(make_fake: MakeFake, binding: str) -> None:
-    """The lease is still held; by force the cache lets it go, and the descriptor's end ends it."""
-    fake = make_fake()
-    fake.grant(8, 1)
-    with (
-        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
-        backend.open_grants() as grants,
-    ):
-        cache = MapCache(backend, grants=grants)
-        lease = cache.map_dma(grant_address(8), 16, owner="disk")
-        fake.plan("ioctl", Behaviour.FAIL, errno.EIO)
-        with pytest.raises(XenCallError, match="UNMAP_GRANT_REF"):
-            lease.release()
-        assert not lease.released
-        fake.plan("ioctl", Behaviour.FAIL, errno.EIO)
-        cache.close(force=True)
-        assert cache.leases() == ()
-        assert fake.granted(8) == 1
-        del lease
-    assert fake.granted(8) == 0
-
-
-def test_the_text_of_a_lease_that_was_let_go(
-    make_fake: MakeFake, binding: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The WARNING says that its grants are still mapped."""
-    fake = make_fake()
-    fake.grant(8, 1)
-    with (
-        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
-        backend.open_grants() as grants,
-    ):
-        cache = MapCache(backend, grants=grants)
-        cache.map_dma(grant_address(8), 16, owner="disk")
-        fake.plan("ioctl", Behaviour.FAIL, errno.EIO)
-        cache.close(force=True)
-    assert "closed by force, grants are still mapped: DMA lease of 'disk'" in caplog.messages[0]
-
-
-def test_given_back_by_other_code(
-    make_fake: MakeFake, binding: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Grants that a child of C code has given back are gone: a WARNING names them."""
-    fake = make_fake()
-    fake.grant(8, 1)
-    with (
-        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
-        backend.open_grants() as grants,
-    ):
-        mapping = grants.map(grant_address(8), 16, writable=False, result_out=[])
-        fake._state.maps[0].address = 0
-        mapping.give_back()
-        assert caplog.messages == [f"domain {DOMID}: reference 8: given back by other code"]
-        assert grants.mapped == 0
-
-
-def test_closed_while_pages_are_mapped(
-    make_fake: MakeFake, binding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory that another thread's close has overtaken is unmapped, and no lease shows it."""
-    fake = make_fake()
-    fake.grant(8, 1)
-    with open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend:
-        grants = backend.open_grants()
-        dont_fork = libc.dont_fork
-
-        def close(address: int, length: int) -> None:
-            grants.close(force=True)
-            dont_fork(address, length)
-
-        monkeypatch.setattr(libc, "dont_fork", close)
-        with pytest.raises(ClosedError):
-            grants.map(grant_address(8), 16, writable=False, result_out=[])
-        assert libc.file_at(fake._state.maps[0].address) is None
-        assert grants.mapped == 0
-
-
-def test_another_errno_of_the_map_call(make_fake: MakeFake, binding: str) -> None:
-    """What is not EINVAL keeps the meaning that its errno has."""
-    fake = make_fake()
-    fake.grant(8, 1)
-    with (
-        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
-        backend.open_grants() as grants,
-    ):
-        fake.plan("xengnttab_map_domain_grant_refs", Behaviour.FAIL, errno.ENOMEM)
-        with pytest.raises(XenCallError, match="reference 8: out of memory") as caught:
-            grants.map(grant_address(8), 16, writable=False, result_out=[])
-        assert caught.value.errno == errno.ENOMEM
-
-
-def test_an_unknown_status_of_a_copy(make_fake: MakeFake, binding: str) -> None:
-    """A status without a meaning here is shown as a number."""
-    fake = make_fake()
-    fake.grant(8, 1)
-    with (
-        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
-        backend.open_grants() as grants,
-    ):
-        fake.plan("xengnttab_grant_copy", Behaviour.FAIL, -13)
-        with pytest.raises(XenCallError, match=r"reference 8: Xen refused it \(status -13\)"):
-            grants.read(grant_address(8), 1)

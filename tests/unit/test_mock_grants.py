@@ -62,7 +62,7 @@ def test_references_come_back(guest: MockDomain, source: GrantSource) -> None:
     assert source.read(grant_address(refs[3]), 7) == b"page 06"
     assert grants.revoke(refs[0])
     assert grants.revoke(refs[2])
-    assert grants.grant(1, 2) == refs[3] + 1  # two are free, which are no neighbours
+    assert grants.grant(1, 2) == refs[3] + 1  # two are free, which are apart
     with pytest.raises(ValueError, match="reference 99 is not granted"):
         grants.revoke(99)
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_granted(guest: MockDomain, monkeypatch: pytest.MonkeyPat
 
 
 def test_taken_back_while_mapped(guest: MockDomain, source: GrantSource) -> None:
-    """The grant lives until its last mapping ends: new maps and copies work, and then no more."""
+    """The grant lives until its last mapping ends: until then new maps work."""
     ref = guest.grants.grant(1, 2)
     mapping = mapped(source, ref, 2)
     assert not guest.grants.revoke(ref, 2)
