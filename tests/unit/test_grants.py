@@ -28,6 +28,7 @@ from xenmapcache import (
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backend import Backend
 from xenmapcache.binding import libc
+from xenmapcache.cache import leasing
 from xenmapcache.events import LeaseReleased, LeaseTaken
 from xenmapcache.grants import GRANT_BIT, GrantSource, grant_address, is_granted, source
 from xenmapcache.mapping import live_mappings
@@ -413,6 +414,7 @@ def test_a_forked_child_sees_zeros(
             if not released:
                 lease.release()
             grants.close(force=True)
+            assert bytes(view[:4]) == b"lost"
             for refused in (
                 lambda: cache.map_dma(address, 16, owner="child"),
                 lambda: grants.read(address, 16),
@@ -522,7 +524,7 @@ def test_memory_that_is_dropped(lender: Lender, grants: GrantSource) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["grant", "tell_taken", "dont_fork", "_index", "GrantMapping", "append"]
+    "name", ["grant", "Lease", "dont_fork", "_index", "GrantMapping", "append"]
 )
 def test_a_lease_that_cannot_be_granted(
     lender: Lender,
@@ -541,7 +543,13 @@ def test_a_lease_that_cannot_be_granted(
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    places = {"dont_fork": libc, "_index": grants, "GrantMapping": source, "append": None}
+    places = {
+        "dont_fork": libc,
+        "_index": grants,
+        "GrantMapping": source,
+        "append": None,
+        "Lease": leasing,
+    }
     place = places.get(name, cache._parts.registry)
     with cache.observe(lambda _: None), pytest.raises(MemoryError):
         if place is None:

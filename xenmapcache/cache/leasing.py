@@ -79,17 +79,19 @@ class Leasing:
         table = self._table
         if not isinstance(owner, str):
             raise TypeError(f"owner must be a str, not {type(owner).__name__}")
+        grants = None
         # What check_guest_range() would find right, in a third of the time.
         if not (
             type(address) is type(length) is int and 0 <= address < address + length < ADDRESS_LIMIT
         ):
             table.check_open()
-            grants = self.grants
-            if grants is not None and kind is _DMA and is_granted(as_int("address", address)):
-                return self._lease_granted(grants, address, length, owner, direction, writable)
-            address, length = check_guest_range(
-                address, length, self._access.known_hole, empty=False
-            )
+            if kind is _DMA and self.grants is not None and is_granted(as_int("address", address)):
+                grants = self.grants
+                address, length = as_int("address", address), as_int("length", length)
+            else:
+                address, length = check_guest_range(
+                    address, length, self._access.known_hole, empty=False
+                )
         if writable and not table.writes:
             raise UnsupportedOperationError(
                 f"the backend {self._backend.name!r} is read-only: map with "
@@ -101,7 +103,9 @@ class Leasing:
         try:
             if self.strict_views:
                 record.views = Views()
-            if kind is _DMA and (address & table.mask) + length <= table.size:
+            if grants is not None:
+                self._grant_granted(record, grants, writable)
+            elif kind is _DMA and (address & table.mask) + length <= table.size:
                 self._grant_in_bucket(record, writable)
             else:
                 self._grant_own_mapping(record, writable)
@@ -113,45 +117,6 @@ class Leasing:
         except BaseException:
             self._registry.withdraw(record)
             raise
-
-    def _lease_granted(
-        self,
-        grants: GrantSource,
-        address: int,
-        length: int,
-        owner: str,
-        direction: DmaDirection | None,
-        writable: bool,
-    ) -> Lease:
-        """Lease pages that the guest has granted, with a mapping that no other lease shares."""
-        address, length = as_int("address", address), as_int("length", length)
-        if length > self.max_lease:
-            raise self._too_long(address, length)
-        record = LeaseRecord(_DMA, address, length, owner, direction, self.origin())
-        taken: list[GrantMapping] = []
-        try:
-            if self.strict_views:
-                record.views = Views()
-            mapping = grants.map(address, length, writable=writable, result_out=taken)
-            locked(self._budget.lock, self._bind_granted, record, mapping)
-            if self.ages is not None:
-                self.ages.begin()
-            if self._observed:
-                self._registry.tell_taken(record)
-            return Lease(record, self._registry)
-        except BaseException:
-            self._registry.withdraw(record)
-            for each in taken:
-                each.give_back()
-            raise
-
-    def _bind_granted(self, record: LeaseRecord, mapping: GrantMapping) -> None:
-        """Give a lease of granted pages its memory and store it; called under the lock."""
-        start = record.address & PAGE_MASK
-        record.view = mapping.bytes[start : start + record.length]
-        record.mapping = mapping
-        record.host_address = mapping.address + start
-        self._registry.grant(record, NEVER_STALE, None)
 
     def origin(self) -> tuple[str, ...] | None:
         """Return the stack where a lease is taken, if leases note it."""
@@ -169,15 +134,13 @@ class Leasing:
         locked(self._budget.lock, self._try, record, mapping, start, generation, None, False, True)
 
     def _check_length(self, address: int, length: int) -> None:
-        self._access.check_ends(address, length)
+        if not is_granted(address):
+            self._access.check_ends(address, length)
         if length > self.max_lease:
-            raise self._too_long(address, length)
-
-    def _too_long(self, address: int, length: int) -> CacheFullError:
-        return CacheFullError(
-            f"{length:#x} bytes at {address:#x} are more than max_lease "
-            f"{self.max_lease:#x}; lease a smaller range, or raise max_lease"
-        )
+            raise CacheFullError(
+                f"{length:#x} bytes at {address:#x} are more than max_lease "
+                f"{self.max_lease:#x}; lease a smaller range, or raise max_lease"
+            )
 
     def _grant_in_bucket(self, record: LeaseRecord, writable: bool) -> None:
         """Grant a lease that shares the mapping of its bucket."""
@@ -260,6 +223,25 @@ class Leasing:
             budget.wake()
         self._registry.granted_stale(record)
 
+    def _grant_granted(self, record: LeaseRecord, grants: GrantSource, writable: bool) -> None:
+        """Grant a lease of pages that the guest has granted, with a mapping of just these."""
+        taken: list[GrantMapping] = []
+        try:
+            mapping = grants.map(record.address, record.length, writable=writable, result_out=taken)
+            locked(self._budget.lock, self._bind_granted, record, mapping, writable)
+        except BaseException:
+            for mapping in taken:
+                mapping.give_back()
+            raise
+
+    def _bind_granted(self, record: LeaseRecord, mapping: GrantMapping, writable: bool) -> None:
+        """Give a lease of granted pages its memory and store it; called under the lock."""
+        table = self._table
+        table.check_open()
+        start = record.address & PAGE_MASK
+        self._bind(record, mapping, start, table.generation, None, writable)
+        record.sequence = NEVER_STALE  # no other thread can invalidate before that
+
     def _try(
         self,
         record: LeaseRecord,
@@ -300,4 +282,4 @@ class Leasing:
         pin = None
         if index is not None and generation.buckets.get(index) is mapping:
             pin = generation.clock.pin(index)
-        self._registry.grant(record, generation.sequence, pin)
+        self._registry.grant(record, generation, pin)

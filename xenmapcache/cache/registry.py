@@ -10,7 +10,7 @@ from ..address import as_int, page_span
 from ..errors import LeaseError, XenMapCacheError
 from ..grants import GrantMapping, is_granted
 from . import telling
-from .buckets import BucketTable
+from .buckets import BucketTable, Generation
 from .budget import Budget
 from .clock import Pin
 from .dirty import DirtyPages
@@ -154,15 +154,15 @@ class LeaseRegistry:
 
     # --- grant --------------------------------------------------------------------
 
-    def grant(self, record: LeaseRecord, sequence: int, pin: Pin | None) -> None:
+    def grant(self, record: LeaseRecord, generation: Generation, pin: Pin | None) -> None:
         """Store a lease whose mapping is set; called under the lock.
 
         Args:
             record: the lease; its caller withdraws it if anything fails from here on.
-            sequence: of the generation that its mapping came from, or NEVER_STALE.
+            generation: the one that its mapping came from.
             pin: of the bucket that it shares, or None.
         """
-        record.sequence = sequence
+        record.sequence = generation.sequence
         if pin is not None:
             record.pin = pin
             pin.lease_ids.add(record.id)
