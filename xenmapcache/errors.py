@@ -20,6 +20,7 @@ __all__ = [
     "CorruptImageError",
     "EmptyRangeError",
     "FaultError",
+    "GrantError",
     "LeaseError",
     "MappingLostError",
     "QueueFullError",
@@ -133,6 +134,37 @@ class EmptyRangeError(FaultError, ValueError):
 
     def __str__(self) -> str:
         return f"length at address {self.address:#x} is 0; a lease needs at least 1 byte"
+
+
+class GrantError(FaultError):
+    """A guest names a page that it has not granted, or not for what is to be done with it.
+
+    Attributes:
+        address: of the first page that was refused; of a lease, of which Xen does not say that,
+            the first byte.
+        length: how many bytes of the access lie at that address and beyond.
+        errno: what the call gave, or stands for its status.
+        domid: the domain.
+        call: the function that was refused.
+        hint: the references, and why.
+    """
+
+    def __init__(
+        self, address: int, length: int, errno: int, domid: int, call: str, hint: str
+    ) -> None:
+        XenMapCacheError.__init__(self, address, length, errno, domid, call, hint)
+        self.address = address
+        self.length = length
+        self.errno = errno
+        self.domid = domid
+        self.call = call
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return _printable(
+            f"{self.call} was refused for domain {self.domid} at {self.address:#x} with "
+            f"{errno_name(self.errno)}: {self.hint}"
+        )
 
 
 class TranslationError(XenMapCacheError):

@@ -10,6 +10,7 @@ import pytest
 
 from xenmapcache import (
     FaultError,
+    GrantError,
     MapCache,
     MockDomain,
     MockHypervisor,
@@ -17,7 +18,9 @@ from xenmapcache import (
     open_backend,
 )
 from xenmapcache.address import PAGE_SIZE
+from xenmapcache.devicemodel import DmaEngine, DmaStatus, DmaTransfer, IoreqServer
 from xenmapcache.grants import GRANT_BIT, GrantMapping, GrantSource, grant_address
+from xenmapcache.guest import Segments
 from xenmapcache.mock.grants import GrantDma
 
 
@@ -92,9 +95,9 @@ def test_taken_back_while_mapped(guest: MockDomain, source: GrantSource) -> None
     mapping.give_back()
     assert guest.grants.is_mapped(ref)
     other.give_back()
-    with pytest.raises(XenCallError):
+    with pytest.raises(GrantError):
         mapped(source, ref)
-    with pytest.raises(XenCallError, match="has not granted it"):
+    with pytest.raises(GrantError, match="has not granted it"):
         source.read(grant_address(ref), 7)
     assert guest.grants.grant(3) == ref
 
@@ -113,9 +116,9 @@ def test_the_guest_gives_a_granted_page_up(guest: MockDomain, source: GrantSourc
     again.give_back()
     assert source.read(grant_address(ref), 7) == b"renewed"
     guest.balloon_out(PAGE_SIZE, PAGE_SIZE)
-    with pytest.raises(XenCallError):
+    with pytest.raises(GrantError):
         mapped(source, ref)
-    with pytest.raises(XenCallError, match="there is no page"):
+    with pytest.raises(GrantError, match="there is no page"):
         source.read(grant_address(ref), 7)
 
 
@@ -126,9 +129,9 @@ def test_the_guest_is_destroyed(guest: MockDomain, source: GrantSource) -> None:
     guest.destroy()
     assert guest.state == "dying"
     assert bytes(mapping.bytes[:7]) == b"page 01"
-    with pytest.raises(XenCallError):
+    with pytest.raises(GrantError):
         mapped(source, ref)
-    with pytest.raises(XenCallError, match="is being destroyed"):
+    with pytest.raises(GrantError, match="is being destroyed"):
         source.read(grant_address(ref), 7)
     mapping.give_back()
     assert guest.state == "gone"
@@ -140,7 +143,7 @@ def test_one_page_is_mapped_64_times(guest: MockDomain, source: GrantSource) -> 
     """Xen maps a granted page 64 times, and then refuses it."""
     ref = guest.grants.grant(1)
     mappings = [mapped(source, ref) for _ in range(64)]
-    with pytest.raises(XenCallError, match="mapped too often") as caught:
+    with pytest.raises(GrantError, match="mapped too often") as caught:
         mapped(source, ref)
     assert caught.value.errno == errno.EINVAL
     mappings.pop().give_back()
@@ -151,7 +154,7 @@ def test_calls_are_logged(guest: MockDomain, source: GrantSource) -> None:
     """Maps and unmaps are in the log of calls, with the first reference."""
     ref = guest.grants.grant(1, 2)
     mapped(source, ref, 2).give_back()
-    with pytest.raises(XenCallError):
+    with pytest.raises(GrantError):
         mapped(source, 99)
     guest.grants.unmap(0)  # a second time, which changes nothing
     assert [tuple(call) for call in guest.calls] == [
@@ -197,7 +200,7 @@ def test_a_request_by_grants(guest: MockDomain, source: GrantSource, driver: Gra
         assert guest.read(2 * PAGE_SIZE - 4, 8) == b"fromdisk"
         assert bytes(kept) == bytes(8)
         read_only = driver.map(PAGE_SIZE, 8, to_device=True)
-        with pytest.raises(XenCallError):
+        with pytest.raises(GrantError):
             cache.map_dma(read_only, 8, owner="disk", direction="from-device")
         cache.map_dma(read_only, 8, owner="disk", direction="to-device").release()
         driver.unmap(read_only, 8)
@@ -225,3 +228,34 @@ def test_buffers_that_are_none(driver: GrantDma) -> None:
         driver.map(PAGE_SIZE, 0)
     with pytest.raises(FaultError):
         driver.map(15 * PAGE_SIZE, 2 * PAGE_SIZE)
+
+
+def test_an_engine_ends_the_grants_first(
+    guest: MockDomain, source: GrantSource, driver: GrantDma, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When a transfer's end is told, so that the guest may hear of it, no grant is mapped."""
+    broken: list[str] = []
+
+    def complete(_: DmaTransfer) -> None:
+        driver.unmap(address, 16)
+        broken.append(driver.broken)
+
+    with open_backend("mock", domain=guest) as backend, MapCache(backend, grants=source) as cache:
+        server = IoreqServer(guest, cache)
+        with server, DmaEngine(server, name="disk") as engine:
+            address = driver.map(2 * PAGE_SIZE - 8, 16)
+            ranges = [(address, 16), (0x5000, 4)]
+            done = engine.submit(ranges, "from-device", fill, on_end=complete)
+            bad = engine.submit([(grant_address(99), 16)], "from-device", fill)
+            engine.drain()
+            assert (done.status, bad.status) == (DmaStatus.DONE, DmaStatus.FAILED)
+    assert broken == [""]
+    assert guest.read(2 * PAGE_SIZE - 8, 16) == b"x" * 16
+    assert isinstance(bad.error, GrantError)
+    assert not [each for each in caplog.records if each.levelno > logging.INFO]
+
+
+def fill(memory: Segments) -> int:
+    """Write everywhere, as a device does."""
+    memory[:] = b"x" * len(memory)
+    return len(memory)

@@ -41,7 +41,14 @@ from typing import Self
 
 from ..address import PAGE_SHIFT, as_int
 from ..binding import libc
-from ..errors import CacheFullError, ClosedError, EmptyRangeError, LeaseError, XenCallError
+from ..errors import (
+    CacheFullError,
+    ClosedError,
+    EmptyRangeError,
+    GrantError,
+    LeaseError,
+    XenCallError,
+)
 from ..mapping import LiveMapping, Mapping
 from .address import Part, grant_address, parts, references
 
@@ -53,15 +60,21 @@ MAX_MAPPED = 1 << 15
 """How many grants may be mapped at a time, likewise; Linux's own bound is twice that."""
 _NAMED = 10
 
+_NOT_GRANTED = (
+    "the guest has not granted all of them, has taken one back, has granted one read-only that is "
+    "to be written, or has ended; or one is mapped too often"
+)
 _STATUSES = {
     -1: (_errno.EACCES, "refused; it may be granted read-only"),
-    -2: (_errno.ESRCH, "there is no such domain"),
     -3: (_errno.EINVAL, "the guest has not granted it, or has taken it back"),
-    -8: (_errno.EPERM, "no right to it: it may be granted to another domain"),
+    -8: (_errno.EPERM, "it may be granted to another domain"),
     -9: (_errno.EINVAL, "there is no page: the guest has given it up, or is being destroyed"),
+}
+"""Errno and meaning of a copy's status if the guest is the reason; from GNTST_general_error on."""
+_OTHER_STATUSES = {
+    -2: (_errno.ESRCH, "there is no such domain"),
     -12: (_errno.EAGAIN, "the page is paged out; try again"),
 }
-"""Errno and meaning of what ``xengnttab_grant_copy`` says of a part, from GNTST_general_error."""
 
 
 class Held:
@@ -176,7 +189,8 @@ class GrantSource(abc.ABC):
 
         Raises:
             FaultError: no reference is so large; EmptyRangeError for a length of 0.
-            XenCallError: a page is not granted, or not for writing. Xen does not say which.
+            GrantError: a page is not granted, or not for writing. Xen does not say which.
+            XenCallError: the call failed for another reason.
             CacheFullError: more pages than ``max_refs``, or than ``max_mapped`` leaves.
             ClosedError: the source is closed, or belongs to the parent process.
         """
@@ -194,7 +208,7 @@ class GrantSource(abc.ABC):
                     f"domain {self.domid}: with {held}, {total} grants would be mapped, and "
                     f"max_mapped is {self.max_mapped}; release leases, or raise max_mapped"
                 )
-            mapping = self._make(held, address >> PAGE_SHIFT, writable)
+            mapping = self._make(held, address, length, writable)
             self._check_open()  # it may have found this before there was a mapping to end
             result_out.append(mapping)
             return mapping
@@ -202,17 +216,21 @@ class GrantSource(abc.ABC):
             self._undo(held)
             raise
 
-    def _make(self, held: Held, gfn: int, writable: bool) -> GrantMapping:
+    def _make(self, held: Held, address: int, length: int, writable: bool) -> GrantMapping:
         refs = array("I", range(held.first, held.first + held.count))
         try:
             host_address = self._map(refs, writable, held.address)
         except XenCallError as error:
-            raise XenCallError(error.call, self.domid, error.errno, _why(held, error)) from None
+            call, errno = error.call, error.errno
+            if errno != _errno.EINVAL:
+                raise XenCallError(call, self.domid, errno, f"{held}: {error.hint}") from None
+            hint = f"{held}: {_NOT_GRANTED}"
+            raise GrantError(address, length, errno, self.domid, call, hint) from None
         libc.dont_fork(host_address, held.count << PAGE_SHIFT)
         held.index = self._index(host_address)
         mapping = GrantMapping(
             host_address,
-            gfn,
+            address >> PAGE_SHIFT,
             held.count,
             writable=writable,
             errors=None,
@@ -264,7 +282,8 @@ class GrantSource(abc.ABC):
             length: in bytes.
 
         Raises:
-            XenCallError: a page is not granted; ``address`` and the text say which.
+            GrantError: a page is not granted, or not for writing; it says which.
+            XenCallError: the call failed for another reason.
             FaultError, CacheFullError, ClosedError: as :meth:`map`.
             UnsupportedOperationError: the library is older than VERS_1.1.
         """
@@ -287,10 +306,18 @@ class GrantSource(abc.ABC):
         pages = [*parts(address, len(buffer))]
         for part, status in zip(pages, self._copy(pages, buffer, to_guest), strict=True):
             if status:
-                errno, meaning = _STATUSES.get(status, (_errno.EIO, "Xen refused it"))
-                hint = f"reference {part.ref}: {meaning} (status {status})"
-                bad = grant_address(part.ref, part.offset)
-                raise XenCallError(self.copy_call, self.domid, errno, hint, address=bad)
+                raise self._refused(part, status, address + len(buffer))
+
+    def _refused(self, part: Part, status: int, end: int) -> GrantError | XenCallError:
+        """Return the error of a part of a copy that ends at an address."""
+        call, bad = self.copy_call, grant_address(part.ref, part.offset)
+        if status in _STATUSES:
+            errno, meaning = _STATUSES[status]
+            hint = f"reference {part.ref}: {meaning} (status {status})"
+            return GrantError(bad, end - bad, errno, self.domid, call, hint)
+        errno, meaning = _OTHER_STATUSES.get(status, (_errno.EIO, "Xen refused it"))
+        hint = f"reference {part.ref}: {meaning} (status {status})"
+        return XenCallError(call, self.domid, errno, hint, address=bad)
 
     # --- life -----------------------------------------------------------------------
 
@@ -371,17 +398,6 @@ class GrantSource(abc.ABC):
     @abc.abstractmethod
     def _close(self) -> None:
         """Close what was opened."""
-
-
-def _why(held: Held, error: XenCallError) -> str:
-    """Return what is to be known of a map call that failed."""
-    hint = error.hint
-    if error.errno == _errno.EINVAL:
-        hint = (
-            "the guest has not granted all of them, has taken one back, has granted one read-only "
-            "that is to be written, or one is mapped too often"
-        )
-    return f"{held}: {hint}"
 
 
 def _cover(address: int, length: int, domid: int) -> None:
