@@ -152,13 +152,9 @@ class GrantError(FaultError):
     def __init__(
         self, address: int, length: int, errno: int, domid: int, call: str, hint: str
     ) -> None:
-        XenMapCacheError.__init__(self, address, length, errno, domid, call, hint)
-        self.address = address
-        self.length = length
-        self.errno = errno
-        self.domid = domid
-        self.call = call
-        self.hint = hint
+        super().__init__(address, length, errno)
+        self.args = address, length, errno, domid, call, hint  # what a pickle calls this with
+        self.domid, self.call, self.hint = domid, call, hint
 
     def __str__(self) -> str:
         return _printable(

@@ -26,7 +26,9 @@
 #      threads that reach the bound together may both be refused; it is never exceeded.
 #   5. A forked child neither covers nor gives back: the grants are its parent's. No mapping gets a
 #      record in the table of mapping.py before it is kept out of children, so each memory that a
-#      view can show has private zeros in a child. In a PVH Dom0 the kernel would leave it there.
+#      view can show has private zeros in a child. In a PVH Dom0 the kernel would leave it there. A
+#      child that another thread forks between the map call and that step inherits memory that its
+#      code does not know; it keeps these grants mapped until it ends or executes a program.
 
 from __future__ import annotations
 
