@@ -7,7 +7,14 @@ import errno
 import pytest
 
 from tests.fake_xen import DOMID, Behaviour, FakeXen
-from xenmapcache import ClosedError, MapCache, XenCallError, open_backend
+from tests.fake_xen.fixtures import MakeFake
+from xenmapcache import (
+    ClosedError,
+    MapCache,
+    UnsupportedOperationError,
+    XenCallError,
+    open_backend,
+)
 from xenmapcache.binding import libc
 from xenmapcache.grants import grant_address
 from xenmapcache.grants.xen import XenGrants
@@ -103,6 +110,21 @@ def test_another_errno_of_the_map_call(fake: FakeXen, binding: str) -> None:
         with pytest.raises(XenCallError, match="reference 8: out of memory") as caught:
             grants.map(grant_address(8), 16, writable=False, result_out=[])
         assert caught.value.errno == errno.ENOMEM
+
+
+def test_an_older_library(make_fake: MakeFake, binding: str) -> None:
+    """Without what ends grants safely no page stays mapped; without copies none is copied."""
+    fake = make_fake("OLD")
+    fake.grant(8, 1)
+    with (
+        open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend,
+        backend.open_grants() as grants,
+    ):
+        with pytest.raises(UnsupportedOperationError, match="xengnttab_fd"):
+            grants.map(grant_address(8), 16, writable=False, result_out=[])
+        with pytest.raises(UnsupportedOperationError, match="xengnttab_grant_copy"):
+            grants.read(grant_address(8), 16)
+        assert (fake.granted(8), grants.mapped) == (0, 0)
 
 
 def test_an_unknown_status_of_a_copy(fake: FakeXen, binding: str) -> None:

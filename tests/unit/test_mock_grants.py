@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -174,6 +175,29 @@ def test_memory_that_was_dropped(guest: MockDomain, source: GrantSource) -> None
     kept = mapped(source, other)
     assert not guest.grants.is_mapped(ref)
     kept.give_back()
+
+
+def test_many_threads(guest: MockDomain, source: GrantSource) -> None:
+    """Leases come and go in four threads, whose views are kept: each sees its page, then zeros."""
+    refs = [guest.grants.grant(gfn) for gfn in range(4)]
+    problems: list[object] = []
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            with cache.map_dma(grant_address(refs[number]), 7, owner=f"{number}") as lease:
+                view = lease.view
+                seen = bytes(view)
+            if (seen, bytes(view)) != (b"page %02d" % number, bytes(7)):
+                problems.append((number, seen, bytes(view)))
+
+    with open_backend("mock", domain=guest) as backend, MapCache(backend, grants=source) as cache:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert problems == []
+    assert (source.mapped, guest.grants.mappings) == (0, 0)
 
 
 # --- the driver's side ---------------------------------------------------------------------------

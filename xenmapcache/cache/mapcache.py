@@ -57,8 +57,9 @@ class MapCache(LendingCache):
             that names the lease; see :meth:`Lease.release`. It costs microseconds a view.
         grants: the pages that the guest has granted, as ``backend.open_grants()`` returns; closing
             it stays your duty. Then addresses with bit 63 name granted pages: :meth:`map_dma`
-            leases them, and :meth:`read`, :meth:`read_into` and :meth:`write` copy them. Without
-            it they are missing pages, as for all other methods.
+            leases them, and :meth:`read`, :meth:`read_into` and :meth:`write` copy them. They do
+            not count under ``max_resident``. Without it they are missing pages, as for all other
+            methods.
 
     If the cache is dropped while leases are held, a ResourceWarning names them. Their memory stays
     safe.

@@ -269,14 +269,17 @@ class LeaseRegistry:
             failure: XenMapCacheError | None = None
             try:
                 self.mark_dirty(record)
-                self._give_back(record)
             except XenMapCacheError as error:
                 failure = error.with_traceback(None)
-                record.mapping = None  # so that the lease ends all the same
             sequence = self.table.generation.sequence
             info = record.info(sequence)
             if info.stale and record.kind is _DMA:
                 record.lost_pages = self.policy.lost(record, sequence)
+            try:
+                self._give_back(record)
+            except XenMapCacheError as error:
+                failure = error.with_traceback(None)
+                record.mapping = None  # so that the lease ends all the same
             self._drop(record, sequence)
             return info, failure
         finally:

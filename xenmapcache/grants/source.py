@@ -51,6 +51,7 @@ from ..errors import (
     LeaseError,
     XenCallError,
 )
+from ..logs import safely
 from ..mapping import LiveMapping, Mapping
 from .address import Part, grant_address, parts, references
 
@@ -344,8 +345,8 @@ class GrantSource(abc.ABC):
             )
         self._closed = True
         for each in [*self._held]:
-            logger.warning("domain %d: closed by force, still mapped: %s", self.domid, each)
             self._end(each)
+            safely(logger.warning, "domain %d: closed by force, still mapped: %s", self.domid, each)
         self._close()
 
     def __enter__(self) -> Self:

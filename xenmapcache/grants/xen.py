@@ -11,6 +11,7 @@ from ..address import PAGE_SHIFT
 from ..binding import libc
 from ..binding.granttable import COPY, GrantTable
 from ..errors import ClosedError
+from ..logs import safely
 from .address import Part
 from .source import MAX_MAPPED, MAX_REFS, GrantSource, Held
 
@@ -69,7 +70,8 @@ class XenGrants(GrantSource):
             known = True
             done()
         if not known:
-            logger.warning("domain %d: %s: given back by other code", self.domid, held)
+            text = "domain %d: %s: given back by other code"
+            safely(logger.warning, text, self.domid, held)
 
     def _copy(self, parts: Sequence[Part], buffer: bytearray, to_guest: bool) -> list[int]:
         return self._table.copy(self.domid, parts, buffer, to_guest=to_guest)
