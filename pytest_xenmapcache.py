@@ -15,6 +15,8 @@ import pytest
 
 if TYPE_CHECKING:
     from xenmapcache import MapCache, MockDomain, MockHypervisor
+    from xenmapcache.devicemodel import IoreqServer
+    from xenmapcache.mock import PciDriver
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -30,6 +32,11 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "map_cache(**options): how the fixture map_cache makes its cache, for example "
         "on_stale='copy', bucket_shift=16 (xenmapcache)",
+    )
+    config.addinivalue_line(
+        "markers",
+        "ioreq_server(**options): how the fixture ioreq_server makes its server, for example "
+        "buffered=True (xenmapcache)",
     )
 
 
@@ -50,13 +57,19 @@ def mock_hypervisor() -> MockHypervisor:
 
 
 @pytest.fixture
-def mock_domain(request: pytest.FixtureRequest, mock_hypervisor: MockHypervisor) -> MockDomain:
+def mock_domain(
+    request: pytest.FixtureRequest, mock_hypervisor: MockHypervisor
+) -> Iterator[MockDomain]:
     """A mock guest of 64 MiB with one vCPU.
 
     ``@pytest.mark.mock_domain(memory="16M", holes=[(0xA0000, 0x20000)], vcpus=2)`` changes that.
     Markers of a module, a class and a test add up; the nearest wins.
+    After the test the guest's code is joined that ``mock_domain.spawn`` started. What it raised
+    fails the test.
     """
-    return mock_hypervisor.create_domain(**_options(request, "mock_domain"))
+    domain = mock_hypervisor.create_domain(**_options(request, "mock_domain"))
+    yield domain
+    domain.join()
 
 
 @pytest.fixture
@@ -88,6 +101,39 @@ def map_cache(request: pytest.FixtureRequest, mock_domain: MockDomain) -> Iterat
         if held and not request.node.stash.get(_FAILED, False):
             names = "\n".join(f"  {info}" for info in held)
             pytest.fail(f"leases are held at the end of the test:\n{names}", pytrace=False)
+
+
+@pytest.fixture
+def ioreq_server(
+    request: pytest.FixtureRequest, mock_domain: MockDomain, map_cache: MapCache
+) -> Iterator[IoreqServer]:
+    """An ioreq server of ``mock_domain``, open, and served by a thread until the test ends.
+
+    The test claims what its devices answer for. Code that ``mock_domain.spawn`` started is joined
+    while the server still answers.
+    ``@pytest.mark.ioreq_server(buffered=True)`` has options of
+    :class:`xenmapcache.devicemodel.IoreqServer`.
+    """
+    from xenmapcache.devicemodel import IoreqServer
+
+    server = IoreqServer(mock_domain, map_cache, **_options(request, "ioreq_server"))
+    with server, server.serving():
+        yield server
+        mock_domain.join()
+
+
+@pytest.fixture
+def pci_guest(
+    mock_domain: MockDomain,
+    ioreq_server: IoreqServer,  # noqa: ARG001 - it serves while the guest looks for functions
+) -> PciDriver:
+    """The PCI code of ``mock_domain``, which finds and enables what ``ioreq_server`` has claimed.
+
+    ``pci_guest.domain`` is ``mock_domain``.
+    """
+    from xenmapcache.mock import PciDriver
+
+    return PciDriver(mock_domain)
 
 
 def _options(request: pytest.FixtureRequest, name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ __all__ = [
     "CacheFullError",
     "ClosedError",
     "CorruptImageError",
+    "DeviceError",
     "EmptyRangeError",
     "FaultError",
     "GrantError",
@@ -208,7 +209,11 @@ class CacheFullError(XenMapCacheError):
 
 
 class QueueFullError(XenMapCacheError):
-    """A DMA engine has as many transfers under way as it accepts."""
+    """A DMA engine, or a queue of the mock's virtio driver, has no room for another transfer."""
+
+
+class DeviceError(XenMapCacheError):
+    """A driver of the mock's guest cannot use a device, because of what the device says or does."""
 
 
 class ClosedError(XenMapCacheError, ValueError):

@@ -17,7 +17,7 @@ from xenmapcache import (
     MockHypervisor,
     open_backend,
 )
-from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel import DmaEngine, IoreqServer
 from xenmapcache.devicemodel.watch import Watcher
 
 PORT, MMIO, VGA, PCI = 0x510, 0xF000_0000, 0xA0000, "0000:00:05.0"
@@ -34,6 +34,18 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
         run(watcher)
 
     monkeypatch.setattr(Watcher, "_run", traced_run)
+
+
+@pytest.fixture(autouse=True)
+def traced_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have coverage see the workers, which the module threading does not start."""
+    run = DmaEngine._run
+
+    def traced_run(engine: DmaEngine) -> None:
+        sys.settrace(threading.gettrace())
+        run(engine)
+
+    monkeypatch.setattr(DmaEngine, "_run", traced_run)
 
 
 @pytest.fixture

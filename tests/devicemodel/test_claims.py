@@ -136,9 +136,9 @@ def test_interrupts(guest: MockDomain, live: IoreqServer) -> None:
     live.set_isa_irq(5, True)
     live.set_pci_intx(PCI, 1, False)
     assert guest.interrupts == [
-        ("msi", (0xFEE00000, 0x41)),
-        ("isa", (5, True)),
-        ("intx", (0, 0, 5, 0, 1, False)),
+        ("msi", 0xFEE00000, 0x41),
+        ("isa", 5, True),
+        ("intx", PCI, 1, False),
     ]
 
 
@@ -163,6 +163,21 @@ def test_misuse(guest: MockDomain, server: IoreqServer, cache: MapCache) -> None
         IoreqServer(MockHypervisor().create_domain(memory="1M"), cache)
     with pytest.raises(ValueError, match="1 is a live domain's number.* pass that MockDomain"):
         IoreqServer(guest.domid, cache)
+
+
+def test_a_class_is_not_a_device(server: IoreqServer) -> None:
+    """A class has the methods too, but without an object to call them on."""
+    with pytest.raises(TypeError, match="Memory'> is a class; pass an instance of it"):
+        server.claim_ports(0x600, 4, Memory)  # type: ignore[arg-type] # wrong on purpose
+    server.claim_ports(0x600, 4, Memory())
+
+
+@pytest.mark.parametrize(("address", "length"), [(0x9F000, 0x2000), (0xBF000, 0x2000), (0, 1)])
+def test_mmio_over_ram_is_refused(server: IoreqServer, address: int, length: int) -> None:
+    """The guest would never reach the device; a range in a hole, up to RAM, is claimed."""
+    server.claim_mmio(VGA, 0x20000)
+    with pytest.raises(ValueError, match="covers RAM of the guest at 0x.*would never reach"):
+        server.claim_mmio(address, length)
 
 
 def test_as_many_ranges_as_xen_has(live: IoreqServer) -> None:
@@ -199,7 +214,7 @@ def test_only_hvm_guests_have_interrupt_lines(kind: str) -> None:
                 ):
                     call()
             server.inject_msi(0xFEE00000, 5)
-        assert guest.interrupts == [("msi", (0xFEE00000, 5))]
+        assert guest.interrupts == [("msi", 0xFEE00000, 5)]
 
 
 def test_a_type_that_contradicts_the_toolstack(guest: MockDomain, cache: MapCache) -> None:

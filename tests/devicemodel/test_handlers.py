@@ -68,6 +68,22 @@ def test_a_handler_that_returns_nonsense(
     assert "PORT read of 1 bytes at 0x600: failed" in caplog.text
 
 
+def test_a_read_handler_that_returns_none_is_named(
+    guest: MockDomain, live: IoreqServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without `return` the log names the handler, and what it must return."""
+
+    def forgetful(offset: int, size: int) -> None:
+        pass
+
+    live.claim_ports(0x600, 1).read(forgetful)  # type: ignore[type-var] # wrong on purpose
+    assert guest.port_in(0x600, 1) == 0xFF
+    wait_for_the_log(live)
+    assert "at 0x600: failed: read handler <function" in caplog.text
+    assert "forgetful at 0x" in caplog.text
+    assert "returned None; it must return the number that the guest reads" in caplog.text
+
+
 def test_a_string_that_fails_in_the_middle(guest: MockDomain, live: IoreqServer) -> None:
     """What was read before arrives, the rest is all ones; the handler is not asked again."""
     values = iter([1, 2])

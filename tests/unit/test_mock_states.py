@@ -447,14 +447,14 @@ def test_interrupt_lines_are_for_hvm_guests(kind: str) -> None:
         with pytest.raises(UnsupportedOperationError, match=f"{kind.upper()} guest.*inject_msi"):
             call()
     link.inject_msi(0xFEE00000, 0x30)
-    assert guest.interrupts == [("msi", (0xFEE00000, 0x30))]
+    assert guest.interrupts == [("msi", 0xFEE00000, 0x30)]
 
 
 def test_interrupt_lines_of_an_hvm_guest(guest: MockDomain, link: MockIoreqServer) -> None:
     """Recorded, in order; and a guest is one by default."""
     link.set_isa_irq(3, True)
     link.set_pci_intx((0, 0, 5, 0), 1, False)
-    assert guest.interrupts == [("isa", (3, True)), ("intx", (0, 0, 5, 0, 1, False))]
+    assert guest.interrupts == [("isa", 3, True), ("intx", "0000:00:05.0", 1, False)]
     assert guest.type == link.guest_type == "hvm"
 
 

@@ -303,3 +303,38 @@ def test_an_invalidate_is_sent_to_all_before_it_is_waited_for(guest: MockDomain)
             server.enable()
     guest.send_invalidate()
     assert order == [("send", 0), ("send", 2), ("wait", 0), ("wait", 2)]
+
+
+def test_a_timeout_names_the_access(guest: MockDomain, link: MockIoreqServer) -> None:
+    """The message says what the vCPU waits for: its kind, address and size."""
+    link.claim(RequestKind.PORT, PORT, PORT + 3)
+    guest.vcpu_timeout = 0.01
+    with pytest.raises(TimeoutError, match="'vCPU 1: PORT read of 2 bytes at 0x510'"):
+        guest.port_in(PORT, 2, vcpu=1)
+
+
+@pytest.mark.parametrize("answered", ["before", "after"])
+def test_a_vcpu_that_timed_out_can_be_used_again(guest: MockDomain, answered: str) -> None:
+    """Whether the old request is answered before the next instruction or not until then."""
+    values = iter([1, 2])
+    with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
+        server = IoreqServer(guest, cache)
+        server.claim_ports(PORT, 4).read(lambda offset, size: next(values))
+        with server:
+            guest.vcpu_timeout = 0.01
+            with pytest.raises(TimeoutError, match="is stuck"):
+                guest.port_in(PORT)
+            assert answered == "after" or server.process_pending() == 1
+            guest.vcpu_timeout = 20
+            with server.serving():
+                assert guest.port_in(PORT) == 2
+                guest.send_invalidate()
+            assert (server.requests, server.failures) == (3, 0)
+    assert not guest.crashed
+
+
+def test_more_vcpus_than_an_ioreq_page_holds(guest: MockDomain) -> None:
+    """The page has 128 slots; one vCPU more is refused with the reason."""
+    assert MockHypervisor().create_domain(memory="64k", vcpus=128).vcpus == 128
+    with pytest.raises(ValueError, match="vcpus must be 1 to 128, not 129: .* slot of 32 bytes"):
+        MockHypervisor().create_domain(memory="64k", vcpus=129)

@@ -102,7 +102,7 @@ def test_options_come_through_markers(project: pytest.Pytester) -> None:
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["*the marker mock_domain takes keyword arguments, not ('8M',)"])
     run(project, "--markers").stdout.fnmatch_lines(
-        ["@pytest.mark.mock_domain(*): *", "@pytest.mark.map_cache(*): *"]
+        [f"@pytest.mark.{name}(*): *" for name in ("mock_domain", "map_cache", "ioreq_server")]
     )
 
 
@@ -218,3 +218,63 @@ def test_a_test_that_failed_is_reported_once(project: pytest.Pytester) -> None:
         """
     )
     run(project).assert_outcomes(failed=2, xfailed=1)
+
+
+def test_a_server_serves_while_the_test_runs(project: pytest.Pytester) -> None:
+    """With options of a marker; a PCI guest finds what the test has claimed."""
+    project.makepyfile(
+        """
+        import pytest
+
+        class Device:
+            def read(self, offset, size):
+                return 0x10011AF4 >> 8 * offset & (1 << 8 * size) - 1 if offset < 4 else 0
+
+        @pytest.mark.mock_domain(memory="1M", holes=[(0xA0000, 0x20000)])
+        @pytest.mark.ioreq_server(buffered=True)
+        def test_served(mock_domain, map_cache, ioreq_server):
+            written = []
+            ioreq_server.claim_mmio(0xA0000, 4).write(lambda *access: written.append(access))
+            mock_domain.mmio_write(0xA0000, 5, 1, buffered=True)
+            ioreq_server.claim_ports(0x510, 4, Device())
+            assert mock_domain.port_in(0x510) == 0x10011AF4
+            assert written == [(0, 1, 5)]
+            assert ioreq_server.cache is map_cache
+
+        def test_found(pci_guest, mock_domain, ioreq_server):
+            assert pci_guest.scan() == []
+            ioreq_server.claim_pci("00:05.0", Device())
+            (device,) = pci_guest.scan()
+            assert (device.vendor_id, device.device_id) == (0x1AF4, 0x1001)
+            assert pci_guest.domain is mock_domain
+        """
+    )
+    run(project).assert_outcomes(passed=2)
+
+
+def test_what_the_guests_code_raises_fails_the_test(project: pytest.Pytester) -> None:
+    """With a server, which serves the code until it has ended, and without."""
+    project.makepyfile(
+        """
+        def test_alone(mock_domain):
+            mock_domain.spawn(0, int, "no number")
+
+        def test_with_a_server(mock_domain, ioreq_server):
+            values = iter([1])
+            ioreq_server.claim_ports(0x510, 4).read(lambda offset, size: next(values))
+
+            def code():
+                assert mock_domain.port_in(0x510) == 2, "wrong value"
+
+            mock_domain.spawn(0, code)
+
+        def test_passed_on(mock_domain):
+            try:
+                mock_domain.spawn(0, int, "no number").result()
+            except ValueError:
+                pass
+        """
+    )
+    result = run(project)
+    result.assert_outcomes(passed=3, errors=2)
+    result.stdout.fnmatch_lines(["*ValueError: invalid literal*", "*AssertionError: wrong value"])

@@ -49,8 +49,9 @@ INIT: Final = b"""#!/bin/busybox sh
 for module in /modules/*; do /bin/busybox insmod "$module" unrestricted=1; done
 exec /bin/agent
 """
-PATIENCE: Final = 30.0
-BOOT: Final = 120.0
+PATIENCE: Final = 90.0
+BOOT: Final = 240.0
+"""Seconds, on a machine that has other work: what takes longer has stopped."""
 
 
 class Operation(IntEnum):

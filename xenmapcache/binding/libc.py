@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno as _errno
 import mmap as _mmap
+import os
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -53,6 +54,9 @@ mmap.argtypes = [
     ctypes.c_long,
 ]
 mmap.restype = ctypes.c_void_p
+_fallocate = ctypes.CDLL(None, use_errno=True)["fallocate"]
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
 @cache
@@ -240,6 +244,23 @@ def dont_fork(address: int, length: int) -> None:
     result, errno = functions()["madvise"](address, length, MADV_DONTFORK)
     if result:
         raise XenCallError("madvise", None, errno)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Have a file forget a range, which reads as zeros from then on. Its size stays.
+
+    Args:
+        fd: descriptor of the file, open for writing.
+        offset: of the first byte.
+        length: bytes, at least one.
+
+    Raises:
+        OSError: fallocate failed; EOPNOTSUPP if the file system cannot do it.
+    """
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    if _fallocate(fd, mode, offset, length):
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"fallocate: {os.strerror(errno)}: {length:#x} bytes at {offset:#x}")
 
 
 def find_all(text: bytearray, pattern: bytes, start: int, end: int) -> Iterator[int]:

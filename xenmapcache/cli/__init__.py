@@ -18,9 +18,8 @@ from .parser import COMMANDS, make_parser, module_of
 
 def import_command(arguments: Sequence[str]) -> None:
     """Import the module of the command that is the first argument, if it is one."""
-    for name in arguments[:1]:
-        if name in COMMANDS:
-            module_of(name)
+    for name in COMMANDS.keys() & arguments[:1]:
+        module_of(name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

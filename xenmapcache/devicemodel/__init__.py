@@ -3,7 +3,9 @@
 from .dma import DmaEngine
 from .dma_async import AsyncDmaEngine
 from .dma_transfer import DmaStatus, DmaTransfer
+from .pci import MsiCapability, MsixTable, PciBus, PciFunction
 from .regions import Device, Region
+from .registers import Register, RegisterBank
 from .server import IoreqServer
 
 __all__ = [
@@ -13,5 +15,11 @@ __all__ = [
     "DmaStatus",
     "DmaTransfer",
     "IoreqServer",
+    "MsiCapability",
+    "MsixTable",
+    "PciBus",
+    "PciFunction",
     "Region",
+    "Register",
+    "RegisterBank",
 ]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 
-from ..address import as_int
+from ..address import PAGE_SHIFT, as_int, check_range, page_span
+from ..cache import MapCache
 from ..errors import ClosedError, XenCallError
 from ..ioreq import BUS_OFFSET, bdf_number
 from .connection import Connection
@@ -35,6 +36,24 @@ def ports(first: int, count: int) -> tuple[int, int]:
 def pci_function(bdf: str) -> tuple[int, int]:
     """Return where Xen has a function's configuration space, and its length in bytes."""
     return bdf_number(bdf) << BUS_OFFSET, _PCI_CONFIG_SIZE
+
+
+def mmio(cache: MapCache, address: int, length: int) -> tuple[int, int]:
+    """Return the range as it is, if the guest has no RAM there.
+
+    A live Xen shows only by mapping which pages exist, so there it is not asked.
+
+    Raises:
+        ValueError: the guest has RAM there, so its accesses would never reach a device.
+    """
+    address, length = check_range(address, length)
+    for gfn, _ in cache.backend.present(*page_span(address, length)) or ():
+        raise ValueError(
+            f"MMIO {address:#x}..{address + length:#x} covers RAM of the guest at "
+            f"{gfn << PAGE_SHIFT:#x}, so the guest would never reach the device; claim addresses "
+            "without RAM, or make a hole there (create_domain(holes=...))"
+        )
+    return address, length
 
 
 def claim(runtime: Runtime, regions: RegionTable, region: Region) -> None:

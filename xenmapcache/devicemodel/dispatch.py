@@ -224,6 +224,11 @@ class Dispatcher:
             job.values.append(request.all_ones)
             return
         job.call(region.read_handler, offset, size)
+        if job.values[-1] is None:
+            raise BadValueError(
+                f"read handler {region.read_handler!r} returned None; it must return the number "
+                "that the guest reads"
+            )
         checked(job.values[-1], size)
 
     def _move(self, job: Job, request: Request) -> None:

@@ -74,6 +74,8 @@ class Region:
         device: object,
         release: Callable[[Region], None],
     ) -> None:
+        if isinstance(device, type):
+            raise TypeError(f"device {device!r} is a class; pass an instance of it")
         self.kind = kind
         self.start = start
         self.length = length

@@ -9,7 +9,6 @@ from functools import partial
 from operator import call
 from typing import Self, TypeVar
 
-from ..address import check_range
 from ..cache import MapCache
 from ..errors import ClosedError
 from ..events import Event, ServerClosed, ServerOpened
@@ -239,7 +238,7 @@ class IoreqServer:
 
         Raises:
             ValueError: ports outside of 0..0xffff, or some are claimed by this server.
-            TypeError: a device without either method.
+            TypeError: a device without either method, or a class.
             XenCallError: Xen refused.
         """
         return self._claim(RequestKind.PORT, *claims.ports(first, count), device)
@@ -253,9 +252,10 @@ class IoreqServer:
             device: as for :meth:`claim_ports`.
 
         Raises:
+            ValueError: the guest has RAM there. A live Xen does not show that at once.
             TypeError, ValueError, XenCallError: as :meth:`claim_ports`.
         """
-        return self._claim(RequestKind.MMIO, *check_range(address, length), device)
+        return self._claim(RequestKind.MMIO, *claims.mmio(self.cache, address, length), device)
 
     def claim_pci(self, bdf: str, device: Device | None = None) -> Region:
         """Answer for the configuration space of a PCI function.

@@ -8,8 +8,39 @@ lost. All of it can be seen from the guest's side.
 
 from .domain import PAGES_PER_INVALIDATE, MockDomain
 from .faults import Call
+from .guest_code import GuestCode
+from .heap import GuestHeap
 from .hypervisor import MockHypervisor
+from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
+from .pci_device import MsiVector, PciBar, PciDevice
+from .pci_driver import PciDriver
 from .saving import MockImage
 from .vcpu import Vcpu
+from .virtio_driver import VirtioDriver
+from .virtio_mmio import MmioTransport
+from .virtio_pci import PciTransport
+from .virtio_ring import Chain, DriverQueue
 
-__all__ = ["PAGES_PER_INVALIDATE", "Call", "MockDomain", "MockHypervisor", "MockImage", "Vcpu"]
+__all__ = [
+    "PAGES_PER_INVALIDATE",
+    "Call",
+    "Chain",
+    "DriverQueue",
+    "GuestCode",
+    "GuestHeap",
+    "Interrupt",
+    "IntxInterrupt",
+    "IsaInterrupt",
+    "MmioTransport",
+    "MockDomain",
+    "MockHypervisor",
+    "MockImage",
+    "MsiInterrupt",
+    "MsiVector",
+    "PciBar",
+    "PciDevice",
+    "PciDriver",
+    "PciTransport",
+    "Vcpu",
+    "VirtioDriver",
+]

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 from .. import mapping as _mapping
 from ..address import PAGE_SHIFT, as_int
 from ..errors import MappingLostError, XenCallError
+from ..ioreq import SLOT_SIZE
 from ..mapping import LiveMapping, Mapping, PageErrors
 from .faults import Call, FaultPlan
 from .frames import Frames
 from .grants import GuestGrants
+from .guest_code import RunsCode
+from .interrupts import HasInterrupts
 from .ioreq_server import MAX_VCPUS, MockIoreqServer
 from .p2m import P2m, lose, merged, whole_pages
 from .saving import MockImage
-from .vcpu import HasVcpus, Vcpu
+from .vcpu import Vcpu
 from .waiting import Gate
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ PAGES_PER_INVALIDATE = 84
 """How many pages a guest gives up between two INVALIDATE requests, as seen on Xen 4.17."""
 
 
-class MockDomain(HasVcpus):
+class MockDomain(RunsCode, HasInterrupts):
     """A guest. Make it with :meth:`.MockHypervisor.create_domain`.
 
     Attributes:
@@ -48,8 +51,10 @@ class MockDomain(HasVcpus):
         vcpu_timeout: how long a vCPU waits for a device model before TimeoutError, in seconds.
             A real one waits for ever.
         ioreq_servers: the ioreq servers, by id.
-        interrupts: what device models raised, in order, as ``(kind, details)``.
+        interrupts: what device models raised, in order: named tuples, of :class:`.MsiInterrupt`,
+            :class:`.IsaInterrupt` and :class:`.IntxInterrupt`.
         crashed: why Xen would have ended the guest, or an empty string.
+        pci_cf8: what the guest has written to port 0xcf8 last, to select a PCI register.
         dirty_gfns: frame numbers that were reported as written, until you clear the set.
         invalidations: how many INVALIDATE requests the guest has sent.
         p2m: which frame is at which guest frame number.
@@ -74,16 +79,20 @@ class MockDomain(HasVcpus):
     ) -> None:
         vcpus = as_int("vcpus", vcpus)
         if not 1 <= vcpus <= MAX_VCPUS:
-            raise ValueError(f"vcpus must be 1 to {MAX_VCPUS}, not {vcpus}")
+            raise ValueError(
+                f"vcpus must be 1 to {MAX_VCPUS}, not {vcpus}: each vCPU has a slot of {SLOT_SIZE} "
+                f"bytes in the one page that an ioreq server shares with Xen"
+            )
         if type not in TYPES:
             raise ValueError(f"type must be one of {TYPES}, not {type!r}")
+        super().__init__()
         self.domid = domid
         self.type = type
         self.vcpus = vcpus
         self.vcpu_timeout = 10.0
         self.ioreq_servers: dict[int, MockIoreqServer] = {}
-        self.interrupts: list[tuple[str, tuple[int, ...]]] = []
         self.crashed = ""
+        self.pci_cf8 = 0
         self.dirty_gfns: set[int] = set()
         self.invalidations = 0
         self.faults = FaultPlan(domid)
@@ -172,7 +181,7 @@ class MockDomain(HasVcpus):
                     self.write(address, data)
             return symbols
 
-    def balloon_out(self, address: int, length: int, *, vcpu: int = 0) -> None:
+    def balloon_out(self, address: int, length: int, *, vcpu: int | None = None) -> None:
         """Give pages up, as a guest's balloon driver does, with Xen's burst of INVALIDATEs.
 
         Absent pages are skipped. Every ioreq server and every listener
@@ -210,7 +219,7 @@ class MockDomain(HasVcpus):
         """
         self.p2m.add(*whole_pages(address, length))
 
-    def send_invalidate(self, *, vcpu: int = 0) -> None:
+    def send_invalidate(self, *, vcpu: int | None = None) -> None:
         """Ask every ioreq server and listener to drop its mappings, and wait for them.
 
         Raises:

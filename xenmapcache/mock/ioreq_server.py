@@ -32,8 +32,10 @@ from ..ioreq import (
     RequestKind,
     RequestSlot,
     State,
+    bdf_text,
 )
 from .faults import FaultPlan
+from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
 from .p2m import P2m
 from .waiting import Bell, Gate
 
@@ -60,9 +62,12 @@ class Guest(Protocol):
     faults: FaultPlan
     gate: Gate
     ioreq_servers: dict[int, MockIoreqServer]
-    interrupts: list[tuple[str, tuple[int, ...]]]
     vcpu_timeout: float
     crashed: str
+    pci_cf8: int
+
+    def raise_interrupt(self, interrupt: Interrupt) -> None:
+        """Record an interrupt, and wake who waits for one."""
 
 
 class MockIoreqServer:
@@ -201,17 +206,19 @@ class MockIoreqServer:
 
     def inject_msi(self, address: int, data: int) -> None:
         """Note a message-signalled interrupt in ``domain.interrupts``."""
-        self._guest.interrupts.append(("msi", (address, data)))
+        self._guest.raise_interrupt(MsiInterrupt("msi", address, data))
 
     def set_isa_irq(self, irq: int, level: bool) -> None:
         """Note the level of an interrupt line in ``domain.interrupts``."""
         self._check_lines()
-        self._guest.interrupts.append(("isa", (irq, level)))
+        self._guest.raise_interrupt(IsaInterrupt("isa", irq, level))
 
     def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
         """Note the level of a PCI function's pin in ``domain.interrupts``."""
         self._check_lines()
-        self._guest.interrupts.append(("intx", (*function, pin, level)))
+        segment, bus, device, number = function
+        bdf = bdf_text(segment << 16 | bus << 8 | device << 3 | number)
+        self._guest.raise_interrupt(IntxInterrupt("intx", bdf, pin, level))
 
     def close(self, *, unmap: bool = True) -> None:  # noqa: ARG002 - as on live Xen
         """Destroy it. As on Xen, a vCPU that waits and was not notified is stuck.
@@ -328,8 +335,9 @@ class MockIoreqServer:
                 elif not told:
                     raise TimeoutError(
                         f"vCPU {vcpu} of mock domain {self._guest.domid} is stuck: ioreq server "
-                        f"{self.id} has not answered in {timeout} s. Does another thread serve it "
-                        "(server.serving(), serve_forever())?"
+                        f"{self.id} has not answered in {timeout} s. The request is "
+                        f"'{RequestSlot(self.page, vcpu).request()}'. Does another thread serve "
+                        "it (server.serving(), serve_forever())?"
                     )
                 if told and self.destroyed:
                     return None

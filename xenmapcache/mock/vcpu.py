@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from typing import TypeVar
 
 from ..address import as_int
 from ..errors import FaultError
 from ..ioreq import BUS_OFFSET, Request, RequestKind, bdf_number
+from . import config_cycle
 from .ioreq_server import Guest, MockIoreqServer
 
 T = TypeVar("T")
@@ -206,6 +208,8 @@ class Vcpu:
         return self._exclusive(partial(self._carry_out, request))
 
     def _carry_out(self, request: Request) -> int:
+        self._guest.pci_cf8 = config_cycle.selected(request, self._guest.pci_cf8)
+        request = config_cycle.translated(request, self._guest.pci_cf8)
         server = self.server_of(request)
         if server is None:
             if request.data_is_ptr and request.is_read:
@@ -245,6 +249,10 @@ class Vcpu:
             )
 
 
+running_vcpu: ContextVar[Vcpu | None] = ContextVar("running_vcpu", default=None)
+"""The vCPU whose code a thread runs; see :meth:`.MockDomain.spawn`."""
+
+
 def _check_fits(value: int, size: int) -> int:
     number = as_int("value", value)
     if not 0 <= number < 1 << 8 * max(0, min(as_int("size", size), 8)):
@@ -255,23 +263,32 @@ def _check_fits(value: int, size: int) -> int:
 class HasVcpus:
     """The methods of :class:`Vcpu` as methods of a domain, with an argument ``vcpu=``.
 
+    By default ``vcpu=`` is the vCPU whose code the thread runs (:meth:`.MockDomain.spawn`), or 0.
+
     Attributes:
         vcpu: the vCPUs.
     """
 
     vcpu: tuple[Vcpu, ...]
 
-    def vcpu_at(self, number: int) -> Vcpu:
-        """Return a vCPU; ValueError if the domain has none of that number."""
+    def vcpu_at(self, number: int | None) -> Vcpu:
+        """Return a vCPU: by its number, or for None the one whose code this thread runs, or 0.
+
+        Raises:
+            ValueError: the domain has no vCPU of that number.
+        """
+        if number is None:
+            running = running_vcpu.get()
+            return running if running in self.vcpu else self.vcpu[0]
         if not 0 <= as_int("vcpu", number) < len(self.vcpu):
             raise ValueError(f"vCPU {number} must be in 0..{len(self.vcpu) - 1}")
         return self.vcpu[number]
 
-    def port_in(self, port: int, size: int = 4, *, vcpu: int = 0) -> int:
+    def port_in(self, port: int, size: int = 4, *, vcpu: int | None = None) -> int:
         """Read a port (``in``), of 1, 2 or 4 bytes; see :class:`.Vcpu`."""
         return self.vcpu_at(vcpu).port_in(port, size)
 
-    def port_out(self, port: int, value: int, size: int = 4, *, vcpu: int = 0) -> None:
+    def port_out(self, port: int, value: int, size: int = 4, *, vcpu: int | None = None) -> None:
         """Write a port (``out``); see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).port_out(port, value, size)
 
@@ -283,7 +300,7 @@ class HasVcpus:
         size: int = 4,
         *,
         backward: bool = False,
-        vcpu: int = 0,
+        vcpu: int | None = None,
     ) -> None:
         """Read a port many times into memory (``rep ins``); see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).port_in_string(port, address, count, size, backward=backward)
@@ -296,17 +313,23 @@ class HasVcpus:
         size: int = 4,
         *,
         backward: bool = False,
-        vcpu: int = 0,
+        vcpu: int | None = None,
     ) -> None:
         """Write a port many times from memory (``rep outs``); see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).port_out_string(port, address, count, size, backward=backward)
 
-    def mmio_read(self, address: int, size: int = 4, *, vcpu: int = 0) -> int:
+    def mmio_read(self, address: int, size: int = 4, *, vcpu: int | None = None) -> int:
         """Load 1, 2, 4 or 8 bytes; from memory if there is some; see :class:`.Vcpu`."""
         return self.vcpu_at(vcpu).mmio_read(address, size)
 
     def mmio_write(
-        self, address: int, value: int, size: int = 4, *, buffered: bool = False, vcpu: int = 0
+        self,
+        address: int,
+        value: int,
+        size: int = 4,
+        *,
+        buffered: bool = False,
+        vcpu: int | None = None,
     ) -> None:
         """Store 1, 2, 4 or 8 bytes; to memory if there is some; see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).mmio_write(address, value, size, buffered=buffered)
@@ -319,7 +342,7 @@ class HasVcpus:
         size: int = 4,
         *,
         backward: bool = False,
-        vcpu: int = 0,
+        vcpu: int | None = None,
     ) -> None:
         """Copy from a device to memory (``rep movs``); see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).mmio_read_string(mmio, address, count, size, backward=backward)
@@ -332,7 +355,7 @@ class HasVcpus:
         size: int = 4,
         *,
         backward: bool = False,
-        vcpu: int = 0,
+        vcpu: int | None = None,
     ) -> None:
         """Copy from memory to a device (``rep movs``); see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).mmio_write_string(mmio, address, count, size, backward=backward)
@@ -345,15 +368,17 @@ class HasVcpus:
         size: int = 4,
         *,
         backward: bool = False,
-        vcpu: int = 0,
+        vcpu: int | None = None,
     ) -> None:
         """Store one value many times (``rep stos``); see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).mmio_fill(mmio, value, count, size, backward=backward)
 
-    def pci_read(self, bdf: str, offset: int, size: int = 4, *, vcpu: int = 0) -> int:
+    def pci_read(self, bdf: str, offset: int, size: int = 4, *, vcpu: int | None = None) -> int:
         """Read a PCI function's configuration space; see :class:`.Vcpu`."""
         return self.vcpu_at(vcpu).pci_read(bdf, offset, size)
 
-    def pci_write(self, bdf: str, offset: int, value: int, size: int = 4, *, vcpu: int = 0) -> None:
+    def pci_write(
+        self, bdf: str, offset: int, value: int, size: int = 4, *, vcpu: int | None = None
+    ) -> None:
         """Write a PCI function's configuration space; see :class:`.Vcpu`."""
         self.vcpu_at(vcpu).pci_write(bdf, offset, value, size)

@@ -1,0 +1,165 @@
+"""VirtioPci after a kill: the next process goes on with the same driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.devicemodel.pcidriver import BDF
+from tests.devicemodel.virtio_kit import ALL_FEATURES, EVENT_IDX, Ring
+from tests.devicemodel.virtio_pci_kit import DATA, RING, Slow, VirtioPciDriver
+from tests.kit import link_of
+from xenmapcache import CorruptImageError, MapCache, MockDomain, open_backend
+from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel.virtio import VirtioPci
+from xenmapcache.mock.ioreq_server import MockIoreqServer
+
+
+class Dead:
+    """The transport of threads that the test cannot kill: they have no effect on the guest."""
+
+    def interrupt_queue(self, index: int) -> None: ...
+    def interrupt_config(self) -> None: ...
+    def needs_reset(self) -> None: ...
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "slow0.record"
+
+
+@contextmanager
+def serving(
+    guest: MockDomain, path: Path, driver: VirtioPciDriver, *, features: int = 1
+) -> Iterator[tuple[IoreqServer, Slow]]:
+    """Have a process serve the driver, with what the process before has left."""
+    with open_backend("mock", domain=guest) as backend, MapCache(backend) as cache:
+        server = IoreqServer(guest, cache, recover=True)
+        with Slow(server, features=features, record=path) as device:
+            VirtioPci(server, BDF, device, interrupt_pin=1).plug()
+            with server, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    link_of(server), "inject_msi", lambda *message: driver.messages.put(message)
+                )
+                device.resume()
+                with server.serving():
+                    yield server, device
+                    device.go.set()
+
+
+@contextmanager
+def killed(guest: MockDomain, path: Path, driver: VirtioPciDriver, ring: Ring) -> Iterator[None]:
+    """Have a process be killed with one request in flight, and one that waits."""
+    backend = open_backend("mock", domain=guest)
+    cache = MapCache(backend)
+    server = IoreqServer(guest, cache)
+    device = Slow(server, record=path)
+    VirtioPci(server, BDF, device, interrupt_pin=1).plug()
+    server.open()
+    try:
+        with server.serving():
+            driver.find()
+            driver.start(ring)
+            ring.offer(ring.chain(writable=[(DATA, 1)]))
+            driver.kick()
+            assert device.begun.acquire(timeout=20)
+        link = link_of(server)
+        assert isinstance(link, MockIoreqServer)
+        link.kill()
+        assert device.record is not None
+        device.record.close()
+        yield
+    finally:
+        device.transport = Dead()
+        device.go.set()
+        device.close()
+        server.close()
+        cache.close(force=True)
+        backend.close()
+
+
+def test_the_next_process_goes_on(guest: MockDomain, path: Path) -> None:
+    """After a kill the driver goes on, as if it had only waited: BARs, vectors, and requests."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with killed(guest, path, driver, ring):
+        with serving(guest, path, driver) as (server, device):
+            assert driver.status == 15
+            driver.put(0x16, 0, 2)
+            found = [driver.get(offset, 2) for offset in (0x10, 0x18, 0x1A, 0x1C, 0x20)]
+            assert found == [0, 8, 1, 1, RING & 0xFFFF]
+            assert driver.message() == 1  # for what may have been lost
+            device.go.set()
+            assert driver.message() == 1
+            assert ring.used() == [(0, 1)]
+            ring.offer(ring.chain(writable=[(DATA, 1)]))
+            driver.kick()
+            assert driver.message() == 1
+            assert ring.used() == [(1, 1)]
+            assert server.failures == 0
+
+
+def test_a_process_that_ends_in_order(guest: MockDomain, path: Path) -> None:
+    """The record stays, and the next process goes on; before the driver begins, too."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with serving(guest, path, driver):
+        driver.find()
+        assert driver.begin(ALL_FEATURES & ~EVENT_IDX)
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.status, device.negotiated) == (11, ALL_FEATURES & ~EVENT_IDX)
+        driver.start(ring)
+        driver.write(0x3C, 9, 1)  # the last write is to configuration space
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.read(0x3C, 1), driver.message()) == (9, 1)
+        device.go.set()
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+        driver.kick()
+        assert driver.message() == 1
+
+
+def test_killed_amid_a_reset(guest: MockDomain, path: Path) -> None:
+    """No queue is in use any longer: the device is as after the reset, and keeps its place."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with serving(guest, path, driver) as (_, device):
+        driver.find()
+        driver.start(ring)
+        assert device.record is not None
+        device.record.clear()
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.status, device.negotiated) == (0, 0)
+        driver.start(ring)
+        assert driver.status == 15
+
+
+def test_unplug_forgets_the_driver(guest: MockDomain, path: Path) -> None:
+    """The next process begins with a new function."""
+    driver = VirtioPciDriver(guest)
+    with serving(guest, path, driver) as (_, device):
+        driver.find()
+        assert driver.begin(ALL_FEATURES)
+        assert isinstance(device.transport, VirtioPci)
+        device.transport.unplug()
+    with serving(guest, path, driver):
+        assert (driver.read(0x10), driver.read(0x04, 2)) == (0, 0)
+        driver.find()
+        assert driver.status == 0
+
+
+def test_records_that_do_not_suit(guest: MockDomain, server: IoreqServer, path: Path) -> None:
+    """Other features, and another transport's registers: each is named with a remedy."""
+    driver = VirtioPciDriver(guest)
+    with serving(guest, path, driver):
+        driver.find()
+        assert driver.begin(ALL_FEATURES | 1)
+    with pytest.raises(ValueError, match="features 0x130000001, and .* offers 0x130000000"):
+        with serving(guest, path, driver, features=0):
+            pass
+    with serving(guest, path, driver) as (_, device):
+        pass
+    with Slow(IoreqServer(guest, device._server.cache), record=path) as device:
+        assert device.record is not None
+        device.record.save(b"another")
+        with pytest.raises(CorruptImageError, match="has 7 bytes of registers, but virtio-pci"):
+            VirtioPci(device._server, BDF, device)

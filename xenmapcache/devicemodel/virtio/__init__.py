@@ -1,0 +1,23 @@
+"""virtio devices in Python, for the drivers that guests have already."""
+
+from .block import VirtioBlock
+from .buffer import BrokenDriverError, GuestBuffer
+from .device import Job, Transport, VirtioDevice
+from .mmio import VirtioMmio
+from .pci import VirtioPci
+from .queue import Request, Virtqueue
+from .rng import VirtioRng
+
+__all__ = [
+    "BrokenDriverError",
+    "GuestBuffer",
+    "Job",
+    "Request",
+    "Transport",
+    "VirtioBlock",
+    "VirtioDevice",
+    "VirtioMmio",
+    "VirtioPci",
+    "VirtioRng",
+    "Virtqueue",
+]

@@ -1,0 +1,100 @@
+"""GuestBuffer: the guest memory that a virtio request names, before it is leased."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...cache import DmaDirection, MapCache
+from ...errors import XenMapCacheError
+from ...guest.scatter import Segments
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class BrokenDriverError(XenMapCacheError):
+    """A driver has broken the rules of virtio, or its ring or a buffer cannot be accessed.
+
+    :class:`VirtioDevice` turns it into NEEDS_RESET. A device raises it if a request has no place
+    for an answer.
+    """
+
+
+class GuestBuffer:
+    """Ranges of guest memory, in order and used as one. It takes no memory of its own.
+
+    A slice of it, counted in bytes, is one as well.
+
+    Args:
+        cache: of the guest's memory.
+        ranges: ``(address, length)`` pairs; the guest has chosen the addresses.
+        direction: TO_DEVICE if the device only reads it.
+
+    Synchronization: it does not change; the guest may write the bytes at any time.
+    """
+
+    __slots__ = ("_cache", "_length", "direction", "ranges")
+
+    def __init__(
+        self, cache: MapCache, ranges: Sequence[tuple[int, int]], direction: DmaDirection
+    ) -> None:
+        self._cache = cache
+        self.ranges = tuple(ranges)
+        self.direction = direction
+        self._length = sum(length for _, length in self.ranges)
+
+    def __repr__(self) -> str:
+        place = f" from {self.ranges[0][0]:#x}" if self.ranges else ""
+        return (
+            f"<GuestBuffer, {self.direction.value}, {self._length} bytes in "
+            f"{len(self.ranges)} ranges{place}>"
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> GuestBuffer:
+        start, stop, step = part.indices(self._length)
+        if step != 1:
+            raise ValueError(f"the step of a slice must be 1, not {step}")
+        found = []
+        for address, length in self.ranges:
+            low, high = max(start, 0), min(stop, length)
+            if low < high:
+                found.append((address + low, high - low))
+            start, stop = start - length, stop - length
+        return GuestBuffer(self._cache, found, self.direction)
+
+    def read(self) -> bytes:
+        """Return a copy of the bytes. Meant for headers: slice first.
+
+        Raises:
+            BrokenDriverError: a page is missing, or cannot be mapped.
+        """
+        try:
+            return b"".join(self._cache.read(address, length) for address, length in self.ranges)
+        except XenMapCacheError as error:
+            raise BrokenDriverError(f"{self!r} cannot be read: {error}") from error
+
+    def write(self, data: Buffer) -> int:
+        """Write bytes from the buffer's start on, and return how many there are.
+
+        Meant for a status or a few bytes; the device has checked that they fit.
+
+        Raises:
+            BrokenDriverError: a page is missing, or cannot be mapped. A part may be written.
+        """
+        rest = memoryview(data).cast("B")
+        total = len(rest)
+        try:
+            for address, length in self[:total].ranges:
+                self._cache.write(address, bytes(rest[:length]))
+                rest = rest[length:]
+        except XenMapCacheError as error:
+            raise BrokenDriverError(f"{self!r} cannot be written: {error}") from error
+        return total
+
+    def lease(self, owner: str) -> Segments:
+        """Return the buffer as :class:`Segments`, which a ``with`` block leases."""
+        return Segments(self._cache, self.ranges, owner, self.direction)

@@ -1,0 +1,387 @@
+"""VirtioDevice: what all virtio devices share, between a transport and the queues."""
+
+# Theory of operation
+#
+# The transport (virtio-pci, virtio-mmio) has the registers and calls the device:
+#
+#   negotiate --> start_queue, each --> notify_queue, often --> reset
+#
+# The way of a request:
+#
+#   notify_queue             the thread that serves the guest
+#     pop, prepare           under the lock; what may be leased is known now
+#     DmaEngine.submit       returns at once
+#   job.work                 a worker, with the memory leased
+#   job.end, push            the worker, under the lock; the leases are released
+#   interrupt_queue          the worker, without the lock
+#   pop ...                  the worker looks for further requests
+#
+# Rules
+#   1. At most `limit` requests of a queue are under way. If there are more, they stay in the
+#      guest's ring, and nobody is notified of new ones; the end of a request pops the next one.
+#   2. One round pops at most as many requests as the queue has entries. So no round lasts for
+#      ever, whatever the guest adds. The last request that it popped begins the next round.
+#   3. The lock is held while the ring is changed. Transports and log handlers are called
+#      without it.
+#   4. A queue that a reset has stopped is changed no more: its requests end without a push.
+#   5. What the driver does wrong sets NEEDS_RESET, and nothing else. The device touches no ring
+#      from then on, until it is reset.
+#
+# INVALIDATE and the end: the engine waits until accepted requests have ended, `push` included.
+# So at that moment no lease is held, and nothing is written to memory of the guest's past.
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self, TypeVar
+
+from ...cache.locked import locked
+from ...errors import ClosedError, FaultError, QueueFullError
+from ...guest.scatter import Segments
+from ..dma import DmaEngine
+from ..dma_transfer import DmaStatus, DmaTransfer
+from ..report import FailureLog, Tally
+from ..server import IoreqServer
+from .buffer import BrokenDriverError, GuestBuffer
+from .queue import EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
+from .record import DeviceRecord, QueueRecord
+
+Result = TypeVar("Result")
+
+
+class Transport(Protocol):
+    """What a device needs of its transport. Any thread may call it."""
+
+    def interrupt_queue(self, index: int) -> object:
+        """Tell the driver that a queue has used buffers."""
+
+    def interrupt_config(self) -> object:
+        """Tell the driver that the configuration has changed."""
+
+    def needs_reset(self) -> object:
+        """Set NEEDS_RESET in the status, and tell the driver."""
+
+
+class Job(NamedTuple):
+    """How a device carries out a request.
+
+    Attributes:
+        buffer: is leased around the work.
+        work: is called with the leased buffer, in a worker. It returns how many bytes it moved.
+            An exception is a failure.
+        end: is called with that number when nothing is leased any longer, or with None if the
+            work has failed. It writes the answer, and returns how many bytes of
+            ``request.writable`` were written.
+    """
+
+    buffer: GuestBuffer
+    work: Callable[[Segments], int]
+    end: Callable[[int | None], int]
+
+
+class VirtioDevice:
+    """The base of virtio devices. Also a context manager, which closes it.
+
+    A subclass sets the class attributes, and has :meth:`prepare`. Give it to a transport, and
+    enter it before the server:
+
+        with VirtioRng(server) as device:
+            VirtioMmio(server, 0xFE000000, device, interrupt=partial(server.set_isa_irq, 7))
+            with server:
+                server.serve_forever()
+
+    Args:
+        server: whose guest has the driver.
+        name: for reports: the owner of the leases.
+        workers: how many requests are carried out at the same time.
+        limit: how many requests of a queue may be under way.
+        record: path of a file for what the next process needs if this one is killed, or None. Put
+            it into a file system that is empty after the machine's start, such as ``/run``.
+
+    Attributes:
+        device_id: virtio's number of the kind of device.
+        queue_sizes: most entries of each queue.
+        features: what is offered to the driver, 64 bits.
+        negotiated: what the driver has accepted of it; 0 before.
+        config: the bytes of the configuration space.
+        transport: of the device; the transport sets it.
+        record: the file, opened, or None. The transport keeps its registers there.
+
+    Raises:
+        OSError: the record cannot be opened, or another process uses it.
+
+    Synchronization: a transport calls it in the thread that serves. Workers call :meth:`Job`'s
+    functions: ``end`` one at a time, ``work`` several at a time.
+    """
+
+    device_id: int = 0
+    queue_sizes: tuple[int, ...] = ()
+    config: bytes = b""
+    transport: Transport
+
+    def __init__(
+        self,
+        server: IoreqServer,
+        *,
+        name: str,
+        features: int = 0,
+        workers: int = 1,
+        limit: int = 64,
+        record: str | os.PathLike[str] | None = None,
+    ) -> None:
+        # A transfer is in the engine's table until its `on_end` has submitted the next one. Another
+        # process, with another limit, may have left as many as the queues hold.
+        most = sum(self.queue_sizes) + workers
+        self._engine = DmaEngine(server, name=name, workers=workers, limit=most)
+        self.name = name
+        self.features = features | INDIRECT_DESC | EVENT_IDX | VERSION_1
+        self.negotiated = 0
+        self._server = server
+        self._limit = limit
+        self._queues: dict[int, Virtqueue] = {}
+        self._broken = False
+        self._lock = threading.RLock()
+        self._log = FailureLog(server.domid, Tally())
+        self._log_lock = threading.RLock()
+        self.record: DeviceRecord | None = None
+        if record is not None:
+            self.record = DeviceRecord(record, server.domid, self.device_id, self.queue_sizes)
+
+    def __repr__(self) -> str:
+        state = "broken" if self._broken else f"{len(self._queues)} queues"
+        return f"<{type(self).__name__} {self.name!r} of domain {self._server.domid}: {state}>"
+
+    def prepare(self, request: Request) -> Job:
+        """Return how to carry out a request: the device's own part.
+
+        It is called under the device's lock, so it reads a header and does no more.
+
+        Raises:
+            BrokenDriverError: there is no place for an answer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must have prepare()")
+
+    # --- what a transport calls -----------------------------------------------------------------
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Return a number in the configuration space; zeros beyond its end."""
+        return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Take what the driver writes to the configuration space: nothing, unless overridden."""
+
+    def negotiate(self, features: int) -> bool:
+        """Take the features that the driver wants, and return whether it can have them.
+
+        They must have been offered, and VERSION_1 must be among them: this is no legacy device.
+        """
+        if features & ~self.features or not features & VERSION_1:
+            return False
+        self.negotiated = features
+        return True
+
+    def start_queue(
+        self, index: int, *, size: int, descriptors: int, driver: int, device: int
+    ) -> None:
+        """Begin to use a queue that the driver has set up.
+
+        Args:
+            index: of the queue.
+            size: entries, as the driver chose it.
+            descriptors: guest-physical address of its descriptors.
+            driver: guest-physical address of the driver area.
+            device: guest-physical address of the device area.
+        """
+        self._guarded(self._start, index, size, descriptors, driver, device)
+
+    def _start(self, index: int, size: int, descriptors: int, driver: int, device: int) -> None:
+        if not index < len(self.queue_sizes) or index in self._queues:
+            raise BrokenDriverError(f"queue {index} does not exist, or is in use")
+        record = None if self.record is None else self.record.queues[index]
+        addresses = {"descriptors": descriptors, "driver": driver, "device": device}
+        queue = self._queue(index, size=size, **addresses, record=record)
+        if record is not None:
+            record.start(size=size, **addresses)
+        self._queues[index] = queue
+
+    def _queue(self, index: int, *, record: QueueRecord | None, **numbers: int) -> Virtqueue:
+        if numbers["size"] > self.queue_sizes[index]:
+            raise BrokenDriverError(
+                f"queue {index}: its size {numbers['size']} must be at most "
+                f"{self.queue_sizes[index]}"
+            )
+        cache = self._server.cache
+        return Virtqueue(cache, index, **numbers, features=self.negotiated, record=record)
+
+    def notify_queue(self, index: int) -> None:
+        """Take the requests that the driver has made available."""
+        queue = self._queues.get(index)
+        if queue is not None:
+            self._pump(queue)
+
+    def stop_queue(self, index: int) -> None:
+        """Use a queue no longer. Requests under way end first, without an answer.
+
+        Raises:
+            TimeoutError: as :meth:`reset`.
+        """
+        queue = self._queues.get(index)
+        if queue is not None:
+            queue.stopped = True
+            self._engine.drain()
+            if self.record is not None:
+                self.record.queues[index].stop()
+            del self._queues[index]
+
+    def reset(self) -> None:
+        """Forget what the driver has set up. Requests under way end first, without an answer.
+
+        Raises:
+            TimeoutError: a request is still under way after the engine's time; call it again.
+        """
+        for queue in self._queues.values():
+            queue.stopped = True
+        self._engine.cancel()
+        if self.record is not None:
+            self.record.clear()
+        self._queues = {}
+        self.negotiated = 0
+        self._broken = False
+
+    # --- life -----------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue with the driver that another process has served, if the record has one.
+
+        Call it when the server is open, and before it serves. What was in flight when that process
+        was killed is carried out again, and each request is answered once.
+        """
+        for index, record in enumerate(self.record.queues if self.record is not None else ()):
+            addresses = record.addresses
+            if addresses is None:
+                continue
+            found = self._guarded(self._resume, index, record, addresses)
+            if found is None:
+                continue
+            queue, requests = found
+            for request, job in requests:
+                self._submit(queue, request, job)
+            # The last interrupt and the last notification may be lost.
+            self.transport.interrupt_queue(index)
+            self._pump(queue)
+
+    def _resume(
+        self, index: int, record: QueueRecord, addresses: dict[str, int]
+    ) -> tuple[Virtqueue, list[tuple[Request, Job]]]:
+        queue = self._queue(index, **addresses, record=record)
+        requests = [(request, self.prepare(request)) for request in queue.resume()]
+        self._queues[index] = queue
+        return queue, requests
+
+    def close(self) -> None:
+        """Wait until requests under way have ended. Can be repeated; close the server before.
+
+        Raises:
+            TimeoutError: some are still under way; the message names them.
+        """
+        try:
+            self._engine.close()
+        finally:
+            if self.record is not None:
+                self.record.close()
+            locked(self._log_lock, self._log.flush)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def _pump(self, queue: Virtqueue) -> None:
+        """Begin the requests that wait, as far as there is room: one round."""
+        for _ in range(queue.size):
+            taken = self._guarded(self._take, queue)
+            if taken is None:
+                return
+            self._submit(queue, *taken)
+
+    def _take(self, queue: Virtqueue) -> tuple[Request, Job] | None:
+        """Pop a request, if there is one, and room for it."""
+        if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
+            return None
+        request = queue.pop()
+        return None if request is None else (request, self.prepare(request))
+
+    def _submit(self, queue: Virtqueue, request: Request, job: Job) -> None:
+        buffer, work, end = job
+        on_end = partial(self._finish, queue, request, end)
+        try:
+            self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end)
+        except ClosedError:
+            pass  # the server is closed, so nobody waits for an answer
+        except (QueueFullError, RuntimeError) as error:
+            # A reset timed out and left transfers, or there are no threads. The request is lost.
+            self._give_up(error)
+
+    def _finish(
+        self,
+        queue: Virtqueue,
+        request: Request,
+        end: Callable[[int | None], int],
+        transfer: DmaTransfer,
+    ) -> None:
+        moved = transfer.result if transfer.status is DmaStatus.DONE else None
+        try:
+            if self._guarded(self._complete, queue, request, end, moved):
+                self.transport.interrupt_queue(queue.index)
+        finally:
+            self._pump(queue)
+
+    def _complete(
+        self,
+        queue: Virtqueue,
+        request: Request,
+        end: Callable[[int | None], int],
+        moved: int | None,
+    ) -> bool:
+        """Answer a request, and return whether to interrupt."""
+        if self._broken or queue.stopped:
+            return False
+        return queue.push((request, end(moved)))
+
+    # --- drivers that break the rules -------------------------------------------------------------
+
+    def _guarded(self, function: Callable[..., Result], *arguments: object) -> Result | None:
+        """Call a function under the lock; None if the driver has broken the rules."""
+        try:
+            return locked(self._lock, function, *arguments)
+        except BrokenDriverError as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: Exception) -> None:
+        """Have the driver reset the device. Once, although several threads may find it broken."""
+        if locked(self._lock, self._is_first):
+            # The guest chose what it did; another cause is this machine's.
+            cause = error.__cause__ or error
+            chosen = isinstance(cause, BrokenDriverError | FaultError)
+            level = logging.INFO if chosen else logging.ERROR
+            text = f"{self.name!r} needs a reset by its driver"
+            locked(self._log_lock, self._log.line, f"device {self.name!r}", text, error, level)
+            self.transport.needs_reset()
+
+    def _is_first(self) -> bool:
+        before, self._broken = self._broken, True
+        return not before
