@@ -1,4 +1,8 @@
-"""What tests of the device kit share: the guest's side, and a look at the server's inside."""
+"""What tests share.
+
+Of the cache: what they do to it, and count. Of the device kit: the guest's side, and a look at the
+server's inside.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,39 @@ import os
 import threading
 from collections.abc import Callable
 
-from xenmapcache import MockDomain
+from xenmapcache import Backend, MapCache, MockDomain
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.connection import Connection
 from xenmapcache.devicemodel.link import HypervisorLink
 from xenmapcache.ioreq import SLOT_SIZE, STATE_MASK, STATE_OFFSET, Request, RequestSlot, State
+
+BUCKET = 1 << 16
+"""The size of the buckets of caches that :func:`connected` and the fixture ``cache`` make."""
+
+
+def maps(domain: MockDomain) -> int:
+    """Return how often a backend has mapped memory of a guest."""
+    return sum(call.name == "map" for call in domain.calls)
+
+
+def heat(cache: MapCache, address: int) -> None:
+    """Have a bucket without holes found without a look at anything else, from now on."""
+    cache.read(address, 1)  # maps it
+    cache.read(address, 1)  # lets it in
+    assert address >> 16 in cache._table.generation.readable
+
+
+def reballoon(domain: MockDomain, address: int, length: int = 0x1000) -> None:
+    """Let the guest give pages up and get new frames for them."""
+    domain.balloon_out(address, length)
+    domain.balloon_in(address, length)
+
+
+def connected(domain: MockDomain, backend: Backend, on_stale: str = "warn") -> MapCache:
+    """Return a cache that the guest's invalidations reach."""
+    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type] # from parametrize
+    domain.on_invalidate(cache.invalidate)
+    return cache
 
 
 class Memory:

@@ -1,4 +1,4 @@
-"""Runs an operation with a handler at many points, in a process of its own."""
+"""Runs an operation with its handlers at many points, in a process of its own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import importlib
 import json
 import mmap
 import os
+import struct
 import sys
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +43,8 @@ IMPORTED_ONCE: Final = (
     "xenmapcache.devicemodel",
 )
 """What each child would import again."""
+_PLACE: Final = struct.Struct("QQ")
+"""The number of a handler, and a point of it: where a child is."""
 _MOST_FINDINGS: Final = 60
 _MOST_DEATHS: Final = 4
 _OURS: Final = ("Injected", "ChildLeaves", "MemoryError", "RecursionError")
@@ -104,7 +109,7 @@ class _Child:
     def say(self, **what: object) -> None:
         """Write a line of JSON."""
         self.findings += "problem" in what
-        print(json.dumps(what), file=self.out, flush=True)
+        print(json.dumps(what | {"handler": self.handler}), file=self.out, flush=True)
 
     def points(self) -> list[int]:
         """Run it once to warm up, once to find its points, and return them."""
@@ -207,7 +212,7 @@ class _Child:
 
 
 class Runner:
-    """Runs combinations of operation and handler, each in forked children.
+    """Runs operations, each in forked children.
 
     Args:
         injector: the built module.
@@ -225,42 +230,46 @@ class Runner:
             importlib.import_module(name)
         for library in LIBRARIES:
             prototypes(library)  # which remembers them
+        module_state()  # which remembers what to look at
         quiet()  # here, so that no child has to look through what was there before it
 
     def run(
-        self,
-        operation: Operation,
-        handler: str,
-        point: int | None = None,
-    ) -> Report:
-        """Run a combination, or one point of it."""
-        report = Report(operation.name, handler)
-        current = mmap.mmap(-1, mmap.PAGESIZE)
+        self, operation: Operation, handlers: Sequence[str], point: int | None = None
+    ) -> list[Report]:
+        """Run an operation with some handlers, or one point of each.
+
+        A process continues with the next handler as long as it has found nothing.
+        """
+        reports = {handler: Report(operation.name, handler) for handler in handlers}
         errors = self.folder / "stderr"
-        for death in range(_MOST_DEATHS + 1):
-            status = self._fork(operation, handler, point, current, errors, report)
-            if status == 0 or len(report.findings) >= _MOST_FINDINGS:
-                break
-            at = int.from_bytes(current[:8], "little")
-            text = errors.read_text(encoding="utf-8", errors="replace")[-3000:]
-            how = f"died of signal {-status}" if status < 0 else f"ended with {status}"
-            report.findings.append(
-                Finding(operation.name, handler, at, "?", f"the process {how}:\n{text}")
-            )
-            if point is not None or death == _MOST_DEATHS:
-                break
-            current[:8] = (at + 1).to_bytes(8, "little")
-        current.close()
-        return report
+        deaths: Counter[str] = Counter()
+        with mmap.mmap(-1, mmap.PAGESIZE) as place:
+            while _PLACE.unpack_from(place)[0] < len(handlers):
+                status = self._fork(operation, handlers, point, place, errors, reports)
+                number, reached = _PLACE.unpack_from(place)
+                report = reports[handlers[number]]
+                at = (number + 1, 0)
+                if status and len(report.findings) < _MOST_FINDINGS:
+                    text = errors.read_text(encoding="utf-8", errors="replace")[-3000:]
+                    how = f"died of signal {-status}" if status < 0 else f"ended with {status}"
+                    problem = f"the process {how}:\n{text}"
+                    report.findings.append(
+                        Finding(operation.name, report.handler, reached, "?", problem)
+                    )
+                    deaths[report.handler] += 1
+                    if point is None and deaths[report.handler] <= _MOST_DEATHS:
+                        at = (number, reached + 1)
+                _PLACE.pack_into(place, 0, *at)
+        return list(reports.values())
 
     def _fork(
         self,
         operation: Operation,
-        handler: str,
+        handlers: Sequence[str],
         point: int | None,
-        current: mmap.mmap,
+        place: mmap.mmap,
         errors: Path,
-        report: Report,
+        reports: dict[str, Report],
     ) -> int:
         """Run what is left in one child, read what it says, and return its status."""
         reading, writing = os.pipe()
@@ -274,8 +283,8 @@ class Runner:
                     os.dup2(file.fileno(), 2)
                 faulthandler.enable()
                 with os.fdopen(writing, "w") as out:
-                    child = _Child(self.injector, operation, handler, self.folder, out)
-                    self._in_child(child, point, current)
+                    quiet()
+                    self._in_child(operation, handlers, point, place, out)
                 status = 0
             except BaseException:
                 sys.excepthook(*sys.exc_info())
@@ -285,27 +294,39 @@ class Runner:
         with os.fdopen(reading) as out_of_child:
             for line in out_of_child:
                 said = json.loads(line)
+                report = reports[said.pop("handler")]
                 if "total" in said:
                     report.total = said["total"]
                 elif "tried" in said:
                     report.tried += 1
                 else:
-                    report.findings.append(Finding(operation.name, handler, **said))
+                    report.findings.append(Finding(operation.name, report.handler, **said))
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-    def _in_child(self, child: _Child, point: int | None, current: mmap.mmap) -> None:
-        quiet()
-        faulthandler.dump_traceback_later(POINT_LIMIT, exit=True)
-        points = child.points()
-        child.say(total=len(points))
-        if point is not None:
-            points = [point]
-        elif self.samples is not None:
-            name = f"{child.operation.name} {child.handler}"
-            points = chosen(points, self.samples, self.seed, name)
-        first = int.from_bytes(current[:8], "little")
-        for each in points:
-            if each >= first and child.findings <= _MOST_FINDINGS:
-                current[:8] = each.to_bytes(8, "little")
-                if child.run(each):
-                    child.say(tried=each)
+    def _in_child(
+        self,
+        operation: Operation,
+        handlers: Sequence[str],
+        point: int | None,
+        place: mmap.mmap,
+        out: TextIO,
+    ) -> None:
+        begin, first = _PLACE.unpack_from(place)
+        for number, handler in enumerate(handlers[begin:], begin):
+            _PLACE.pack_into(place, 0, number, first)
+            child = _Child(self.injector, operation, handler, self.folder, out)
+            faulthandler.dump_traceback_later(POINT_LIMIT, exit=True)
+            points = child.points()
+            child.say(total=len(points))
+            if point is not None:
+                points = [point]
+            elif self.samples is not None:
+                points = chosen(points, self.samples, self.seed, f"{operation.name} {handler}")
+            for each in points:
+                if each >= first and child.findings <= _MOST_FINDINGS:
+                    _PLACE.pack_into(place, 0, number, each)
+                    if child.run(each):
+                        child.say(tried=each)
+            if child.findings:
+                return
+            first = 0

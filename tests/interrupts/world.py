@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -10,10 +11,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from xenmapcache import MapCache
@@ -30,6 +31,9 @@ _FINALIZERS = ("_unmap", "_finalize", "__del__", "sweep")
 _BELLS = ("_bells",)
 """Where the package keeps locks that a thread sleeps at until another one releases them."""
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
+_HOLDERS = (*_LOCKS, dict, list, tuple, set, frozenset)
+_KINDS: dict[type, bool] = {}
+"""Whether objects of a type are locks, or may lead to one."""
 
 
 class InjectedInterrupt(KeyboardInterrupt):
@@ -265,17 +269,28 @@ def held_locks(*roots: object) -> Iterator[str]:
         if id(value) in seen:
             continue
         seen.add(id(value))
+        held: Iterable[tuple[str, object]] = ()
         if isinstance(value, _LOCKS):
             if repr(value).startswith("<locked"):
                 yield path
         elif isinstance(value, dict):
-            waiting += [(f"{path}[{key!r:.40}]", each) for key, each in list(value.items())]
+            held = ((f"[{key!r:.40}]", each) for key, each in _of_use(value.items()))
         elif isinstance(value, list | tuple | set | frozenset):
-            waiting += [(f"{path}[..]", each) for each in list(value)]
+            held = (("[..]", each) for _, each in _of_use(("", each) for each in value))
         elif _is_ours(value):
-            waiting += [
-                (f"{path}.{name}", each) for name, each in _attributes(value) if name not in _BELLS
-            ]
+            held = ((f".{name}", each) for name, each in _of_use(_attributes(value)))
+            held = ((name, each) for name, each in held if name[1:] not in _BELLS)
+        waiting += [(path + name, each) for name, each in held]
+
+
+def _of_use(pairs: Iterable[tuple[Any, object]]) -> Iterator[tuple[Any, object]]:
+    """Yield the pairs whose second is a lock, or may lead to one."""
+    for name, each in list(pairs):
+        kind = type(each)
+        if kind not in _KINDS:
+            _KINDS[kind] = isinstance(each, _HOLDERS) or _is_ours(each)
+        if _KINDS[kind]:
+            yield name, each
 
 
 def _is_ours(value: object) -> bool:
@@ -296,11 +311,26 @@ def module_state() -> list[object]:
     """Return the objects and locks that the package's modules keep for the whole process."""
     return [
         value
-        for name, module in list(sys.modules.items())
-        if name.split(".")[0] == _PACKAGE
-        for value in vars(module).values()
+        for name in _modules(len(sys.modules))
+        for variable in _variables(name, len(vars(sys.modules[name])))
+        for value in [vars(sys.modules[name]).get(variable)]
         if isinstance(value, _LOCKS) or _is_ours(value)
     ]
+
+
+# A forked child copies each page of which it touches an object: most objects are functions and
+# classes. The sizes tell when there is more to look at.
+
+
+@functools.cache
+def _modules(_: int) -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] == _PACKAGE]
+
+
+@functools.cache
+def _variables(module: str, _: int) -> list[str]:
+    fixed = (type, FunctionType, BuiltinFunctionType, ModuleType, str, int)
+    return [name for name, each in vars(sys.modules[module]).items() if not isinstance(each, fixed)]
 
 
 def is_expected(error: BaseException, operation: Operation, handler: str, world: World) -> bool:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 
+from tests.kit import BUCKET, heat
 from xenmapcache import (
     Backend,
     CacheFullError,
@@ -16,19 +17,6 @@ from xenmapcache import (
     MapCache,
     MockDomain,
 )
-
-BUCKET = 1 << 16
-
-
-def maps(domain: MockDomain) -> int:
-    return sum(call.name == "map" for call in domain.calls)
-
-
-def heat(cache: MapCache, address: int) -> None:
-    """Have a bucket without holes found without a look at anything else, from now on."""
-    cache.read(address, 1)  # maps it
-    cache.read(address, 1)  # lets it in
-    assert address >> 16 in cache._table.generation.readable
 
 
 def test_resident_memory_stays_under_max_resident(backend: Backend) -> None:

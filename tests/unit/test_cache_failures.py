@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import HOLE
+from tests.kit import BUCKET, heat, maps
 from xenmapcache import (
     Backend,
     ClosedError,
@@ -25,19 +26,6 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
-
-BUCKET = 1 << 16
-
-
-def maps(domain: MockDomain) -> int:
-    return sum(call.name == "map" for call in domain.calls)
-
-
-def heat(cache: MapCache, address: int) -> None:
-    """Have a bucket without holes found without a look at anything else, from now on."""
-    cache.read(address, 1)  # maps it
-    cache.read(address, 1)  # lets it in
-    assert address >> 16 in cache._table.generation.readable
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.kit import BUCKET, connected, reballoon
 from xenmapcache import (
     Backend,
     ClosedError,
@@ -28,34 +29,7 @@ from xenmapcache import (
 from xenmapcache.backend import Capability
 from xenmapcache.cache.record import LeaseRecord
 
-BUCKET = 1 << 16
 AT = 0x200000
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    """What was logged as a WARNING so far."""
-    with caplog.at_level(logging.INFO, "xenmapcache"):
-        yield lambda: [
-            record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
-        ]
-
-
-def reballoon(domain: MockDomain, address: int, length: int = 0x1000) -> None:
-    """Let the guest give pages up and get new frames for them."""
-    domain.balloon_out(address, length)
-    domain.balloon_in(address, length)
-
-
-@pytest.fixture(params=["warn", "raise", "copy"])
-def policy(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def connected(domain: MockDomain, backend: Backend, on_stale: str = "warn") -> MapCache:
-    cache = MapCache(backend, bucket_shift=16, on_stale=on_stale)  # type: ignore[arg-type] # from parametrize
-    domain.on_invalidate(cache.invalidate)
-    return cache
 
 
 @pytest.mark.parametrize("address", [AT, AT + 0x123, AT + BUCKET - 7, AT + BUCKET - 0x1001])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import HOLE
+from tests.kit import reballoon
 from xenmapcache import (
     Backend,
     ClosedError,
@@ -25,14 +26,7 @@ from xenmapcache import (
 from xenmapcache.binding import libc
 from xenmapcache.cache.record import LeaseRecord
 
-BUCKET = 1 << 16
 AT = 0x200000
-
-
-def reballoon(domain: MockDomain, address: int, length: int = 0x1000) -> None:
-    """Let the guest give pages up and get new frames for them."""
-    domain.balloon_out(address, length)
-    domain.balloon_in(address, length)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Runs cells of the matrix, each in a forked process of its own.
+"""Runs cells of the matrix in forked processes.
 
-Reads ``source, row, column`` as JSON, a line each, and answers ``status, outcome, stderr``.
+Reads a list of cells as JSON, a line each, and runs them one after the other in one process. A cell
+is ``source, row, column``. Answers ``status, outcomes, stderr``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def run(world: World, row: str, column: str, outcome: int) -> str:
     somebody = world.backend.map(0, 1, writable=False).view(0, 1)
     hold = take(world, row, moves=column.startswith("replace()"))
     if column in EXITS:
-        os.write(outcome, ENDED.encode())
+        os.write(outcome, ENDED.encode() + b"\n")
         leave(world, hold, column)
         return ""
     if column in COLLECTED:
@@ -90,14 +91,8 @@ def settle(world: World) -> None:
 
 
 def cell(source: str, row: str, column: str, library: Path, folder: Path, outcome: int) -> None:
-    """Run one, in a process that is for nothing else, and report on a pipe."""
-    # Not dump_traceback_later(), whose thread a forked child would wait for at its end.
-    faulthandler.register(signal.SIGALRM, chain=True)
+    """Run one, and report on a pipe, a line each."""
     signal.alarm(PATIENCE)
-    warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
-    # At exit the row's own ends of pipes are open.
-    warnings.filterwarnings("ignore", "unclosed (file|<socket)", ResourceWarning)
-    logging.getLogger("xenmapcache").addHandler(logging.NullHandler())
     world = MockWorld() if source == "mock" else FakeWorld(source, library, folder)
     if column in BEHAVIOURS:
         assert isinstance(world, FakeWorld)
@@ -105,7 +100,20 @@ def cell(source: str, row: str, column: str, library: Path, folder: Path, outcom
         settle(world)
     else:
         said = run(world, row, column, outcome)
-    os.write(outcome, said.encode())
+    if column not in EXITS:
+        os.write(outcome, said.encode() + b"\n")
+
+
+def run_all(cells: list[tuple[str, str, str]], library: Path, folder: Path, outcome: int) -> None:
+    """Run cells in this process, which is for nothing else; one that ends Python comes alone."""
+    # Not dump_traceback_later(), whose thread a forked child would wait for at its end.
+    faulthandler.register(signal.SIGALRM, chain=True)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+    # At exit the row's own ends of pipes are open.
+    warnings.filterwarnings("ignore", "unclosed (file|<socket)", ResourceWarning)
+    logging.getLogger("xenmapcache").addHandler(logging.NullHandler())
+    for source, row, column in cells:
+        cell(source, row, column, library, folder, outcome)
     if column not in EXITS:
         os._exit(0)  # how Python ends with everything kept, the other columns show
 
@@ -116,19 +124,19 @@ def serve(library: Path, folder: Path) -> None:
         prototypes(each)  # which remembers them
     gc.freeze()  # what is imported need not be looked through in each child, nor copied by that
     for number, line in enumerate(sys.stdin):
-        source, row, column = json.loads(line)
         reading, writing = os.pipe()
         stderr = os.memfd_create("stderr")
         pid = os.fork()
         if not pid:
             os.dup2(stderr, 2)
-            cell(source, row, column, library, folder / str(number), writing)
+            run_all(json.loads(line), library, folder / str(number), writing)
             return  # and end as a program does
         os.close(writing)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.lseek(stderr, 0, os.SEEK_SET)
         with os.fdopen(reading) as said, os.fdopen(stderr) as complaints:
-            sys.stdout.write(json.dumps((status, said.read(), complaints.read())) + "\n")
+            answer = (status, said.read().splitlines(), complaints.read())
+            sys.stdout.write(json.dumps(answer) + "\n")
             sys.stdout.flush()
 
 
