@@ -7,7 +7,9 @@ which needs no QEMU for it; ``xl create -p`` has made the guest, and it has not 
     python virtio_disk.py --domid 3 --disk disk.img
     xl unpause guest
 
-The guest's Linux then has /dev/vda, if it has the modules virtio_pci and virtio_blk.
+The guest's Linux then has /dev/vda, if it has the modules virtio_pci and virtio_blk. With
+``--record /run/disk.record`` the program may be killed: start it again in the same way, and the
+guest continues.
 """
 
 import argparse
@@ -92,7 +94,7 @@ def demonstrate(path: Path) -> None:
     print(f"requests that failed: {server.failures}")
 
 
-def serve(domid: int, path: Path, read_only: bool) -> None:
+def serve(domid: int, path: Path, *, read_only: bool, record: Path | None) -> None:
     """Serve a real guest until SIGINT or SIGTERM."""
     with (
         open_backend("xen", domid=domid) as backend,
@@ -100,9 +102,10 @@ def serve(domid: int, path: Path, read_only: bool) -> None:
         path.open("rb" if read_only else "r+b") as file,
     ):
         server = IoreqServer(domid, cache, recover=True)
-        with VirtioBlock(server, file, read_only=read_only) as disk:
+        with VirtioBlock(server, file, read_only=read_only, record=record) as disk:
             plug(server, disk)
             with server:
+                disk.resume()
                 print(f"domain {domid}: {disk.sectors} sectors at {BDF}", flush=True)
                 server.serve_forever()
         print(f"{server.requests} requests, {server.invalidations} times all mappings had to go")
@@ -114,11 +117,13 @@ def main() -> None:
     parser.add_argument("--domid", type=int, help="a real PVH guest; without it a mock one")
     parser.add_argument("--disk", type=Path, help="the file")
     parser.add_argument("--read-only", action="store_true", help="refuse writes")
+    parser.add_argument("--record", type=Path, help="a file in /run, to continue after a kill")
     arguments = parser.parse_args()
     if arguments.domid is not None:
         if arguments.disk is None:
             parser.error("--domid wants --disk")
-        serve(arguments.domid, arguments.disk, arguments.read_only)
+        options = {"read_only": arguments.read_only, "record": arguments.record}
+        serve(arguments.domid, arguments.disk, **options)
         return
     with tempfile.NamedTemporaryFile() as disk:
         disk.truncate(4 << 20)

@@ -1,4 +1,4 @@
-"""Random numbers for a guest's own driver: virtio-rng, behind each of the two transports.
+"""Random numbers for a guest's own driver: virtio-rng, over each of the two transports.
 
 A PVH guest finds it on a PCI bus. An HVM guest finds it there, too, or at an address that its ACPI
 tables name: that is virtio-mmio. The driver of the mock plays the guest's kernel.

@@ -24,6 +24,7 @@ COMMANDS = (
     "dump",
     "diff",
     "mount",
+    "disk",
     "drgn",
     "volatility",
     "qemu-log",

@@ -16,7 +16,7 @@ from tests.docs.test_docs import DOCS, blocks, program, run
 PAGE = DOCS / "commands.md"
 MARK = re.compile(r"<!-- run(?P<part>, in part)?(: (?P<status>\d+))? -->")
 
-ELSEWHERE = {"drgn", "holders", "leases", "mount", "ps", "top", "volatility"}
+ELSEWHERE = {"disk", "drgn", "holders", "leases", "mount", "ps", "top", "volatility"}
 """Shown on the page of other tools, or of a machine that is made up."""
 
 pytestmark = [

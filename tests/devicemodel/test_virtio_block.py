@@ -17,7 +17,7 @@ from tests.devicemodel.virtio_kit import ALL_FEATURES, Line, MmioDriver, Ranges,
 from tests.kit import in_thread
 from xenmapcache import MapCache, MockDomain
 from xenmapcache.binding import libc
-from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel import DmaEngine, IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioMmio
 from xenmapcache.devicemodel.virtio.block import (
     DISCARD_OUT,
@@ -171,7 +171,7 @@ def test_the_size(server: IoreqServer, path: Path) -> None:
 
 
 def test_the_serial_number(guest: MockDomain, driver: DiskDriver) -> None:
-    """The driver gets 20 bytes, or as many as there is room for."""
+    """The driver gets 20 bytes, or less if there is less room."""
     assert driver.do(GET_ID, writable=[(DATA, 20)]) == OK
     assert guest.read(DATA, 20) == b"xen-0001".ljust(20, b"\0")
     guest.write(DATA, b"#" * 24)
@@ -405,7 +405,7 @@ def test_ranges_that_cannot_be_cleared(
 
 
 def test_a_part_of_a_range(driver: DiskDriver) -> None:
-    """15 bytes are no range."""
+    """A range has 16 bytes, so 15 are refused."""
     assert driver.do(DISCARD_OUT, readable=[(DATA, 15)]) == IOERR
 
 
@@ -532,3 +532,70 @@ def test_requests_run_at_the_same_time(
     )
     assert len(driver.collect(driver.ring, 2)) == 2
     assert order == [GET_ID, FLUSH_OUT]
+
+
+def no_worker(*_: object, **__: object) -> None:
+    raise AssertionError("a worker was asked")
+
+
+def test_a_small_read_of_cached_data_needs_no_worker(
+    guest: MockDomain, driver: DiskDriver, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done when the notification returns; a large one is a worker's."""
+    if not can_peek(path):
+        pytest.skip("this file system has no reads that do not wait")
+    monkeypatch.setattr(DmaEngine, "submit", no_worker)
+    driver.send(driver.ring, driver.prepare(0, IN, 2, writable=[(DATA, 512)]))
+    assert driver.ring.used() == [(0, 513)]
+    assert guest.read(DATA, 512) == path.read_bytes()[1024:1536]
+    monkeypatch.undo()
+    assert driver.do(IN, 0, writable=[(DATA, (1 << 16) + 512)]) == OK
+    assert guest.read(DATA, (1 << 16) + 512) == path.read_bytes()[: (1 << 16) + 512]
+
+
+def can_peek(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            return bool(os.preadv(file.fileno(), [bytearray(512)], 0, os.RWF_NOWAIT))
+        except OSError:
+            return False
+
+
+@pytest.mark.parametrize(
+    ("answer", "peeks"),
+    [
+        (OSError(errno.EAGAIN, "not cached"), 2),
+        (100, 2),
+        (OSError(errno.EOPNOTSUPP, "no such reads"), 1),
+        (512, 2),
+    ],
+    ids=["not cached", "cached in part", "a file system without", "all of it"],
+)
+def test_data_that_is_not_cached(
+    guest: MockDomain,
+    driver: DiskDriver,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: OSError | int,
+    peeks: int,
+) -> None:
+    """A worker reads it, and the guest gets the same."""
+    seen: list[int] = []
+    real = os.preadv
+
+    def preadv(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not flags:
+            return real(fd, views, offset)
+        seen.append(flags)
+        if isinstance(answer, OSError):
+            raise answer
+        real(fd, views, offset)
+        return answer
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr("xenmapcache.guest.scatter.os.preadv", preadv)
+    for _ in range(2):
+        guest.write(DATA, bytes(512))
+        assert driver.do(IN, 5, writable=[(DATA, 512)]) == OK
+        assert guest.read(DATA, 512) == path.read_bytes()[5 * 512 : 6 * 512]
+    assert seen == [os.RWF_NOWAIT] * peeks

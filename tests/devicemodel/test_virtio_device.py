@@ -168,7 +168,7 @@ def test_more_requests_than_may_be_under_way(
 def test_a_round_ends_although_the_driver_adds_requests(
     guest: MockDomain, rng: VirtioRng, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One round pops as many as the queue has entries; the rest is popped by who ends one."""
+    """One round pops one request for each entry at most; the end of one begins the next round."""
     ring = Ring(guest, RING, 8)
     driver.start(ring)
     queue = rng._queues[0]
@@ -249,10 +249,10 @@ def test_a_queue_that_cannot_be_started(
 ) -> None:
     """If a transport starts one in use, or one that does not exist, the driver is told once."""
     ring = Ring(guest, RING, 8)
-    slow.start_queue(0, size=8, **ring.addresses)
+    slow.start_queue(0, size=8, **ring.at())
     assert driver.line.rises == 0
     for _ in range(2):
-        slow.start_queue(index, size=8, **ring.addresses)
+        slow.start_queue(index, size=8, **ring.at())
         assert (driver.read(0x70), driver.line.rises) == (0x40, 1)
         driver.write(0x64, 3)
 
@@ -297,7 +297,7 @@ def test_an_error_of_this_machine_is_logged_as_one(
 
 
 def test_an_interrupt_that_fails(
-    guest: MockDomain, rng: VirtioRng, driver: MmioDriver, caplog: pytest.LogCaptureFixture
+    guest: MockDomain, slow: Blocking, driver: MmioDriver, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is logged, and the requests that wait are served all the same."""
     ring = Ring(guest, RING, 8)
@@ -312,12 +312,13 @@ def test_an_interrupt_that_fails(
         def needs_reset(self) -> None: ...
 
     failures.clear()
-    rng.transport = Broken()
-    rng._limit = 1
+    slow.transport = Broken()
+    slow.go.set()
+    slow._limit = 1
     driver.send(ring, *(ring.chain(writable=[(DATA, 16)]) for _ in range(3)))
     while ring.u16(ring.device + 2) < 3:
         pass
-    rng._engine.drain()
+    slow._engine.drain()
     assert "IndexError: pop from empty list" in caplog.messages[0]
     assert len(ring.used()) == 3
 
@@ -370,12 +371,12 @@ def test_a_reset_that_times_out(
 def test_transfers_of_a_reset_that_timed_out_fill_the_engine(
     guest: MockDomain, slow: Blocking
 ) -> None:
-    """If the engine takes no more, the device needs another reset, and the process lives."""
+    """If the engine is full, the device needs another reset, and the process lives."""
     slow._engine._table.drain_timeout = 0.01
     rings = [Ring(guest, RING + 0x1000 * number, 8) for number in range(2)]
     for resets in range(10):
         for index, ring in enumerate(rings):
-            slow.start_queue(index, size=8, **ring.addresses)
+            slow.start_queue(index, size=8, **ring.at())
             ring.idx = 0
             ring.offer(*(ring.chain(writable=[(DATA, 16)]) for _ in range(3)))
             slow.notify_queue(index)
@@ -403,7 +404,7 @@ def test_a_queue_is_stopped(guest: MockDomain, slow: Blocking, driver: MmioDrive
     driver.kick(1)
     assert driver.collect(rings[1], 1) == [(0, 1)]
     assert rings[0].used() == []
-    slow.start_queue(0, size=8, **rings[0].addresses)
+    slow.start_queue(0, size=8, **rings[0].at())
     driver.kick()
     assert driver.collect(rings[0], 1) == [(0, 1)]
 
@@ -465,27 +466,81 @@ def test_the_server_closes_amid_requests(
 def test_a_request_after_the_server_has_closed(
     guest: MockDomain, server: IoreqServer, line: Line
 ) -> None:
-    """Whoever still pops one has nobody to answer to."""
-    with VirtioRng(server) as rng:
-        VirtioMmio(server, BASE, rng, interrupt=line)
+    """A thread that still pops one has no vCPU to answer to."""
+    with Blocking(server) as slow:
+        VirtioMmio(server, BASE, slow, interrupt=line)
         with server:
             ring = Ring(guest, RING, 8)
-            rng.start_queue(0, size=8, **ring.addresses)
+            slow.start_queue(0, size=8, **ring.at())
         ring.offer(ring.chain(writable=[(DATA, 16)]))
-        rng.notify_queue(0)
-        assert (ring.used(), rng._broken) == ([], False)
+        slow.notify_queue(0)
+        assert (ring.used(), slow._broken) == ([], False)
 
 
 def test_idle_workers_do_not_keep_requests_waiting(
-    guest: MockDomain, rng: VirtioRng, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
+    guest: MockDomain, slow: Blocking, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the engine's thread has ended, a request starts another one."""
     monkeypatch.setattr(dma, "_IDLE_S", 0.001)
+    slow.go.set()
     ring = Ring(guest, RING, 8)
     driver.start(ring)
     for number in range(3):
         driver.send(ring, ring.chain(writable=[(DATA, 16)]))
-        assert driver.collect(ring, 1) == [(number, 16)]
-        while not rng._engine._idle:
+        assert driver.collect(ring, 1) == [(number, 1)]
+        while not slow._engine._idle:
             pass
-    assert isinstance(rng._engine, DmaEngine)
+    assert isinstance(slow._engine, DmaEngine)
+
+
+# --- quick requests -------------------------------------------------------------------------------
+
+
+def test_a_quick_request_is_done_when_the_notification_returns(
+    guest: MockDomain, cache: MapCache, rng: VirtioRng, driver: MmioDriver
+) -> None:
+    """No worker takes part, and several requests have one interrupt."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    ring.offer(*(ring.chain(writable=[(DATA + 16 * n, 16)]) for n in range(4)))
+    driver.kick()
+    assert ring.used() == [(n, 16) for n in range(4)]
+    assert (driver.line.rises, len(rng._engine._idle), cache.leases()) == (1, 1, ())
+
+
+def test_a_quick_request_while_the_guest_is_saved(
+    guest: MockDomain, server: IoreqServer, rng: VirtioRng, driver: MmioDriver
+) -> None:
+    """It is held back as each transfer, until the server is resumed."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    server.suspend()
+    driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+    assert ring.used() == []
+    server.resume()
+    assert driver.collect(ring, 1) == [(0, 16)]
+
+
+def test_the_last_request_of_a_round_is_a_workers(
+    guest: MockDomain, rng: VirtioRng, driver: MmioDriver
+) -> None:
+    """Its end begins the next round, so none is left in a ring whose kicks are suppressed."""
+    ring = Ring(guest, RING, 4)
+    driver.start(ring)
+    heads = [ring.chain(writable=[(DATA + 16 * n, 16)]) for n in range(4)]
+    for _ in range(5):
+        driver.send(ring, *heads)
+        assert sorted(driver.collect(ring, 4)) == [(head, 16) for head in heads]
+        rng._engine.drain()
+
+
+def test_a_quick_request_whose_answer_has_no_place(
+    guest: MockDomain, rng: VirtioRng, driver: MmioDriver
+) -> None:
+    """A ring that vanishes before the answer is a broken driver, as with a worker."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    ring.offer(ring.chain(writable=[(DATA, 16)]))
+    rng._queues[0]._device = 1 << 40
+    driver.kick()
+    assert driver.read(0x70) == 15 | 0x40

@@ -19,9 +19,7 @@ IN_WORDS = pytest.mark.parametrize("events", [False, True], ids=["flags", "event
 def queue_of(cache: MapCache, ring: Ring, *, max_bytes: int = 1 << 20) -> Virtqueue:
     """Return the device's side of a ring."""
     features = INDIRECT_DESC | (EVENT_IDX if ring.events else 0)
-    return Virtqueue(
-        cache, 0, size=ring.size, **ring.addresses, features=features, max_bytes=max_bytes
-    )
+    return Virtqueue(cache, 0, size=ring.size, **ring.at(), features=features, max_bytes=max_bytes)
 
 
 def begin_at(idx: int, ring: Ring, queue: Virtqueue) -> None:
@@ -304,7 +302,7 @@ def test_a_head_in_flight_again(ring: Ring, queue: Virtqueue) -> None:
 
 def test_a_table_that_was_not_negotiated(ring: Ring, cache: MapCache) -> None:
     """Without INDIRECT_DESC, the flag is against the rules."""
-    queue = Virtqueue(cache, 3, size=SIZE, **ring.addresses, features=0)
+    queue = Virtqueue(cache, 3, size=SIZE, **ring.at(), features=0)
     ring.offer(ring.chain([(0x1000, 1)], table=TABLE))
     with pytest.raises(BrokenDriverError, match="queue 3: head 0: INDIRECT_DESC was not"):
         queue.pop()
@@ -314,7 +312,7 @@ def test_a_table_that_was_not_negotiated(ring: Ring, cache: MapCache) -> None:
 def test_a_size_against_the_rules(cache: MapCache, ring: Ring, size: int) -> None:
     """It is a power of two, up to 32768."""
     with pytest.raises(BrokenDriverError, match=f"its size {size} must be a power of two"):
-        Virtqueue(cache, 0, size=size, **ring.addresses, features=0)
+        Virtqueue(cache, 0, size=size, **ring.at(), features=0)
 
 
 @pytest.mark.parametrize(

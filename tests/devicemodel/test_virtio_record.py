@@ -163,7 +163,7 @@ class Fuse:
 
 def open_queue(cache: MapCache, ring: Ring, record: QueueRecord) -> Virtqueue:
     features = EVENT_IDX if ring.events else 0
-    return Virtqueue(cache, 0, size=SIZE, features=features, record=record, **ring.addresses)
+    return Virtqueue(cache, 0, size=SIZE, features=features, record=record, **ring.at())
 
 
 @pytest.mark.parametrize("events", [False, True], ids=["flags", "event index"])
@@ -176,7 +176,7 @@ def test_a_kill_at_each_step(guest: MockDomain, cache: MapCache, path: Path, eve
         ring = Ring(guest, RING, SIZE, events=events)
         heads = [ring.chain(writable=[(DATA + 16 * n, 16)]) for n in range(SIZE)]
         with a_record(path) as record, pytest.MonkeyPatch.context() as patch:
-            record.queues[0].start(size=SIZE, **ring.addresses)
+            record.queues[0].start(size=SIZE, **ring.at())
             used: list[tuple[int, int]] = []
             Fuse(patch, steps)
             try:
@@ -211,7 +211,7 @@ def test_a_ring_that_contradicts_the_record(guest: MockDomain, cache: MapCache, 
     """If the driver has written idx of the device area, the queue is broken."""
     ring = Ring(guest, RING, SIZE)
     with a_record(path) as record:
-        record.queues[0].start(size=SIZE, **ring.addresses)
+        record.queues[0].start(size=SIZE, **ring.at())
         ring.put_u16(ring.device + 2, 2)
         with pytest.raises(BrokenDriverError, match="idx 2 of its device area was not written"):
             open_queue(cache, ring, record.queues[0]).resume()
@@ -220,7 +220,7 @@ def test_a_ring_that_contradicts_the_record(guest: MockDomain, cache: MapCache, 
 def test_a_queue_without_a_record(guest: MockDomain, cache: MapCache) -> None:
     """There is nothing to resume."""
     ring = Ring(guest, RING, SIZE)
-    queue = Virtqueue(cache, 0, size=SIZE, **ring.addresses, features=0)
+    queue = Virtqueue(cache, 0, size=SIZE, **ring.at(), features=0)
     with pytest.raises(ValueError, match="queue 0: it has no record to resume from"):
         queue.resume()
 
@@ -269,7 +269,7 @@ def driver(guest: MockDomain) -> MmioDriver:
 def make(
     server: IoreqServer, driver: MmioDriver, path: Path, letter: bytes, **options: int
 ) -> Slow:
-    """Return a device behind virtio-mmio."""
+    """Return a device over virtio-mmio."""
     device = Slow(server, letter, path, **options)
     VirtioMmio(server, BASE, device, interrupt=driver.line)
     return device
@@ -428,7 +428,7 @@ def test_a_kill_amid_the_set_up(
         server = IoreqServer(guest, cache, recover=True)
         with make(server, driver, path, b"2") as device, server, server.serving():
             device.go.set()
-            driver.set_up(0, 8, **ring.addresses)
+            driver.set_up(0, 8, **ring.at())
             driver.write(0x70, 15)
             driver.send(ring, ring.chain(writable=[(DATA, 16)]))
             assert driver.collect(ring, 1) == [(0, 1)]

@@ -35,9 +35,9 @@ class Ring:
         guest.write(base, bytes(self.device + 6 + 8 * size - base))
 
     @property
-    def addresses(self) -> Areas:
-        """As start_queue and Virtqueue take them."""
-        return self.at()
+    def addresses(self) -> dict[str, int]:
+        """Where its areas are, by name."""
+        return {"descriptors": self.descriptors, "driver": self.driver, "device": self.device}
 
     def at(self, **places: int) -> Areas:
         """Return the addresses, some of them replaced."""
@@ -129,7 +129,7 @@ class Line:
 
 
 class MmioDriver:
-    """A driver of one device behind virtio-mmio, with one vCPU."""
+    """A driver of one device over virtio-mmio, with one vCPU."""
 
     def __init__(self, guest: MockDomain, base: int, line: Line) -> None:
         self.guest, self.base, self.line = guest, base, line

@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "dump": "copy memory to a file",
     "diff": "compare two sources",
     "mount": "show memory as files, for crash, gdb and MemProcFS",
+    "disk": "serve a file as a guest's disk, without QEMU",
     "drgn": "debug a guest's kernel with drgn",
     "volatility": "run a plug-in of Volatility 3",
     "qemu-log": "show what QEMU's log says about DMA, INVALIDATE and ioreqs",

@@ -16,8 +16,9 @@
 #      with a request, or with the file, is its status.
 #   3. The file's size does not change: ranges are checked against what it was at the start. If it
 #      was truncated since, a read that comes out short has failed.
-#   4. Requests in flight have no order. FLUSH covers those that were answered before it came.
-#   5. A driver that has not accepted FLUSH expects each write to be on the disk when it is
+#   4. A small read that the kernel has in its cache is done in the thread that serves.
+#   5. Requests in flight have no order. FLUSH covers those that were answered before it came.
+#   6. A driver that has not accepted FLUSH expects each write to be on the disk when it is
 #      answered.
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ _MAX_DISCARD = 1 << 22
 """Most sectors of such a range: 2 GiB are one call for the file system."""
 _MAX_ZEROES = 1 << 13
 """Most sectors to be zeroed in one range: 4 MiB, because they may have to be written."""
+_MAX_QUICK = 1 << 16
+"""Most bytes that are read in the thread that serves, while each vCPU that uses it waits."""
 _ZEROES = memoryview(bytes(1 << 16))
 _ID_BYTES = 20
 _HEADER = struct.Struct("<IIQ")
@@ -128,6 +131,7 @@ class VirtioBlock(VirtioDevice):
         self._sectors = os.lseek(self._fd, 0, os.SEEK_END) // SECTOR
         # A hole of a block device is another matter: there it is not certain to read as zeros.
         self._has_holes = stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self._can_peek = True
         self._read_only = read_only
         self._serial = serial.encode().ljust(_ID_BYTES, b"\0")
         super().__init__(
@@ -154,28 +158,33 @@ class VirtioBlock(VirtioDevice):
         if len(request.readable) < _HEADER.size or not len(request.writable):
             raise BrokenDriverError(f"{request!r} has no header of 16 bytes, or no status byte")
         kind, _, sector = _HEADER.unpack(request.readable[: _HEADER.size].read())
-        outgoing, incoming = request.readable[_HEADER.size :], request.writable[:-1]
         work: Callable[[Segments], int] = _nothing
+        quick: Callable[[Segments], int | None] | None = None
         buffer, status = request.readable[:0], OK
         try:
             if kind == IN:
-                buffer, work = incoming, partial(self._read, self._offset(sector, len(incoming)))
-            elif kind == GET_ID:
-                buffer, work = incoming[:_ID_BYTES], self._identify
-            elif kind == FLUSH_OUT:
-                work = self._flush
+                buffer = request.writable[:-1]
+                offset = self._offset(sector, len(buffer))
+                work = partial(self._read, offset)
+                if self._can_peek and len(buffer) <= _MAX_QUICK:
+                    quick = partial(self._peek, offset)
             elif kind == OUT:
                 self._check_writable()
-                buffer = outgoing
-                work = partial(self._write, self._offset(sector, len(outgoing)))
+                buffer = request.readable[_HEADER.size :]
+                work = partial(self._write, self._offset(sector, len(buffer)))
+            elif kind == GET_ID:
+                buffer, work = request.writable[:-1][:_ID_BYTES], self._identify
+            elif kind == FLUSH_OUT:
+                work = self._flush
             elif kind in (DISCARD_OUT, ZEROES_OUT):
                 self._check_writable()
-                work = partial(self._clear, kind, [*self._ranges(kind, outgoing)])
+                ranges = [*self._ranges(kind, request.readable[_HEADER.size :])]
+                work = partial(self._clear, kind, ranges)
             else:
                 status = UNSUPP
         except _BadRequestError as bad:
-            status = bad.status
-        return Job(buffer, work, partial(self._answer, request, status))
+            buffer, status = request.readable[:0], bad.status
+        return Job(buffer, work, partial(self._answer, request, status), quick)
 
     def _answer(self, request: Request, status: int, moved: int | None) -> int:
         """Write the status; return how much of the writable part counts as written.
@@ -212,6 +221,17 @@ class VirtioBlock(VirtioDevice):
 
     def _read(self, offset: int, memory: Segments) -> int:
         return _complete(memory.read_from, self._fd, offset, len(memory))
+
+    def _peek(self, offset: int, memory: Segments) -> int | None:
+        """Read what the kernel has in its cache, without waiting for the disk."""
+        try:
+            count = os.preadv(self._fd, memory.views, offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self._can_peek = error.errno != errno.EOPNOTSUPP
+            raise
+        return count if count == len(memory) else None
 
     def _write(self, offset: int, memory: Segments) -> int:
         count = _complete(memory.write_to, self._fd, offset, len(memory))

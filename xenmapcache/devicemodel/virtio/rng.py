@@ -39,7 +39,7 @@ class VirtioRng(VirtioDevice):
         """Fill the request's writable part."""
         if not len(request.writable):
             raise BrokenDriverError(f"{request!r} has no place for a random byte")
-        return Job(request.writable[:_MAX_BYTES], _fill, lambda moved: moved or 0)
+        return Job(request.writable[:_MAX_BYTES], _fill, lambda moved: moved or 0, _fill)
 
 
 def _fill(memory: Segments) -> int:

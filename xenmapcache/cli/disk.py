@@ -1,0 +1,176 @@
+"""``xenmapcache disk``: a file as a guest's disk, without QEMU."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .arguments import FILES, CommandError, describe
+from .output import flush, print_json, print_line, print_note, size
+from .sources import usage_errors
+
+if TYPE_CHECKING:
+    from ..backend import Backend
+    from ..devicemodel import IoreqServer
+    from ..devicemodel.link import IoreqDomain
+    from ..devicemodel.virtio import VirtioBlock
+
+_SLOTS = {"pvh": "0000:00:01.0", "hvm": "0000:00:05.0"}
+"""Where the disk is by default: QEMU has the first slots of an HVM guest."""
+_ARGUMENTS = "pci=noacpi,noearly"
+
+
+def prepare_parser(parser: argparse.ArgumentParser) -> None:
+    """Give the command's parser its help and its arguments."""
+    describe(
+        parser,
+        "Serve a file as a guest's disk over virtio-pci. The guest finds it with its own drivers\n"
+        "(virtio_pci and virtio_blk in Linux, as /dev/vda). A PVH guest needs no QEMU for it.\n"
+        "Start the command before the guest runs: it scans its bus once. The file's size is the\n"
+        "disk's, in sectors of 512 bytes. The command ends when the guest does, and on Ctrl-C and\n"
+        "SIGTERM. It runs in Dom0, as root.",
+        f'  grep extra web.cfg              extra = "root=/dev/vda {_ARGUMENTS}"\n'
+        "  xl create -p web.cfg\n"
+        "  xenmapcache disk web web.img &\n"
+        "  xl unpause web\n"
+        "exit status: 0 when the guest has ended or after SIGTERM, 2 for an error",
+    )
+    parser.add_argument("guest", metavar="GUEST", help="the guest's name or number")
+    file = parser.add_argument("file", metavar="FILE", help="the disk: a file or block device")
+    file.complete = FILES  # type: ignore[attr-defined] # shtab's way
+    parser.add_argument("--read-only", action="store_true", help="refuse writes")
+    parser.add_argument(
+        "--type",
+        choices=tuple(_SLOTS),
+        help="what the guest is (default: as the toolstack says)",
+    )
+    parser.add_argument(
+        "--bdf",
+        metavar="BDF",
+        help=f"the disk's place on the PCI bus (default: {_SLOTS['pvh']} of a PVH guest, "
+        f"{_SLOTS['hvm']} of an HVM guest)",
+    )
+    record = parser.add_argument(
+        "--record",
+        metavar="PATH",
+        help="a file in /run: if the command ends or is killed, start it again with the same "
+        "file, and the guest continues",
+    )
+    record.complete = FILES  # type: ignore[attr-defined] # shtab's way
+    parser.add_argument("--serial", default="", help="a serial number, up to 20 characters")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve the disk until the guest ends. Returns the exit status."""
+    from ..cache import MapCache
+    from ..devicemodel import IoreqServer
+    from ..devicemodel.guest_end import GuestEnd
+    from ..devicemodel.virtio import VirtioBlock
+
+    with contextlib.ExitStack() as stack:
+        fd = stack.enter_context(_opened(options.file, options.read_only))
+        domain, backend = open_guest(options.guest)
+        stack.enter_context(backend)
+        cache = stack.enter_context(MapCache(backend))
+        kind = _kind(options, domain)
+        server = IoreqServer(domain, cache, recover=True, guest_type=options.type)
+        with usage_errors():
+            disk = VirtioBlock(
+                server,
+                fd,
+                read_only=options.read_only,
+                serial=options.serial,
+                record=options.record,
+            )
+            stack.enter_context(disk)
+            bdf = options.bdf or _SLOTS[kind]
+            _plug(server, disk, kind, bdf)
+            stack.enter_context(server)
+            disk.resume()
+        end = stack.enter_context(GuestEnd(server))
+        _show(options, server.domid, disk, kind, bdf)
+        number = server.serve_forever()
+    if end.ended:
+        print_note(f"domain {server.domid} has ended")
+    return 128 + number if number == signal.SIGINT else 0
+
+
+def open_guest(guest: str) -> tuple[int | IoreqDomain, Backend]:
+    """Return what a server takes as the guest, and the open source of its memory."""
+    from ..backend import open_backend
+    from ..source import parse_source
+
+    with usage_errors():
+        name, found = parse_source(guest if guest.startswith("xen:") else f"xen:{guest}")
+        backend = open_backend(name, **found)
+    return int(str(found["domid"])), backend
+
+
+@contextlib.contextmanager
+def _opened(path: str, read_only: bool) -> Iterator[int]:
+    """Open the disk's file for a ``with`` block, so that no other process serves it as well."""
+    fd = os.open(path, os.O_CLOEXEC | (os.O_RDONLY if read_only else os.O_RDWR))
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX))
+        except BlockingIOError:
+            raise CommandError(
+                f"{path} is in use by another process; two guests may share it with --read-only"
+            ) from None
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _kind(options: argparse.Namespace, domain: int | IoreqDomain) -> str:
+    """Return whether the guest is PVH or HVM."""
+    from ..devicemodel.guest_type import guest_type
+
+    kind = options.type or (guest_type(domain) if isinstance(domain, int) else "pvh")
+    if kind is None:
+        raise CommandError(
+            f"the toolstack does not say what domain {domain} is; give --type pvh or --type hvm"
+        )
+    if kind not in _SLOTS:
+        raise CommandError(f"domain {domain} is a PV guest; only PVH and HVM guests have a PCI bus")
+    return str(kind)
+
+
+def _plug(server: IoreqServer, disk: VirtioBlock, kind: str, bdf: str) -> None:
+    """Put the disk on the guest's bus, and give a PVH guest a bus for it."""
+    from ..devicemodel import PciBus
+    from ..devicemodel.virtio import VirtioPci
+
+    if kind == "pvh":
+        PciBus(server).plug()
+    VirtioPci(server, bdf, disk).plug()
+
+
+def _show(options: argparse.Namespace, domid: int, disk: VirtioBlock, kind: str, bdf: str) -> None:
+    """Say what is served, and what the guest needs."""
+    unpause = f"xl unpause {options.guest.removeprefix('xen:')}"
+    arguments = _ARGUMENTS if kind == "pvh" else ""
+    if options.json:
+        print_json(
+            {
+                "domid": domid,
+                "file": options.file,
+                "sectors": disk.sectors,
+                "read_only": options.read_only,
+                "bdf": bdf,
+                "kernel_arguments": arguments,
+                "unpause": unpause,
+            }
+        )
+    else:
+        print_line(f"domain {domid}: {options.file}, {size(disk.sectors * 512)}, at {bdf}")
+        if arguments:
+            print_line(f'the guest\'s configuration needs: extra = "... {arguments}"')
+        print_line("the guest was created by:        xl create -p FILE.cfg")
+        print_line(f"now run:                         {unpause}")
+    flush()
