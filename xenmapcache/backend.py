@@ -15,6 +15,7 @@ from . import flat
 from .address import PAGE_SHIFT, PAGE_SIZE
 from .binding import libc
 from .errors import UnsupportedOperationError
+from .grants import MAX_MAPPED, MAX_REFS, GrantSource
 from .mapping import Mapping, PageErrors
 
 if TYPE_CHECKING:
@@ -221,6 +222,30 @@ class Backend(abc.ABC):
         Raises:
             XenCallError: the guest could not be unpaused; call this again, or use ``xl unpause``.
         """
+
+    def open_grants(
+        self,
+        *,
+        max_refs: int = MAX_REFS,  # noqa: ARG002 - a contract
+        max_mapped: int = MAX_MAPPED,  # noqa: ARG002 - a contract
+    ) -> GrantSource:
+        """Open the pages that the guest has granted, for ``MapCache(backend, grants=)``.
+
+        Args:
+            max_refs: how many pages one lease or one copy may have.
+            max_mapped: how many grants may be mapped at a time.
+
+        Returns:
+            A source to close, after the cache that uses it.
+
+        Raises:
+            UnsupportedOperationError: the source has no guest that runs.
+            BackendUnavailableError: libxengnttab or its device is missing.
+            ValueError: a bound is less than 1.
+        """
+        raise UnsupportedOperationError(
+            f"the backend {self.name!r} has no running guest that could grant pages"
+        )
 
     def has_ended(self) -> bool:
         """Tell whether the guest has ended, so that its memory is not that of a guest any more.

@@ -21,6 +21,7 @@ __all__ = [
     "DeviceError",
     "EmptyRangeError",
     "FaultError",
+    "GrantError",
     "LeaseError",
     "MappingLostError",
     "QueueFullError",
@@ -134,6 +135,33 @@ class EmptyRangeError(FaultError, ValueError):
 
     def __str__(self) -> str:
         return f"length at address {self.address:#x} is 0; a lease needs at least 1 byte"
+
+
+class GrantError(FaultError):
+    """A guest names a page that it has not granted, or not for what is to be done with it.
+
+    Attributes:
+        address: of the first page that was refused; of a lease, of which Xen does not say that,
+            the first byte.
+        length: how many bytes of the access lie at that address and beyond.
+        errno: what the call gave, or stands for its status.
+        domid: the domain.
+        call: the function that was refused.
+        hint: the references, and why.
+    """
+
+    def __init__(
+        self, address: int, length: int, errno: int, domid: int, call: str, hint: str
+    ) -> None:
+        super().__init__(address, length, errno)
+        self.args = address, length, errno, domid, call, hint  # what a pickle calls this with
+        self.domid, self.call, self.hint = domid, call, hint
+
+    def __str__(self) -> str:
+        return _printable(
+            f"{self.call} was refused for domain {self.domid} at {self.address:#x} with "
+            f"{errno_name(self.errno)}: {self.hint}"
+        )
 
 
 class TranslationError(XenMapCacheError):

@@ -12,6 +12,7 @@ from xenmapcache.binding.control import Control
 from xenmapcache.binding.devicemodel import DeviceModel
 from xenmapcache.binding.eventchannel import EventChannels
 from xenmapcache.binding.foreignmemory import ForeignMemory
+from xenmapcache.binding.granttable import GrantTable
 
 __all__ = ["make_fake"]
 
@@ -60,4 +61,12 @@ def channels(fake: FakeXen, binding: str) -> Iterator[EventChannels]:
     """An open libxenevtchn; its functions were used properly."""
     with EventChannels(binding=binding, library=fake.library) as channels:
         yield channels
+    assert fake.misuses == 0
+
+
+@pytest.fixture
+def grants(fake: FakeXen, binding: str) -> Iterator[GrantTable]:
+    """An open libxengnttab; its functions were used properly."""
+    with GrantTable(binding=binding, library=fake.library) as grants:
+        yield grants
     assert fake.misuses == 0

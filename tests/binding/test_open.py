@@ -29,13 +29,14 @@ from xenmapcache.binding.declarations import (
 from xenmapcache.binding.devicemodel import DeviceModel
 from xenmapcache.binding.eventchannel import EventChannels
 from xenmapcache.binding.foreignmemory import ForeignMemory
+from xenmapcache.binding.granttable import GrantTable
 from xenmapcache.binding.handle import Handle
 from xenmapcache.binding.library import find_library, xen_version
 from xenmapcache.binding.loader import get_loader
 from xenmapcache.binding.toolcore import restrict_all
 from xenmapcache.errors import BackendUnavailableError, UnsupportedOperationError
 
-KINDS: tuple[type[Handle], ...] = (ForeignMemory, Control, DeviceModel, EventChannels)
+KINDS: tuple[type[Handle], ...] = (ForeignMemory, Control, DeviceModel, EventChannels, GrantTable)
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.declared.name)
@@ -322,11 +323,11 @@ def test_real_library_without_xen(
     real_library(kind.declared)
     caplog.set_level(logging.DEBUG, "xenmapcache.xen")
     message = failure(kind, binding)
-    name = "evtchn" if kind is EventChannels else "privcmd"
+    name = kind.nodes[0].name
     assert f"there is no /dev/xen/{name}: this is not a Xen host" in message
     assert f"load the kernel module xen-{name}" in message
     records = [record for record in caplog.records if record.name == "xenmapcache.xen"]
-    if kind is not EventChannels:  # which complains of nothing
+    if kind not in (EventChannels, GrantTable):  # which complain of nothing
         assert any("No such file or directory" in record.getMessage() for record in records)
     assert "No such file or directory" in message
     assert capfd.readouterr() == ("", "")

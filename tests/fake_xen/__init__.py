@@ -132,6 +132,23 @@ class _Server(ctypes.Structure):
     )
 
 
+class _Grant(ctypes.Structure):
+    _fields_ = (
+        ("gfn", ctypes.c_uint32),
+        ("live", ctypes.c_uint8),
+        ("readonly", ctypes.c_uint8),
+        ("mapped", ctypes.c_uint16),
+    )
+
+
+class _GrantMap(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("refs", ctypes.c_uint32 * 64),
+    )
+
+
 class _State(ctypes.Structure):
     _fields_ = (
         ("fd", ctypes.c_int32),
@@ -150,6 +167,8 @@ class _State(ctypes.Structure):
         ("log", _Call * 1024),
         ("errors", ctypes.c_int32 * 4096),
         ("dirty", ctypes.c_uint8 * 4096),
+        ("grants", _Grant * 128),
+        ("maps", _GrantMap * 32),
     )
 
 
@@ -231,6 +250,18 @@ class FakeXen:
         dirty = {gfn for gfn in range(self._state.pages) if self._state.dirty[gfn]}
         ctypes.memset(self._state.dirty, 0, ctypes.sizeof(self._state.dirty))
         return dirty
+
+    def grant(self, ref: int, gfn: int, *, readonly: bool = False) -> None:
+        """Grant a page, as the guest does."""
+        self._state.grants[ref] = _Grant(gfn, 1, readonly, 0)
+
+    def revoke(self, ref: int) -> None:
+        """Take a grant back. Mappings of the page live on."""
+        self._state.grants[ref].live = 0
+
+    def granted(self, ref: int) -> int:
+        """Return how often a granted page is mapped."""
+        return int(self._state.grants[ref].mapped)
 
     # --- a device model's other side: Xen and the guest -------------------------------
 

@@ -1,6 +1,6 @@
 /*
  * A stand-in for libxenforeignmemory, for libxenctrl's legacy mapping call, and for
- * libxendevicemodel, libxenevtchn and libxentoolcore.
+ * libxendevicemodel, libxenevtchn, libxengnttab and libxentoolcore.
  *
  * One guest, whose frame n lies at n << 12 of a memfd and is mapped with real mmap. What a call
  * returns, and how it fails, follows what a real Xen was seen to do (err[] negative, a domain that
@@ -10,6 +10,10 @@
  * An ioreq server's pages are those of another memfd, so that Python can play Xen and the guest.
  * An event channel handle reads a pipe, which fake_xen_send() writes to; what it notifies goes to
  * a pipe that Python reads. Guest ports: of vCPU n of server s 64 s + n + 1, for buffered requests 64 s + 64.
+ *
+ * What the guest grants, Python writes into the state. Granted pages are mapped as in a PVH Dom0: a
+ * forked child would see them. `ioctl` plays gntdev's, which begins to use an index again as soon as
+ * it was given back.
  *
  * -DOLD builds a library of VERS_1.0 alone, -DWRONG one without the functions that map or are
  * otherwise required, -DALONE one without what device models need and without a guest's size.
@@ -82,6 +86,19 @@ struct server {
     uint8_t unused;
 };
 
+struct grant {
+    uint32_t gfn;
+    uint8_t live;
+    uint8_t readonly;
+    uint16_t mapped; /* how often */
+};
+
+struct grant_map {
+    uint64_t address; /* 0: a free index */
+    uint32_t count;
+    uint32_t refs[64];
+};
+
 struct state {
     int32_t fd;       /* guest memory */
     uint32_t domid;
@@ -99,6 +116,8 @@ struct state {
     struct call log[1024];
     int32_t errors[4096]; /* of each page, positive; 0: present */
     uint8_t dirty[4096];  /* pages that were reported as written */
+    struct grant grants[128];
+    struct grant_map maps[32];
 };
 
 static struct state *state;
@@ -936,6 +955,215 @@ EXPORT int xenevtchn_unmask(channels *xce, evtchn_port_t port)
     pthread_mutex_unlock(&events_lock);
     return end_event(xce, 0, 0);
 }
+
+/* --- libxengnttab --- */
+
+#define GRANT_FD 7777
+#define COPY_SOURCE_GRANT 1
+#define COPY_DEST_GRANT 2
+
+union copy_pointer {
+    void *virt;
+    struct {
+        uint32_t ref;
+        uint16_t offset;
+        uint16_t domid;
+    } foreign;
+};
+
+struct copy_segment {
+    union copy_pointer source, dest;
+    uint16_t len;
+    uint16_t flags;
+    int16_t status;
+};
+
+EXPORT handle *xengnttab_open(void *logger, unsigned open_flags)
+{
+    RECORD(U(logger), open_flags);
+    return open_handle(__func__);
+}
+
+EXPORT int xengnttab_close(handle *xgt)
+{
+    RECORD(U(xgt));
+    return close_handle(xgt);
+}
+
+static struct grant *grant_of(uint32_t ref)
+{
+    return ref < LENGTH(state->grants) && state->grants[ref].live ? &state->grants[ref] : NULL;
+}
+
+static struct grant_map *grant_map_at(uint64_t address)
+{
+    for (size_t i = 0; i < LENGTH(state->maps); i++) {
+        if (address && state->maps[i].address == address)
+            return &state->maps[i];
+    }
+    return NULL;
+}
+
+static void drop_grants(struct grant_map *map)
+{
+    for (uint32_t i = 0; i < map->count; i++)
+        state->grants[map->refs[i]].mapped--;
+    map->address = 0;
+}
+
+#ifndef WRONG
+/* As the kernel: all or none, and EINVAL whatever the reason is. */
+EXPORT void *xengnttab_map_domain_grant_refs(handle *xgt, uint32_t count, uint32_t domid,
+                                             uint32_t *refs, int prot)
+{
+    struct plan plan = planned(__func__);
+    size_t index = 0, length = (size_t)count << PAGE_SHIFT;
+    char *base;
+
+    RECORD(U(xgt), count, domid, count ? refs[0] : 0, (uint64_t)prot);
+    if (enter(xgt))
+        return NULL;
+    leave(xgt);
+    if (fails(&plan))
+        return NULL;
+    while (index < LENGTH(state->maps) && state->maps[index].address)
+        index++;
+    errno = EINVAL;
+    if (!count || count > LENGTH(state->maps[0].refs) || index == LENGTH(state->maps) ||
+        domid != state->domid)
+        return NULL;
+    for (uint32_t i = 0; i < count; i++) {
+        struct grant *grant = grant_of(refs[i]);
+        if (!grant || (grant->readonly && prot & PROT_WRITE))
+            return NULL;
+    }
+    base = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED)
+        return NULL;
+    for (uint32_t i = 0; i < count; i++) {
+        struct grant *grant = grant_of(refs[i]);
+        if (mmap(base + ((size_t)i << PAGE_SHIFT), 1 << PAGE_SHIFT, prot, MAP_SHARED | MAP_FIXED,
+                 state->fd, (off_t)grant->gfn << PAGE_SHIFT) == MAP_FAILED)
+            abort();
+        grant->mapped++;
+        state->maps[index].refs[i] = refs[i];
+    }
+    state->maps[index].address = U(base);
+    state->maps[index].count = count;
+    errno = EDOM; /* a call that succeeds may leave anything here */
+    return base;
+}
+#endif
+
+EXPORT int xengnttab_unmap(handle *xgt, void *start_address, uint32_t count)
+{
+    struct plan plan = planned(__func__);
+    struct grant_map *map = grant_map_at(U(start_address));
+
+    RECORD(U(xgt), U(start_address), count);
+    if (fails(&plan))
+        return -1;
+    if (!map || map->count != count) {
+        errno = EINVAL;
+        return -1;
+    }
+    drop_grants(map);
+    return munmap(start_address, (size_t)count << PAGE_SHIFT);
+}
+
+#ifndef OLD
+EXPORT int xengnttab_fd(handle *xgt)
+{
+    struct plan plan = planned(__func__);
+
+    RECORD(U(xgt));
+    if (enter(xgt))
+        return -1;
+    leave(xgt);
+    return fails(&plan) ? -1 : GRANT_FD;
+}
+
+/* A plan's value is an errno, or if it is negative the status of the first segment. */
+EXPORT int xengnttab_grant_copy(handle *xgt, uint32_t count, struct copy_segment *segs)
+{
+    struct plan plan = planned(__func__);
+
+    RECORD(U(xgt), count);
+    if (enter(xgt))
+        return -1;
+    leave(xgt);
+    if (plan.behaviour == FAIL && plan.value >= 0) {
+        errno = plan.value;
+        return -1;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        int to_guest = segs[i].flags == COPY_DEST_GRANT;
+        union copy_pointer far = to_guest ? segs[i].dest : segs[i].source;
+        if ((!to_guest && segs[i].flags != COPY_SOURCE_GRANT) ||
+            far.foreign.offset + segs[i].len > 1 << PAGE_SHIFT) {
+            errno = EINVAL;
+            return -1;
+        }
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        int to_guest = segs[i].flags == COPY_DEST_GRANT;
+        union copy_pointer far = to_guest ? segs[i].dest : segs[i].source;
+        struct grant *grant = grant_of(far.foreign.ref);
+        off_t place;
+        ssize_t copied;
+
+        if (far.foreign.domid != state->domid)
+            segs[i].status = -2;
+        else if (!grant)
+            segs[i].status = -3;
+        else if (to_guest && grant->readonly)
+            segs[i].status = -1;
+        else if (plan.behaviour == FAIL && !i)
+            segs[i].status = (int16_t)plan.value;
+        else {
+            place = ((off_t)grant->gfn << PAGE_SHIFT) + far.foreign.offset;
+            copied = to_guest ? pwrite(state->fd, segs[i].source.virt, segs[i].len, place)
+                              : pread(state->fd, segs[i].dest.virt, segs[i].len, place);
+            segs[i].status = copied == segs[i].len ? 0 : -9;
+        }
+    }
+    return 0;
+}
+
+EXPORT int ioctl(int fd, unsigned long request, void *argument)
+{
+    struct plan plan = planned(__func__);
+    uint64_t *words = argument;
+    uint32_t count = (uint32_t)words[1];
+    uint64_t index = words[0] >> PAGE_SHIFT;
+    struct grant_map *map;
+
+    RECORD((uint64_t)fd, request, words[0], words[1]);
+    if (fd != GRANT_FD) {
+        errno = EBADF;
+        return -1;
+    }
+    if (fails(&plan))
+        return -1;
+    switch (request) {
+    case 24 << 16 | 'G' << 8 | 2: /* GET_OFFSET_FOR_VADDR */
+        if (!(map = grant_map_at(words[0])))
+            break;
+        words[1] = (uint64_t)(map - state->maps) << PAGE_SHIFT;
+        *(uint32_t *)&words[2] = map->count;
+        return 0;
+    case 16 << 16 | 'G' << 8 | 1: /* UNMAP_GRANT_REF */
+        errno = ENOENT;
+        if (index >= LENGTH(state->maps) || !state->maps[index].address ||
+            state->maps[index].count != count)
+            return -1;
+        drop_grants(&state->maps[index]);
+        return 0;
+    }
+    errno = EINVAL;
+    return -1;
+}
+#endif
 
 /* --- libxentoolcore --- */
 

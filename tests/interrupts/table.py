@@ -6,12 +6,12 @@ import re
 import sys
 from typing import Final, NamedTuple
 
-from . import bindings, caches, images, mocks, observers, servers, transfers
+from . import bindings, caches, grants, images, mocks, observers, servers, transfers
 from .world import Operation
 
 OPERATIONS: Final[dict[str, Operation]] = {
     operation.name: operation
-    for module in (caches, observers, images, servers, transfers, mocks, bindings)
+    for module in (caches, observers, images, servers, transfers, mocks, bindings, grants)
     for operation in module.OPERATIONS
 }
 
@@ -46,7 +46,7 @@ EXPECTED: Final = (
     *(
         (
             Expected(
-                r"/caches?[/.].*py:\d+ in .*, allocation: \d more descriptors",
+                r"/(caches?|mock)[/.].*py:\d+ in .*, allocation: \d more descriptors",
                 ("cache.close-force", "allocation"),
                 "without memory for the frame of a comprehension, CPython 3.11 loses a reference "
                 "to what it goes through; 3.12 has no such frame",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLES = os.environ.get("XENMAPCACHE_INTERRUPTS", "1")
 SUBJECTS = (
     *("cache.[!w]*", "cache.w*", "lease.*", "observe.*", "segments.*", "image.*"),
-    *("server.*", "dma.*", "mock.*", "binding.*"),
+    *("server.*", "dma.*", "mock.*", "binding.*", "grants.*"),
 )
 SECONDS = 3000 if SAMPLES == "all" else 280
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"stream"},
     {"binding", "extras", "formats"},
     {"mapping"},
-    {"flat"},
+    {"flat", "grants"},
     {"files"},
     {"backend"},
     {"mock", "source"},

@@ -13,12 +13,14 @@ from ..address import PAGE_MASK, PAGE_SHIFT, as_int
 from ..backend import Backend, Capability
 from ..binding import libc
 from ..binding.control import GET_INFO_LIST, MAXIMUM_GPFN, PAUSE, Control
-from ..binding.declarations import CONTROL, DEVICE_MODEL, Library
+from ..binding.declarations import CONTROL, DEVICE_MODEL, GRANT_TABLE, Library
 from ..binding.devicemodel import DeviceModel
 from ..binding.handle import Handle
 from ..binding.hints import HINTS
 from ..binding.loader import get_loader
 from ..errors import BackendUnavailableError, UnsupportedOperationError, XenCallError
+from ..grants import MAX_MAPPED, MAX_REFS
+from ..grants.xen import XenGrants
 from ..mapping import Mapping
 
 logger = logging.getLogger("xenmapcache")
@@ -226,6 +228,19 @@ class DomainBackend(Backend):
             if error.errno != _errno.ESRCH:
                 raise
             return True
+
+    def open_grants(self, *, max_refs: int = MAX_REFS, max_mapped: int = MAX_MAPPED) -> XenGrants:
+        """Open the pages that the guest has granted; see :meth:`Backend.open_grants`.
+
+        Follows ``xengnttab_map_domain_grant_refs`` and ``xengnttab_grant_copy`` of libxengnttab.
+        """
+        return XenGrants(
+            self.domid,
+            max_refs=max_refs,
+            max_mapped=max_mapped,
+            binding=self.binding,
+            library=self._library_with(GRANT_TABLE, "xengnttab_open"),
+        )
 
     def close(self) -> None:
         """Close the libraries' handles; see :meth:`Backend.close`."""

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from ..backend import Backend, Capability
 from ..errors import ClosedError
+from ..grants import MAX_MAPPED, MAX_REFS
 from ..mapping import Mapping, PageErrors
 from ..mock import MockDomain, MockHypervisor
+from ..mock.grants import MockGrants
 
 
 class MockBackend(Backend):
@@ -104,6 +106,11 @@ class MockBackend(Backend):
         if self._paused:
             self.domain.unpause()
             self._paused = False
+
+    def open_grants(self, *, max_refs: int = MAX_REFS, max_mapped: int = MAX_MAPPED) -> MockGrants:
+        """Open the pages that the guest has granted; see :meth:`Backend.open_grants`."""
+        self._check_open()
+        return MockGrants(self.domain.grants, max_refs=max_refs, max_mapped=max_mapped)
 
     def has_ended(self) -> bool:
         """Tell whether the guest was destroyed; see :meth:`Backend.has_ended`."""

@@ -160,6 +160,28 @@ int xenevtchn_unmask(xenevtchn_handle *xce, evtchn_port_t port);
 """,
 )
 
+GRANT_TABLE = Library(
+    name="libxengnttab",
+    soname="libxengnttab.so.1",
+    package="libxengnttab1",
+    includes="#include <xengnttab.h>",
+    source="""
+typedef struct xengntdev_handle xengnttab_handle;
+/* VERS_1.0, Xen 4.7 */
+xengnttab_handle *xengnttab_open(xentoollog_logger *logger, unsigned open_flags);
+int xengnttab_close(xengnttab_handle *xgt);
+void *xengnttab_map_domain_grant_refs(xengnttab_handle *xgt, uint32_t count, uint32_t domid,
+                                      uint32_t *refs, int prot);
+int xengnttab_unmap(xengnttab_handle *xgt, void *start_address, uint32_t count);
+/* VERS_1.1, Xen 4.9 */
+typedef struct xengnttab_grant_copy_segment xengnttab_grant_copy_segment_t;
+int xengnttab_grant_copy(xengnttab_handle *xgt, uint32_t count,
+                         xengnttab_grant_copy_segment_t *segs);
+/* VERS_1.2 */
+int xengnttab_fd(xengnttab_handle *xgt);
+""",
+)
+
 TOOL_CORE = Library(
     name="libxentoolcore",
     soname="libxentoolcore.so.1",
@@ -205,6 +227,7 @@ LIBRARIES = (
     CONTROL,
     DEVICE_MODEL,
     EVENT_CHANNEL,
+    GRANT_TABLE,
     TOOL_CORE,
     TOOL_LOG,
     LIBC,

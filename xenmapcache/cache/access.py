@@ -16,6 +16,7 @@ from ..errors import (
     UnsupportedOperationError,
     XenMapCacheError,
 )
+from ..grants import GrantSource, is_granted
 from ..mapping import Mapping
 from .buckets import BucketTable
 from .budget import Budget, Operation
@@ -89,6 +90,9 @@ def may_be_guest_memory(view: memoryview) -> bool:
 class Access:
     """Reads and writes that need more than a look-up.
 
+    Attributes:
+        grants: the pages that the guest has granted, which are copied; or None.
+
     Synchronization: all methods are called in any thread, without the lock.
     """
 
@@ -105,6 +109,7 @@ class Access:
         self._mapper = mapper
         self._budget = budget
         self._dirty = dirty
+        self.grants: GrantSource | None = None
 
     def memory_end(self) -> int | None:
         """Return where the source's memory ends, or None."""
@@ -126,6 +131,8 @@ class Access:
 
     def read(self, address: int, length: int, fill: int | None = None) -> bytes:
         """Return guest memory; see :meth:`MapCache.read`."""
+        if self.grants is not None and self._is_granted(address):
+            return self.grants.read(address, as_int("length", length))
         if fill is not None:
             return self._read_filled(address, length, fill)
         address, length = check_guest_range(address, length, self.known_hole)
@@ -135,6 +142,11 @@ class Access:
                 for _ in self._mapper.pieces(address, length, lambda *_: None):
                     pass
         return b"".join(list(self._mapper.pieces(address, length, _copy)))
+
+    def _is_granted(self, address: object) -> bool:
+        """Tell whether an address names granted pages, in a cache that is open."""
+        self._table.check_open()
+        return is_granted(as_int("address", address))
 
     def _is_known(self, address: int, length: int) -> bool:
         """Tell whether the source knows, without mapping, that a range is there completely."""
@@ -256,6 +268,9 @@ class Access:
 
     def read_into(self, address: int, target: memoryview, fill: int | None = None) -> None:
         """Fill a contiguous, writable buffer; see :meth:`MapCache.read_into`."""
+        if self.grants is not None and self._is_granted(address):
+            target[:] = self.grants.read(address, target.nbytes)
+            return
         if fill is not None:
             target[:] = self._read_filled(address, target.nbytes, fill)
             return
@@ -288,6 +303,9 @@ class Access:
         if not source.c_contiguous or may_be_guest_memory(source):
             # A copy, because a page that is both read and written may have two host addresses.
             source = memoryview(source.tobytes())
+        if self.grants is not None and self._is_granted(address):
+            self.grants.write(address, source)
+            return
         if not self._table.writes:
             raise UnsupportedOperationError(f"the backend {self._backend.name!r} is read-only")
         address, length = check_guest_range(address, source.nbytes, self.known_hole)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..address import ADDRESS_LIMIT, PAGE_SHIFT, MiB, page_span
+from ..address import ADDRESS_LIMIT, PAGE_MASK, PAGE_SHIFT, MiB, as_int, page_span
 from ..backend import Backend
 from ..errors import CacheFullError, UnsupportedOperationError
+from ..grants import GrantMapping, GrantSource, is_granted
 from ..mapping import Mapping
 from . import telling
 from .access import Access, check_guest_range
@@ -15,7 +16,7 @@ from .info import DmaDirection, LeaseKind
 from .lease import Lease
 from .locked import locked
 from .mapper import Mapper
-from .record import LeaseRecord, call_stack
+from .record import NEVER_STALE, LeaseRecord, call_stack
 from .registry import LeaseRegistry
 from .strict import Views
 
@@ -36,6 +37,7 @@ class Leasing:
         max_lease: as given.
         ages: warns of DMA leases that are held for long, or None.
         strict_views: whether a release while views are in use is an error.
+        grants: the pages that the guest has granted, or None.
 
     Synchronization: all methods are called in any thread, without the lock.
     """
@@ -62,6 +64,7 @@ class Leasing:
         self._record_origin = record_origin
         self.ages: AgeWatch | None = None
         self.strict_views = False
+        self.grants: GrantSource | None = None
 
     def lease(
         self,
@@ -76,14 +79,19 @@ class Leasing:
         table = self._table
         if not isinstance(owner, str):
             raise TypeError(f"owner must be a str, not {type(owner).__name__}")
+        grants = None
         # What check_guest_range() would find right, in a third of the time.
         if not (
             type(address) is type(length) is int and 0 <= address < address + length < ADDRESS_LIMIT
         ):
             table.check_open()
-            address, length = check_guest_range(
-                address, length, self._access.known_hole, empty=False
-            )
+            if kind is _DMA and self.grants is not None and is_granted(as_int("address", address)):
+                grants = self.grants
+                address, length = as_int("address", address), as_int("length", length)
+            else:
+                address, length = check_guest_range(
+                    address, length, self._access.known_hole, empty=False
+                )
         if writable and not table.writes:
             raise UnsupportedOperationError(
                 f"the backend {self._backend.name!r} is read-only: map with "
@@ -95,7 +103,9 @@ class Leasing:
         try:
             if self.strict_views:
                 record.views = Views()
-            if kind is _DMA and (address & table.mask) + length <= table.size:
+            if grants is not None:
+                self._grant_granted(record, grants, writable)
+            elif kind is _DMA and (address & table.mask) + length <= table.size:
                 self._grant_in_bucket(record, writable)
             else:
                 self._grant_own_mapping(record, writable)
@@ -124,7 +134,8 @@ class Leasing:
         locked(self._budget.lock, self._try, record, mapping, start, generation, None, False, True)
 
     def _check_length(self, address: int, length: int) -> None:
-        self._access.check_ends(address, length)
+        if not is_granted(address):
+            self._access.check_ends(address, length)
         if length > self.max_lease:
             raise CacheFullError(
                 f"{length:#x} bytes at {address:#x} are more than max_lease "
@@ -211,6 +222,25 @@ class Leasing:
             budget.operations.pop(operation, None)
             budget.wake()
         self._registry.granted_stale(record)
+
+    def _grant_granted(self, record: LeaseRecord, grants: GrantSource, writable: bool) -> None:
+        """Grant a lease of pages that the guest has granted, with a mapping of just these."""
+        taken: list[GrantMapping] = []
+        try:
+            mapping = grants.map(record.address, record.length, writable=writable, result_out=taken)
+            locked(self._budget.lock, self._bind_granted, record, mapping, writable)
+        except BaseException:
+            for mapping in taken:
+                mapping.give_back()
+            raise
+
+    def _bind_granted(self, record: LeaseRecord, mapping: GrantMapping, writable: bool) -> None:
+        """Give a lease of granted pages its memory and store it; called under the lock."""
+        table = self._table
+        table.check_open()
+        start = record.address & PAGE_MASK
+        self._bind(record, mapping, start, table.generation, None, writable)
+        record.sequence = NEVER_STALE  # no other thread can invalidate before that
 
     def _try(
         self,

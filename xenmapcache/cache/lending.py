@@ -48,7 +48,10 @@ class LendingCache:
         """Map guest memory for a transfer. Release it as soon as the transfer is done.
 
         A range inside one bucket shares the bucket's mapping; one that crosses a
-        bucket's edge gets a mapping of its own.
+        bucket's edge gets a mapping of its own. So do pages that the guest has granted, whose
+        addresses have bit 63 set, if the cache was given ``grants``. Such a lease is released
+        before the guest is told that the transfer is done. An invalidation does not concern it,
+        and after the release a view of it shows zeros.
 
         If invalidations come faster than pages can be mapped, the lease is stale from the start
         after three attempts. Then a WARNING is logged; ``on_stale="raise"`` raises LeaseError.
@@ -61,11 +64,13 @@ class LendingCache:
                 TO_DEVICE gives a read-only view.
 
         Raises:
-            FaultError: a page of the range is missing; EmptyRangeError for a length of 0.
+            FaultError: a page of the range is missing; EmptyRangeError for a length of 0;
+                GrantError if the guest has not granted a page, or not for that direction.
             TypeError, ValueError: an argument has the wrong type, or is negative.
             UnsupportedOperationError: to be written, but the source is read-only.
             XenCallError: mapping failed as a whole.
-            CacheFullError: longer than ``max_lease``, or no room under ``max_resident``.
+            CacheFullError: longer than ``max_lease``, or no room under ``max_resident``, or under
+                the bounds of the grants.
             LeaseError: stale from the start, with ``on_stale="raise"``.
             ClosedError: the cache or backend is closed.
         """

@@ -11,6 +11,7 @@ from ..address import PAGE_MASK, PAGE_SHIFT, GiB, check_range
 from ..backend import Backend
 from ..errors import LeaseError, XenMapCacheError
 from ..events import CacheOpened, Event
+from ..grants import GrantSource
 from ..mapping import Mapping
 from ..stream import Observation, Observer, announce, new_hooks, now
 from . import telling
@@ -54,6 +55,11 @@ class MapCache(LendingCache):
             seconds, while it is held; None for never. A thread looks, while DMA leases are held.
         strict_views: for tests: releasing a lease while a view of it is in use is a LeaseError
             that names the lease; see :meth:`Lease.release`. It costs microseconds a view.
+        grants: the pages that the guest has granted, as ``backend.open_grants()`` returns; closing
+            it stays your duty. Then addresses with bit 63 name granted pages: :meth:`map_dma`
+            leases them, and :meth:`read`, :meth:`read_into` and :meth:`write` copy them. They do
+            not count under ``max_resident``. Without it they are missing pages, as for all other
+            methods.
 
     If the cache is dropped while leases are held, a ResourceWarning names them. Their memory stays
     safe.
@@ -84,6 +90,7 @@ class MapCache(LendingCache):
         owns_backend: bool = False,
         warn_age: float | None = None,
         strict_views: bool = False,
+        grants: GrantSource | None = None,
     ) -> None:
         parts = Parts(
             backend,
@@ -95,6 +102,7 @@ class MapCache(LendingCache):
             record_origin=record_origin,
             warn_age=warn_age,
             strict_views=strict_views,
+            grants=grants,
         )
         super().__init__(parts)
         self._backend = backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..address import MiB, parse_size
 from ..backend import Backend, Capability
+from ..grants import GrantSource
 from .access import Access
 from .ages import AgeWatch
 from .buckets import BucketTable, check_bucket_shift
@@ -41,6 +42,7 @@ class Parts:
         record_origin: bool,
         warn_age: float | None,
         strict_views: bool,
+        grants: GrantSource | None,
     ) -> None:
         if not isinstance(backend, Backend):
             raise TypeError(
@@ -70,6 +72,12 @@ class Parts:
         leasing.strict_views = strict_views
         if warn_age is not None:
             leasing.ages = AgeWatch(registry, warn_age)
+        if not isinstance(grants, GrantSource | None):
+            raise TypeError(
+                "grants must be a GrantSource, as backend.open_grants() returns, not "
+                f"{type(grants).__name__}"
+            )
+        access.grants = leasing.grants = grants
         self.windows = Windows(backend, table, mapper, budget, copies, registry, access, leasing)
         self.mover = Mover(backend, table, mapper, budget, dirty, registry, access)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 import traceback
 from operator import attrgetter
 
 from ..errors import XenMapCacheError
+from ..grants import GrantMapping
 from ..mapping import Mapping
 from .clock import Pin
 from .info import DmaDirection, LeaseInfo, LeaseKind
@@ -17,6 +19,8 @@ from .strict import Views
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep  # noqa: PTH120 - pathlib is slow
 _DEVICE = LeaseKind.DEVICE  # CPython 3.11 takes long to find it in the class
+NEVER_STALE = sys.maxsize
+"""The sequence of a lease that no invalidation concerns."""
 _next_id = itertools.count(1).__next__
 _monotonic = time.monotonic
 id_of = attrgetter("id")
@@ -37,7 +41,7 @@ class LeaseRecord:
 
     Attributes:
         id, kind, address, length, owner, direction, origin, since, thread: see LeaseInfo.
-        sequence: of the generation that the mapping came from.
+        sequence: of the generation that the mapping came from, or NEVER_STALE.
         mapping: what keeps the memory; None before the grant and after the end.
         view: its bytes; None after the end.
         host_address: of the first byte.
@@ -123,6 +127,8 @@ class LeaseRecord:
 
     def stale_at(self, sequence: int) -> bool:
         """Tell whether the invalidation of that number has made it stale."""
+        if isinstance(self.mapping, GrantMapping):
+            return self.mapping.covered
         return self.lost or (self.kind is not _DEVICE and self.sequence < sequence)
 
     def info(self, sequence: int) -> LeaseInfo:

@@ -8,6 +8,7 @@ from itertools import repeat
 
 from ..address import as_int, page_span
 from ..errors import LeaseError, XenMapCacheError
+from ..grants import GrantMapping, is_granted
 from . import telling
 from .buckets import BucketTable, Generation
 from .budget import Budget
@@ -15,7 +16,7 @@ from .clock import Pin
 from .dirty import DirtyPages
 from .info import CacheStats, LeaseInfo, LeaseKind
 from .locked import locked
-from .record import LeaseRecord, id_of
+from .record import NEVER_STALE, LeaseRecord, id_of
 from .stale import StalePolicy
 
 # Theory of operation
@@ -40,7 +41,9 @@ from .stale import StalePolicy
 #      closed generation in place, and then ends what is in the registry. So one of them sees
 #      the other.
 #   5. Log lines come after the lease has ended. A handler of logging that raises changes nothing.
-#   6. No step takes the cache's lock. So any thread and any finalizer may release.
+#   6. A lease of granted pages gives them back before it leaves the registry. No budget counts its
+#      mapping, because the source of the grants has bounds of its own.
+#   7. No step takes the cache's lock. So any thread and any finalizer may release.
 
 logger = logging.getLogger("xenmapcache")
 _NAMED_LEASES = 10
@@ -115,7 +118,7 @@ class LeaseRegistry:
         found = {}
         for record in self.held():
             mapping, copies = record.mapping, record.copied_bytes
-            if mapping is not None:
+            if mapping is not None and not isinstance(mapping, GrantMapping):
                 if copies is None:
                     copies = mapping.length * mapping.copied
                 found[id(mapping)] = mapping, copies if copied else mapping.length - copies
@@ -124,7 +127,7 @@ class LeaseRegistry:
     def stale_held(self) -> int:
         """Return how many DMA leases are stale and still held."""
         sequence = self.table.generation.sequence
-        return [record.sequence != sequence for record in [*self._dma.values()]].count(True)
+        return [record.sequence < sequence for record in [*self._dma.values()]].count(True)
 
     def stale_released(self) -> int:
         """Return how many DMA leases were stale when they were released; under the lock."""
@@ -220,7 +223,7 @@ class LeaseRegistry:
             if written is not None:
                 record.written = written
             sequence = table.generation.sequence
-            stale = record.sequence != sequence and record.kind is _DMA
+            stale = record.sequence < sequence and record.kind is _DMA
             if stale:
                 self.policy.deliver(record, sequence)
             self.mark_dirty(record)
@@ -272,6 +275,11 @@ class LeaseRegistry:
             info = record.info(sequence)
             if info.stale and record.kind is _DMA:
                 record.lost_pages = self.policy.lost(record, sequence)
+            try:
+                self._give_back(record)
+            except XenMapCacheError as error:
+                failure = error.with_traceback(None)
+                record.mapping = None  # so that the lease ends all the same
             self._drop(record, sequence)
             return info, failure
         finally:
@@ -288,8 +296,8 @@ class LeaseRegistry:
         view = record.view
         if view is None or view.readonly or self._dirty.mark is None:
             return False
-        if not (length := record.written_length):
-            return False
+        if not (length := record.written_length) or record.sequence == NEVER_STALE:
+            return False  # of granted pages Xen itself notes that they were written
         gfn, count = page_span(record.address, length)
         self._dirty.backend.mark_dirty(gfn, count)
         if self._observed:
@@ -301,7 +309,7 @@ class LeaseRegistry:
         sequence = self.table.generation.sequence
         if (
             record.kind is _DMA
-            and record.sequence != sequence
+            and record.sequence < sequence
             and not record.counted
             and not self.table.forked
         ):
@@ -316,10 +324,18 @@ class LeaseRegistry:
             pin.lease_ids.discard(record.id)
             if pin.off_clock and not pin.lease_ids:
                 self.table.returned.append(pin)
+        else:
+            self._give_back(record)
         # No signal handler comes between these stores and the pop: none sees one without the other.
         record.released_at = sequence
         record.undelivered = record.mapping = record.view = None
         held.pop(record.id, None)
+
+    @staticmethod
+    def _give_back(record: LeaseRecord) -> None:
+        """End the grants of a lease that has such. May be repeated."""
+        if isinstance(record.mapping, GrantMapping):
+            record.mapping.give_back()
 
     def _name(self, record: LeaseRecord) -> str:
         return str(record.info(self.table.generation.sequence))
@@ -357,7 +373,9 @@ def report_forced(ended: list[tuple[LeaseInfo, XenMapCacheError | None] | None])
     """Log the leases that were ended because their cache was closed by force."""
     for info, failure in filter(None, ended):
         if failure is not None:
-            logger.warning("closed by force, dirty pages are not reported: %s: %s", info, failure)
+            granted = is_granted(info.address)
+            what = "grants are still mapped" if granted else "dirty pages are not reported"
+            logger.warning("closed by force, %s: %s: %s", what, info, failure)
         logger.warning("closed by force, still held: %s", info)
 
 

@@ -16,6 +16,7 @@ from ..ioreq import SLOT_SIZE
 from ..mapping import LiveMapping, Mapping, PageErrors
 from .faults import Call, FaultPlan
 from .frames import Frames
+from .grants import GuestGrants
 from .guest_code import RunsCode
 from .interrupts import HasInterrupts
 from .ioreq_server import MAX_VCPUS, MockIoreqServer
@@ -58,6 +59,7 @@ class MockDomain(RunsCode, HasInterrupts):
         invalidations: how many INVALIDATE requests the guest has sent.
         p2m: which frame is at which guest frame number.
         faults: the injected faults, and the log of calls.
+        grants: the pages that the guest has granted, as :class:`.GuestGrants`.
         gate: closed while the domain is paused or suspended.
 
     Synchronization: all methods may be called in any threads and signal handlers. Listeners run
@@ -96,6 +98,7 @@ class MockDomain(RunsCode, HasInterrupts):
         self.faults = FaultPlan(domid)
         self.gate = Gate()
         self.p2m = P2m(frames, domid, pages)
+        self.grants = GuestGrants(self.p2m, self.faults, domid)
         for address, length in holes:
             self.p2m.remove(*self._pages(address, length))
         self.vcpu = tuple(Vcpu(self, number) for number in range(vcpus))
@@ -236,7 +239,7 @@ class MockDomain(RunsCode, HasInterrupts):
         As on Xen, it is dying for as long as anything is mapped: pages that are asked
         for are not there (EINVAL). After that there is no such domain (ESRCH).
         """
-        self._destroyed = True
+        self._destroyed = self.grants.destroyed = True
         for server in list(self.ioreq_servers.values()):
             server.destroy()
         self.p2m.clear()
@@ -323,7 +326,7 @@ class MockDomain(RunsCode, HasInterrupts):
         """How many pieces of its memory are mapped in this process."""
         _mapping.sweep()
         self._note_unmaps()
-        return sum(record.mapped for record in list(self._records))
+        return sum(record.mapped for record in list(self._records)) + self.grants.mappings
 
     def _note_unmaps(self) -> None:
         """Log what finalizers have unmapped."""
