@@ -233,3 +233,22 @@ print(signal.Signals(ended).name, [hex(each) for each in seen], guest.ioreq_serv
 """)
     assert (done.returncode, done.stdout) == (0, "SIGTERM ['0xffffffff'] {}\n")
     assert "closed while foreign code still runs: read for vCPU 0" in done.stderr
+
+
+def test_a_signal_that_interrupts_no_system_call_ends_it() -> None:
+    """The interpreter looks for signals while it waits: another thread may have got one."""
+    done = run("""
+import pathlib
+poll = ("7", "271", "73")  # and ppoll, by their numbers on x86-64 and arm64
+main = threading.get_native_id()
+def take():
+    while pathlib.Path(f"/proc/self/task/{main}/syscall").read_text().split()[0] not in poll:
+        time.sleep(0.001)
+    signal.raise_signal(signal.SIGTERM)
+thread = threading.Thread(target=take)
+with server:
+    thread.start()
+    ended = server.serve_forever()
+print(signal.Signals(ended).name)
+""")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")

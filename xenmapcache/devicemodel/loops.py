@@ -24,6 +24,8 @@ _TURN_S = 0.002
 """How long rounds may follow each other before the event loop gets its turn."""
 _LINGER_MS = 0
 """How long a round of the event loop waits for the next event."""
+_LOOK_MS = 1000
+"""How long the system may sleep before the interpreter looks for signals again."""
 
 
 def serve_forever(server: Runtime) -> int | None:
@@ -39,7 +41,10 @@ def serve_forever(server: Runtime) -> int | None:
             poller.register(server.wake_fileno(), select.POLLIN)
             poller.register(server.fileno(), select.POLLIN)
             while True:
-                events = poller.poll()
+                # A signal does not end this call if it comes just before it, or in another thread.
+                events = poller.poll(_LOOK_MS)
+                if not events:
+                    continue
                 woken = any(fd == server.wake_fileno() for fd, _ in events)
                 if woken:
                     server.clear_wakeup()
