@@ -40,6 +40,8 @@ MODULES: Final = (
     "fuse",
 )
 GUEST_MODULES: Final = ("xen_privcmd",)  # hypercalls of the agent; see tests/xen/guest
+DRIVERS: Final = ("virtio_pci", "virtio_blk", "virtio_rng", "xen_gntalloc")
+"""Of a guest with Debian's own drivers; see tests/xen/stock_guest.py."""
 # Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
 EXCLUDED: Final = (
     "/usr/share/doc/*",
@@ -189,6 +191,8 @@ def _bake(release: Release, tree: Path, work: Path) -> None:
     order = ramdisk.load_order(modules, GUEST_MODULES)
     guest = ramdisk.ramdisk(baked["guest-init"], busybox, map(ramdisk.module, order))
     (lab / "guest.img").write_bytes(guest)
+    drivers = ramdisk.load_order(modules, DRIVERS)
+    (lab / "drivers.img").write_bytes(ramdisk.drivers(map(ramdisk.module, drivers)))
     shutil.copy(work / "vmlinux", lab)
     for name, memory in GUESTS.items():
         text = baked["guest.cfg"].decode().replace("@NAME@", name).replace("@MEMORY@", str(memory))

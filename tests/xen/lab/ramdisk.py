@@ -42,6 +42,16 @@ def ramdisk(init: bytes, busybox: bytes, modules: Iterable[bytes] = ()) -> bytes
     )
 
 
+def drivers(modules: Iterable[bytes]) -> bytes:
+    """What is appended to a ramdisk: modules numbered in the order they must be loaded."""
+    return newc(
+        [
+            ("drivers", stat.S_IFDIR | 0o755, b""),
+            *((f"drivers/{i:02}.ko", stat.S_IFREG | 0o644, m) for i, m in enumerate(modules)),
+        ]
+    )
+
+
 def load_order(folder: Path, names: Iterable[str]) -> list[Path]:
     """Files of modules and their dependencies, in loading order, by depmod's lists in `folder`.
 

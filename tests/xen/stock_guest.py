@@ -1,0 +1,114 @@
+"""A Linux guest with Debian's own drivers and no QEMU: what it does is a shell script of the test.
+
+The script's lines that begin with ``STOCK`` are read from the guest's console. The guest is created
+paused, so that a device model can take its place first.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.xen.conftest import xl
+from tests.xen.lab.ramdisk import newc
+
+NAME: Final = "stock"
+MEMORY: Final = 256
+LAB: Final = Path("/lab")
+IMAGE: Final = Path("/run/stock.img")
+CONFIG: Final = Path("/run/stock.cfg")
+TEXT: Final = f"""
+name = "{NAME}"
+type = "pvh"
+kernel = "{LAB}/vmlinux"
+ramdisk = "{IMAGE}"
+extra = "console=hvc0 nokaslr mitigations=off panic=-1 pci=noacpi,noearly"
+memory = {MEMORY}
+maxmem = {MEMORY}
+vcpus = 2
+on_crash = "destroy"
+on_reboot = "destroy"
+"""
+INIT: Final = b"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mkdir -p /sys /tmp
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+/bin/busybox mount -t tmpfs tmp /tmp
+/bin/busybox --install -s /bin
+for module in /drivers/*; do insmod "$module"; done
+echo "STOCK up"
+. /script
+echo "STOCK end"
+while true; do sleep 1000; done
+"""
+WAITING: Final = """
+tries=0
+until [ -b /dev/vda ] || [ $tries -ge 300 ]; do tries=$((tries + 1)); sleep 0.1; done
+"""
+"""A part of a script: until the disk is there, for at most 30 s."""
+
+
+def missing() -> str | None:
+    """Why the guest cannot be had here, if so."""
+    needed = (LAB / "guest.img", LAB / "drivers.img", LAB / "vmlinux")
+    absent = [str(path) for path in needed if not path.exists()]
+    return (
+        f"a guest with stock drivers is made of the lab's files: no {absent[0]}" if absent else None
+    )
+
+
+class StockGuest:
+    """A guest that was created; it runs when it is unpaused."""
+
+    def __init__(self, domid: int, console: Callable[[], str]) -> None:
+        self.domid = domid
+        self._console = console
+
+    def unpause(self) -> None:
+        """Let it run."""
+        xl("unpause", str(self.domid))
+
+    def said(self) -> list[str]:
+        """Return what the script has printed after ``STOCK``, line by line, without the markers."""
+        return re.findall(r"^STOCK (.*?)\r?$", self._console(), re.MULTILINE)
+
+    def wait(self, start: str, patience: float = 240) -> str:
+        """Wait for a line of the script that begins so, and return the rest of it."""
+        deadline = time.monotonic() + patience
+        while not (found := [line for line in self.said() if line.startswith(start)]):
+            assert time.monotonic() < deadline, (
+                f"in {patience} s the guest has not said {start!r}; its console:\n"
+                f"{self._console()[-3000:]}"
+            )
+            time.sleep(0.5)  # the guest needs the processor more
+        return found[-1].removeprefix(start).strip()
+
+
+@contextmanager
+def stock_guest(script: str, console: Callable[[str], str]) -> Iterator[StockGuest]:
+    """Create a guest, paused, that runs a script; it is destroyed at the end."""
+    ours = newc(
+        [
+            ("init", stat.S_IFREG | 0o755, INIT),
+            ("script", stat.S_IFREG | 0o644, script.encode()),
+        ]
+    )
+    images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
+    IMAGE.write_bytes(b"".join(images) + ours)
+    CONFIG.write_text(TEXT)
+    subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
+    log = Path(f"/var/log/xen/console/guest-{NAME}.log")
+    before = len(console(NAME)) if log.exists() else 0
+    xl("create", "-q", "-p", str(CONFIG))
+    try:
+        found = subprocess.run(["xl", "domid", NAME], capture_output=True, text=True, check=True)
+        yield StockGuest(int(found.stdout), lambda: console(NAME)[before:])
+    finally:
+        subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)

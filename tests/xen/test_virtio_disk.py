@@ -1,0 +1,209 @@
+"""Debian's own virtio_pci and virtio_blk in a PVH guest without QEMU, on a disk of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.xen import stock_guest as stock
+from tests.xen.conftest import wait_for, xl
+from tests.xen.stock_guest import MEMORY, WAITING, StockGuest, stock_guest
+from xenmapcache import MapCache, open_backend
+from xenmapcache.address import MiB
+from xenmapcache.devicemodel import IoreqServer, PciBus
+from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioPci
+
+pytestmark = pytest.mark.xen
+
+BDF = "0000:00:05.0"
+LENGTH = 64 * MiB
+ROUNDS = 24
+
+Console = Callable[[str], str]
+
+
+@pytest.fixture(autouse=True)
+def _lab() -> None:
+    if reason := stock.missing():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The disk's file, of zeros."""
+    path = tmp_path / "disk.img"
+    with path.open("wb") as created:
+        created.truncate(LENGTH)
+    return path
+
+
+@dataclass
+class Disk:
+    """A guest that runs, and what serves it."""
+
+    guest: StockGuest
+    cache: MapCache
+    server: IoreqServer
+    pci: VirtioPci
+
+    def check(self) -> None:
+        """Nothing failed, was lost, or was held across an INVALIDATE."""
+        stats = self.cache.stats()
+        assert (self.server.failures, self.server.lost_answers) == (0, 0)
+        assert (stats.stale_dma_released, stats.stale_dma_held) == (0, 0)
+
+
+@contextmanager
+def served(script: str, file: Path, console: Console) -> Iterator[Disk]:
+    """Run a guest that has the disk from its first instruction on."""
+    with (
+        stock_guest(script, console) as guest,
+        open_backend("xen", domid=guest.domid) as backend,
+        MapCache(backend) as cache,
+        file.open("r+b") as opened,
+    ):
+        server = IoreqServer(guest.domid, cache)
+        with VirtioBlock(server, opened, serial="lab") as block:
+            PciBus(server).plug()
+            pci = VirtioPci(server, BDF, block)
+            pci.plug()
+            with server, server.serving():
+                guest.unpause()
+                yield Disk(guest, cache, server, pci)
+
+
+def sum_of(path: Path) -> str:
+    """The MD5 sum of a file, as the guest's md5sum prints it."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def test_a_stock_driver_reads_and_writes(file: Path, guest_console: Console) -> None:
+    """64 MiB come back as they were written, through both vCPUs, and are what the file holds."""
+    script = f"""{WAITING}
+echo "STOCK sectors $(cat /sys/block/vda/size) serial $(cat /sys/block/vda/serial)"
+dd if=/dev/urandom of=/tmp/r bs=1M count=64 2>/dev/null
+echo "STOCK made $(md5sum < /tmp/r | cut -c1-32)"
+taskset 1 dd if=/tmp/r of=/dev/vda bs=1M count=32 oflag=direct 2>/dev/null &
+taskset 2 dd if=/tmp/r of=/dev/vda bs=1M count=32 skip=32 seek=32 oflag=direct 2>/dev/null
+wait
+rm /tmp/r
+echo "STOCK read $(dd if=/dev/vda bs=1M count=64 iflag=direct 2>/dev/null | md5sum | cut -c1-32)"
+sync
+"""
+    with served(script, file, guest_console) as disk:
+        assert disk.guest.wait("sectors") == f"{LENGTH // 512} serial lab"
+        made = disk.guest.wait("made")
+        assert disk.guest.wait("read") == made
+        disk.guest.wait("end")
+        disk.check()
+    assert sum_of(file) == made
+
+
+WORK = f"""{WAITING}
+for round in $(seq {ROUNDS}); do
+    dd if=/dev/urandom of=/tmp/r bs=1M count=2 2>/dev/null
+    dd if=/tmp/r of=/dev/vda bs=64k seek=$((round * 32)) oflag=direct 2>/dev/null
+    dd if=/dev/vda of=/tmp/b bs=64k skip=$((round * 32)) count=32 iflag=direct 2>/dev/null
+    cmp -s /tmp/r /tmp/b && echo "STOCK round $round"
+done
+"""
+"""Writes without pause, and says which of them can be read again as they were written."""
+
+
+def rounds_of(guest: StockGuest) -> list[str]:
+    """What a guest with this work has said."""
+    return [line for line in guest.said() if line.startswith("round")]
+
+
+ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
+
+
+def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> None:
+    """20 changes of the guest's memory: no stale lease, no failure, no lost byte."""
+    with served(WORK, file, guest_console) as disk:
+        disk.guest.wait("round 1")
+        target = f"/local/domain/{disk.guest.domid}/memory/target"
+        for number in range(20):
+            before = disk.server.invalidations
+            kib = (MEMORY - (40 if number % 2 == 0 else 20)) << 10
+            subprocess.run(["xenstore-write", target, str(kib)], check=True)
+            if number % 2 == 0:
+                wait_for(lambda: disk.server.invalidations > before, "an INVALIDATE")  # noqa: B023 - called at once
+        disk.guest.wait("end", 300)
+        assert rounds_of(disk.guest) == ALL_ROUNDS
+        assert disk.server.invalidations >= 10
+        disk.check()
+
+
+def test_reset_unplug_and_rescan(file: Path, guest_console: Console) -> None:
+    """The driver lets go and comes again; the device is taken out, and a rescan finds it again."""
+    device = f"/sys/bus/pci/devices/{BDF}"
+    script = f"""{WAITING}
+pattern() {{ dd if=/dev/vda bs=4k count=16 iflag=direct 2>/dev/null | md5sum | cut -c1-32; }}
+dd if=/dev/urandom of=/dev/vda bs=4k count=16 oflag=direct 2>/dev/null
+echo "STOCK first $(pattern)"
+echo {BDF} > /sys/bus/pci/drivers/virtio-pci/unbind
+echo {BDF} > /sys/bus/pci/drivers/virtio-pci/bind
+{WAITING}
+echo "STOCK again $(pattern)"
+echo 1 > {device}/remove
+echo "STOCK removed"
+until [ -b /dev/vda ]; do sleep 0.5; echo 1 > /sys/bus/pci/rescan; done
+echo "STOCK found $(pattern)"
+"""
+    with served(script, file, guest_console) as disk:
+        first = disk.guest.wait("first")
+        assert disk.guest.wait("again") == first
+        disk.guest.wait("removed")
+        disk.pci.unplug()
+        disk.pci.plug()
+        assert disk.guest.wait("found") == first
+        disk.check()
+
+
+@contextmanager
+def command(file: Path, record: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run ``xenmapcache disk`` until it serves; it is killed at the end if it still runs."""
+    line = [sys.executable, "-m", "xenmapcache", "disk", stock.NAME, str(file)]
+    line += ["--record", str(record)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            printed = process.stdout.readline()
+            while not printed.startswith("now run"):
+                assert printed, "the command has ended"
+                printed = process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+KILLS = 5
+
+
+def test_the_command_is_killed_under_load(
+    file: Path, tmp_path: Path, guest_console: Console
+) -> None:
+    """The guest goes on after each kill and restart; no write that was answered is lost."""
+    record = tmp_path / "record"
+    with stock_guest(WORK, guest_console) as guest:
+        for kill in range(KILLS):
+            with command(file, record) as process:
+                if not kill:
+                    guest.unpause()
+                guest.wait(f"round {2 * kill + 1}")
+                process.kill()
+                assert process.wait(60) == -signal.SIGKILL
+        with command(file, record) as process:
+            guest.wait("end", 300)
+            assert rounds_of(guest) == ALL_ROUNDS
+            xl("destroy", stock.NAME)
+            assert process.wait(60) == 0  # it sees the guest's end
