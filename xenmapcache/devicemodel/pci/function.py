@@ -52,8 +52,7 @@ _BYTE = 0xFF
 class PciFunction:
     """A PCI function: its configuration space, BARs, capabilities and interrupts.
 
-        function = PciFunction(server, "0000:00:05.0", vendor=0x1AF4, device=0x10F0,
-                               class_code=0x00FF00)
+        function = PciFunction(server, bdf, vendor=0x1AF4, device=0x10F0, class_code=0xFF0000)
         function.add_bar(0, 4096, registers)
         msix = function.add_msix(1, vectors=2)
         function.plug()
