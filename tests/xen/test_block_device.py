@@ -124,6 +124,7 @@ def content(image: Path, agent: Agent, length: int) -> bytes:
         return b"".join(cache.read(gfn << PAGE_SHIFT, PAGE_SIZE) for gfn in gfns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["write", "read"])
 def test_saved_and_restored_in_use(
     serve: Serve,
@@ -182,6 +183,7 @@ def content_of_guest(served: Served, agent: Agent) -> bytes:
     return b"".join(served.cache.read(gfn << PAGE_SHIFT, PAGE_SIZE) for gfn in gfns)
 
 
+@pytest.mark.slow
 def test_the_program_saved_and_restored(
     serve: Serve,
     saved_guest: AgentGuest,

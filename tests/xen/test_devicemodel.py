@@ -376,7 +376,9 @@ RESTARTS = 6
 ROUNDS = 5
 
 
-@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, ROUNDS))]
+)
 def test_killed_under_load_again_and_again(served: Served, run_model: Models, number: int) -> None:
     """A guest that uses the device without pause goes on after each of 30 kills and restarts.
 

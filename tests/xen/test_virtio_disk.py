@@ -85,6 +85,7 @@ def sum_of(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_stock_driver_reads_and_writes(file: Path, guest_console: Console) -> None:
     """64 MiB come back as they were written, through both vCPUs, and are what the file holds."""
     script = f"""{WAITING}
@@ -126,6 +127,7 @@ def rounds_of(guest: StockGuest) -> list[str]:
 ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
 
 
+@pytest.mark.slow
 def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> None:
     """20 changes of the guest's memory: no stale lease, no failure, no lost byte."""
     with served(WORK, file, guest_console) as disk:
@@ -189,6 +191,7 @@ def command(file: Path, record: Path) -> Iterator[subprocess.Popen[str]]:
 KILLS = 5
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_under_load(
     file: Path, tmp_path: Path, guest_console: Console
 ) -> None:
