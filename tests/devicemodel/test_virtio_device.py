@@ -349,10 +349,14 @@ def test_a_reset_amid_requests(
 
 
 def test_a_reset_that_times_out(
-    guest: MockDomain, server: IoreqServer, slow: Blocking, driver: MmioDriver
+    guest: MockDomain,
+    server: IoreqServer,
+    slow: Blocking,
+    driver: MmioDriver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The driver sees in the status that it is not over, and resets again."""
-    slow._engine._table.drain_timeout = 0.01
+    monkeypatch.setattr(slow._engine._table, "drain_timeout", 0.01)
     ring = Ring(guest, RING, 8)
     driver.start(ring)
     driver.send(ring, ring.chain(writable=[(DATA, 16)]))
@@ -360,6 +364,7 @@ def test_a_reset_that_times_out(
     driver.write(0x70, 0)
     assert driver.read(0x70) == 15
     assert server.failures == 1
+    monkeypatch.undo()
     driver.kick()
     slow.go.set()
     slow._engine.drain(20)
@@ -369,10 +374,10 @@ def test_a_reset_that_times_out(
 
 
 def test_transfers_of_a_reset_that_timed_out_fill_the_engine(
-    guest: MockDomain, slow: Blocking
+    guest: MockDomain, slow: Blocking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the engine is full, the device needs another reset, and the process lives."""
-    slow._engine._table.drain_timeout = 0.01
+    monkeypatch.setattr(slow._engine._table, "drain_timeout", 0.01)
     rings = [Ring(guest, RING + 0x1000 * number, 8) for number in range(2)]
     for resets in range(10):
         for index, ring in enumerate(rings):

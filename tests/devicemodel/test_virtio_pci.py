@@ -285,10 +285,14 @@ def test_a_broken_driver_hears_of_it(
 
 
 def test_a_reset_that_times_out(
-    guest: MockDomain, served: IoreqServer, driver: VirtioPciDriver, slow: Slow
+    guest: MockDomain,
+    served: IoreqServer,
+    driver: VirtioPciDriver,
+    slow: Slow,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The status stays until the request has ended; the driver, which only reads, sees that."""
-    slow._engine._table.drain_timeout = 0.01
+    monkeypatch.setattr(slow._engine._table, "drain_timeout", 0.01)
     ring = Ring(guest, RING, 8)
     driver.start(ring)
     ring.offer(ring.chain(writable=[(DATA, 16)]))
@@ -297,6 +301,7 @@ def test_a_reset_that_times_out(
     driver.put(0x14, 0, 1)
     driver.put(0x14, 0x80, 1)
     assert (driver.status, served.failures) == (15, 1)
+    monkeypatch.undo()
     slow.go.set()
     slow._engine.drain(20)
     assert (driver.status, driver.get(0x1C, 2), slow._queues, ring.used()) == (0, 0, {}, [])

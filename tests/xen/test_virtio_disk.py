@@ -146,7 +146,7 @@ def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> Non
 
 
 def test_reset_unplug_and_rescan(file: Path, guest_console: Console) -> None:
-    """The driver lets go and comes again; the device is taken out, and a rescan finds it again."""
+    """The driver is unbound and bound; the device is taken out, and a rescan finds it again."""
     device = f"/sys/bus/pci/devices/{BDF}"
     script = f"""{WAITING}
 pattern() {{ dd if=/dev/vda bs=4k count=16 iflag=direct 2>/dev/null | md5sum | cut -c1-32; }}
