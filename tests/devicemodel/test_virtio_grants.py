@@ -9,8 +9,9 @@ import pytest
 from tests.devicemodel.virtio_kit import Ring
 from xenmapcache import GrantError, MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SIZE
-from xenmapcache.devicemodel.virtio import BrokenDriverError, Virtqueue
-from xenmapcache.devicemodel.virtio.queue import EVENT_IDX, INDIRECT_DESC
+from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel.virtio import BrokenDriverError, VirtioRng, Virtqueue
+from xenmapcache.devicemodel.virtio.queue import ACCESS_PLATFORM, EVENT_IDX, INDIRECT_DESC
 from xenmapcache.grants import GrantSource, grant_address
 
 RING, SIZE, PAGES = 0x10000, 8, 64
@@ -89,3 +90,17 @@ def test_what_is_not_granted(
     guest.grants.revoke(8 + RING // PAGE_SIZE)
     with pytest.raises(BrokenDriverError, match=f"reference {8 + RING // PAGE_SIZE}:"):
         queue.pop()
+
+
+def test_a_device_says_that_it_takes_grants(guest: MockDomain, grants: GrantSource) -> None:
+    """Linux grants its buffers only to a device that offers ACCESS_PLATFORM."""
+    offered = []
+    for given in (None, grants):
+        with (
+            open_backend("mock", domain=guest) as backend,
+            MapCache(backend, grants=given) as cache,
+        ):
+            assert cache.grants is given
+            with VirtioRng(IoreqServer(guest, cache)) as device:
+                offered.append(device.features)
+    assert offered[0] ^ offered[1] == ACCESS_PLATFORM

@@ -346,6 +346,11 @@ class MapCache(LendingCache):
         return self._backend
 
     @property
+    def grants(self) -> GrantSource | None:
+        """The pages that the guest has granted, if it was made with any."""
+        return self._access.grants
+
+    @property
     def max_resident(self) -> int:
         """How much guest memory may be mapped at once, in bytes."""
         return self._budget.limit

@@ -338,6 +338,7 @@ class Connection:
         if not job.counted:
             job.counted = True
             self.tally.requests += 1
+            self.tally.buffered_requests += 1
         self.calls.run(job, -1)
         self._ring_job = None
 

@@ -52,14 +52,15 @@ class Tally:
 
     Attributes:
         requests: how many requests were answered or carried out.
+        buffered_requests: how many of them came through the ring, which needs no answer.
         failures: how many of them failed.
         lost_answers: how many answers no vCPU took before the server was destroyed.
     """
 
-    __slots__ = ("failures", "lost_answers", "requests")
+    __slots__ = ("buffered_requests", "failures", "lost_answers", "requests")
 
     def __init__(self) -> None:
-        self.requests = 0
+        self.requests = self.buffered_requests = 0
         self.failures = 0
         self.lost_answers = 0
 

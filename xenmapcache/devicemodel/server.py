@@ -117,6 +117,11 @@ class IoreqServer:
         return self._tally.requests
 
     @property
+    def buffered_requests(self) -> int:
+        """How many of them were writes through the buffered ring, for which no vCPU waits."""
+        return self._tally.buffered_requests
+
+    @property
     def invalidations(self) -> int:
         """How many of them were INVALIDATE."""
         return self._dispatcher.invalidations

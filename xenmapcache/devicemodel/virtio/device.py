@@ -52,7 +52,7 @@ from ..dma_transfer import DmaStatus, DmaTransfer
 from ..report import FailureLog, Tally
 from ..server import IoreqServer
 from .buffer import BrokenDriverError, GuestBuffer
-from .queue import EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
+from .queue import ACCESS_PLATFORM, EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
 from .record import DeviceRecord, QueueRecord
 
 Result = TypeVar("Result")
@@ -147,6 +147,8 @@ class VirtioDevice:
         self._engine = DmaEngine(server, name=name, workers=workers, limit=most)
         self.name = name
         self.features = features | INDIRECT_DESC | EVENT_IDX | VERSION_1
+        if server.cache.grants is not None:
+            self.features |= ACCESS_PLATFORM  # without it, Linux gives addresses of its memory
         self.negotiated = 0
         self._server = server
         self._limit = limit

@@ -49,8 +49,8 @@ from ...errors import XenMapCacheError
 from .buffer import BrokenDriverError, GuestBuffer
 from .record import QueueRecord
 
-INDIRECT_DESC, EVENT_IDX, VERSION_1 = 1 << 28, 1 << 29, 1 << 32
-"""Features of every virtio device, as bits."""
+INDIRECT_DESC, EVENT_IDX, VERSION_1, ACCESS_PLATFORM = 1 << 28, 1 << 29, 1 << 32, 1 << 33
+"""Features of every virtio device, as bits; the last one if guests may give grants."""
 NEXT, WRITE, INDIRECT = 1, 2, 4
 """Flags of a descriptor."""
 NO_NOTIFY = NO_INTERRUPT = 1
