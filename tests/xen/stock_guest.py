@@ -21,6 +21,7 @@ from tests.xen.lab.ramdisk import newc
 NAME: Final = "stock"
 MEMORY: Final = 256
 LAB: Final = Path("/lab")
+PAYLOAD: Final = Path("/payload")
 IMAGE: Final = Path("/run/stock.img")
 CONFIG: Final = Path("/run/stock.cfg")
 TEXT: Final = f"""
@@ -92,12 +93,22 @@ class StockGuest:
 
 
 @contextmanager
-def stock_guest(script: str, console: Callable[[str], str]) -> Iterator[StockGuest]:
-    """Create a guest, paused, that runs a script; it is destroyed at the end."""
+def stock_guest(script: str, console: Callable[[str], str], *programs: str) -> Iterator[StockGuest]:
+    """Create a guest, paused, that runs a script; it is destroyed at the end.
+
+    Args:
+        script: for its shell.
+        console: returns what it has printed so far.
+        programs: names of programs of tests/xen/guest, which it gets in /bin.
+    """
     ours = newc(
         [
             ("init", stat.S_IFREG | 0o755, INIT),
             ("script", stat.S_IFREG | 0o644, script.encode()),
+            *(
+                (f"bin/{name}", stat.S_IFREG | 0o755, (PAYLOAD / name).read_bytes())
+                for name in programs
+            ),
         ]
     )
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]

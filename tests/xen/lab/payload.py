@@ -1,7 +1,7 @@
 """The payload: what the host hands to Dom0, as one tar file that becomes Dom0's second disk.
 
 It holds the wheel, the tests and the examples, but not the package's source: what is tested is
-what would be installed. And the agent, built, since Dom0 has no compiler.
+what would be installed. And the programs for guests, built, since Dom0 has no compiler.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 
 from .prerequisites import LabUnavailableError, tool
 
-AGENT: Final = Path(__file__).parents[1] / "guest/agent.c"
+GUEST: Final = Path(__file__).parents[1] / "guest"
 CARRIED: Final = ("tests", "examples", "pyproject.toml", "build_ffi.py", "README.md")
 OPTIONAL: Final = {"test_drgn.py": "drgn>=0.1", "test_mount.py": "mfusepy>=3"}
 """Which package from PyPI the tests of a file need."""
@@ -82,23 +82,30 @@ def optional_wheels(python: str, nodeids: Sequence[str], folder: Path) -> list[P
     return sorted(folder.glob("*.whl"))
 
 
-def agent(folder: Path) -> Path:
-    """Build the program that tests put into a guest, static: a guest has no libraries.
+def programs(folder: Path) -> list[Path]:
+    """Build what tests put into guests, static: a guest has no libraries.
 
     Raises:
-        LabUnavailableError: it cannot be built here.
+        LabUnavailableError: they cannot be built here.
     """
-    built = folder / "agent"
-    command = [tool("gcc"), "-static", "-O1", "-Wall", "-Wextra", "-Werror", "-std=gnu11"]
-    command += ["-o", str(built), str(AGENT)]
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
-    if done.returncode != 0:
-        raise LabUnavailableError(f"the guest's agent cannot be built:\n{done.stderr}")
+    built = []
+    for source in sorted(GUEST.glob("*.c")):
+        target = folder / source.stem
+        command = [tool("gcc"), "-static", "-O1", "-Wall", "-Wextra", "-Werror", "-std=gnu11"]
+        command += ["-o", str(target), str(source)]
+        done = subprocess.run(command, text=True, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise LabUnavailableError(f"{source.name} cannot be built:\n{done.stderr}")
+        built.append(target)
     return built
 
 
 def payload(
-    project: Path, wheels: Sequence[Path], agent: Path, order: Mapping[str, object], target: Path
+    project: Path,
+    wheels: Sequence[Path],
+    programs: Sequence[Path],
+    order: Mapping[str, object],
+    target: Path,
 ) -> Path:
     """Write the tar file `target`; `order` is what the supervisor is to do."""
     with tarfile.open(target, "w") as tar:
@@ -107,7 +114,8 @@ def payload(
                 tar.add(project / name, name, filter=_carried)
         for built in wheels:
             tar.add(built, built.name)
-        tar.add(agent, "agent", filter=_carried)
+        for program in programs:
+            tar.add(program, program.name, filter=_carried)
         _add(tar, "lab.json", json.dumps(dict(order)), 0o644)
         _add(tar, "install", INSTALL, 0o755)
         _add(tar, "run", RUN, 0o755)

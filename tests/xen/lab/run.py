@@ -15,7 +15,7 @@ import pytest
 
 from .boot import LabError, Machine
 from .image import image
-from .payload import agent, optional_wheels, payload, wheel
+from .payload import optional_wheels, payload, programs, wheel
 from .prerequisites import LabUnavailableError
 from .release import Release
 from .report import Event, decode, failed, skipped
@@ -113,7 +113,7 @@ class Run:
             nodeids = [item.nodeid for item in self._items]
             others = optional_wheels(plan.release.python, nodeids, folder / "optional")
             wheels = [built, *others]
-            disk = payload(plan.project, wheels, agent(folder), order, folder / "payload.tar")
+            disk = payload(plan.project, wheels, programs(folder), order, folder / "payload.tar")
             if plan.console is not None:
                 self._console = os.open(plan.console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             self._phase("boot")
