@@ -75,14 +75,14 @@ class Job(NamedTuple):
     """How a device carries out a request.
 
     Attributes:
-        buffer: is leased around the work.
-        work: is called with the leased buffer, in a worker. It returns how many bytes it moved.
-            An exception is a failure.
-        end: is called with that number when nothing is leased any longer, or with None if the
-            work has failed. It writes the answer, and returns how many bytes of
-            ``request.writable`` were written.
-        quick: is tried before ``work``, in the thread that serves, and must not wait. It returns
-            None, or raises, to leave the request to ``work``. None if there is no quick way.
+        buffer: the part of the request that is leased while ``work`` runs.
+        work: called with the leased buffer, in a worker. It returns how many bytes it moved. If it
+            raises, the request has failed.
+        end: called when the lease is released, with that number, or with None if the work has
+            failed. It writes the answer, and returns how many bytes of ``request.writable`` were
+            written.
+        quick: called before ``work``, in the thread that serves; it must not wait. If it returns
+            None or raises, a worker calls ``work``. None: only ``work`` is called.
     """
 
     buffer: GuestBuffer
@@ -94,8 +94,8 @@ class Job(NamedTuple):
 class VirtioDevice:
     """The base of virtio devices. Also a context manager, which closes it.
 
-    A subclass sets the class attributes, and has :meth:`prepare`. Give it to a transport, and
-    enter it before the server:
+    A subclass sets the class attributes, and overrides :meth:`prepare`. Pass the device to a
+    transport, and enter the device before the server:
 
         with VirtioRng(server) as device:
             VirtioMmio(server, 0xFE000000, device, interrupt=partial(server.set_isa_irq, 7))
@@ -107,23 +107,23 @@ class VirtioDevice:
         name: for reports: the owner of the leases.
         workers: how many requests are carried out at the same time.
         limit: how many requests of a queue may be under way.
-        record: path of a file for what the next process needs if this one is killed, or None. Put
-            it into a file system that is empty after the machine's start, such as ``/run``.
+        record: path of a file with the state that the next process needs if this one is killed, or
+            None. Its file system must be empty after the machine's start, as ``/run`` is.
 
     Attributes:
         device_id: virtio's number of the kind of device.
         queue_sizes: most entries of each queue.
-        features: what is offered to the driver, 64 bits.
-        negotiated: what the driver has accepted of it; 0 before.
+        features: the features that the driver is offered, 64 bits.
+        negotiated: the features that the driver has accepted; 0 before that.
         config: the bytes of the configuration space.
         transport: of the device; the transport sets it.
-        record: the file, opened, or None. The transport keeps its registers there.
+        record: the open file, or None. The transport keeps its registers there.
 
     Raises:
         OSError: the record cannot be opened, or another process uses it.
 
-    Synchronization: a transport calls it in the thread that serves. Workers call :meth:`Job`'s
-    functions: ``end`` one at a time, ``work`` several at a time.
+    Synchronization: a transport calls the device in the thread that serves. Workers call the
+    functions of a :class:`Job`: ``end`` one at a time, ``work`` several at a time.
     """
 
     device_id: int = 0
