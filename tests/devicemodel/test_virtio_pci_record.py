@@ -133,6 +133,27 @@ def test_killed_amid_a_reset(guest: MockDomain, path: Path) -> None:
         assert driver.status == 15
 
 
+def test_killed_while_a_reset_waits(
+    guest: MockDomain, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver reads the status until it is 0: the next process ends the reset for it."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with serving(guest, path, driver) as (_, device):
+        driver.find()
+        driver.start(ring)
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+        driver.kick()
+        assert device.begun.acquire(timeout=20)
+        monkeypatch.setattr(device._engine._table, "drain_timeout", 0.01)
+        driver.put(0x14, 0, 1)
+        assert driver.status == 15
+        monkeypatch.undo()
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.status, device.negotiated, device._queues) == (0, 0, {})
+        driver.start(Ring(guest, RING, 8))
+        assert (driver.status, ring.used()) == (15, [])
+
+
 def test_unplug_forgets_the_driver(guest: MockDomain, path: Path) -> None:
     """The next process begins with a new function."""
     driver = VirtioPciDriver(guest)

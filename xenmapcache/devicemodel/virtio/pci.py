@@ -22,7 +22,8 @@
 #      thread: the level is "isr is not 0". The lock is held during the call to Xen, as for
 #      messages.
 #   4. If a reset times out, the status stays as it was, and each read of the status tries again:
-#      a driver that has written 0 reads the status until it is 0, and writes nothing else.
+#      a driver that has written 0 reads the status until it is 0, and writes nothing else. A record
+#      has a status of 0 from the beginning of a reset on, so the next process ends it.
 #   5. With a record, each write that changes a register is kept there before it is answered. Isr
 #      and pending messages are not, because the next process interrupts for each queue.
 
@@ -209,7 +210,7 @@ class VirtioPci:
         """Keep what the driver has written; the record has the addresses of its queues."""
         if self._device.record is not None:
             vectors = [self._config_vector.value, *(queue["vector"] for queue in self._queues)]
-            state = _STATE.pack(self._status, self._features)
+            state = _STATE.pack(0 if self._reset_due else self._status, self._features)
             state += struct.pack(f"<{len(vectors)}H", *vectors)
             self._device.record.save(state + self.function.save())
 
@@ -229,8 +230,9 @@ class VirtioPci:
         self.function.restore(state[start:])
         status, features = _STATE.unpack_from(state)
         queues = [each.addresses for each in record.queues]
-        if status & DRIVER_OK and not any(queues):
-            return  # it was killed amid a reset
+        if not status or (status & DRIVER_OK and not any(queues)):
+            record.clear()  # it was killed amid a reset
+            return
         if status & FEATURES_OK and not self._device.negotiate(features):
             raise ValueError(
                 f"the driver has accepted features {features:#x}, and {self._device!r} offers "
@@ -376,6 +378,7 @@ class VirtioPci:
     def _write_status(self, value: int) -> None:
         if not value:
             self._reset_due = True
+            self._save()
             self._reset()
             return
         if self._reset_due:
