@@ -154,6 +154,32 @@ def test_killed_while_a_reset_waits(
         assert (driver.status, ring.used()) == (15, [])
 
 
+def test_ends_between_any_two_writes_of_the_set_up(guest: MockDomain, path: Path) -> None:
+    """The next process has what the driver has selected, and half of a queue's registers."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 4)
+    features = ALL_FEATURES & ~EVENT_IDX
+    writes = [(0x14, status, 1) for status in (0, 1, 3)]
+    for half in (0, 1):
+        writes += [(0x08, half, 4), (0x0C, features >> 32 * half & 0xFFFFFFFF, 4)]
+    writes += [(0x14, 11, 1), (0x10, 0, 2), (0x16, 1, 2), (0x18, 4, 2), (0x1A, 2, 2)]
+    for offset, address in (0x20, ring.descriptors), (0x28, ring.driver), (0x30, ring.device):
+        writes += [(offset, address, 4), (offset + 4, 0, 4)]
+    writes += [(0x1C, 1, 2), (0x14, 15, 1)]
+    with serving(guest, path, driver):
+        driver.find()
+    for write in writes:
+        with serving(guest, path, driver):
+            driver.put(*write)
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.status, device.negotiated, [*device._queues]) == (15, features, [1])
+        device.go.set()
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+        driver.kick(1)
+        while driver.message() != 2 or not ring.u16(ring.device + 2):
+            pass
+        assert ring.used() == [(0, 1)]
+
+
 def test_unplug_forgets_the_driver(guest: MockDomain, path: Path) -> None:
     """The next process begins with a new function."""
     driver = VirtioPciDriver(guest)
