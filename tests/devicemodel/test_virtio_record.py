@@ -434,6 +434,38 @@ def test_a_kill_amid_the_set_up(
             assert driver.collect(ring, 1) == [(0, 1)]
 
 
+def test_ends_between_any_two_writes_of_the_set_up(
+    guest: MockDomain,
+    cache: MapCache,
+    path: Path,
+    driver: MmioDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next process has what the driver has selected, and half of a queue's registers."""
+    ring = Ring(guest, RING, 8)
+
+    def write(register: int, value: int, size: int = 4) -> None:
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"1"), server, server.serving():
+            guest.mmio_write(BASE + register, value, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "write", write)
+        patch.setattr(driver, "read", lambda _: 8)
+        driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        driver.set_up(1, 8, **ring.at())
+        driver.write(0x70, 15)
+    server = IoreqServer(guest, cache, recover=True)
+    with make(server, driver, path, b"2") as device, server:
+        device.resume()
+        assert (device.negotiated, [*device._queues]) == (ALL_FEATURES & ~EVENT_IDX, [1])
+        device.go.set()
+        with server.serving():
+            ring.offer(ring.chain(writable=[(DATA, 16)]))
+            driver.kick(1)
+            assert driver.collect(ring, 1) == [(0, 1)]
+
+
 def test_a_queue_that_was_stopped_stays_so(
     guest: MockDomain, cache: MapCache, path: Path, driver: MmioDriver
 ) -> None:
