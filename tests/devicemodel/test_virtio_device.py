@@ -498,6 +498,56 @@ def test_idle_workers_do_not_keep_requests_waiting(
     assert isinstance(slow._engine, DmaEngine)
 
 
+def foreign(*_: object) -> int:
+    """Fail as code of a subclass may."""
+    raise KeyError("foreign")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        foreign,
+        lambda request: Job(request.writable, lambda _: 1, foreign),
+        lambda request: Job(request.writable, lambda _: 1, foreign, lambda _: 1),
+        lambda request: Job(request.writable, None, lambda _: 0),  # type: ignore[arg-type] # wrong
+    ],
+    ids=["prepare", "end", "end of a quick one", "no work"],
+)
+def test_a_subclass_that_raises(
+    guest: MockDomain,
+    rng: VirtioRng,
+    driver: MmioDriver,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    job: Callable[[Request], Job],
+) -> None:
+    """The driver is told that the device needs a reset, instead of waiting for an answer."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    monkeypatch.setattr(rng, "prepare", job)
+    driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+    assert driver.handle_interrupt() == 2
+    assert driver.read(0x70) == 15 | 0x40
+    (record,) = caplog.records  # logged before the driver was told
+    assert record.levelno == logging.ERROR
+    assert "'rng0' needs a reset by its driver" in record.getMessage()
+
+
+def test_a_quick_way_that_raises(
+    guest: MockDomain, rng: VirtioRng, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is a worker's then."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    monkeypatch.setattr(
+        rng,
+        "prepare",
+        lambda each: Job(each.writable, lambda _: 5, lambda moved: moved or 0, foreign),
+    )
+    driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+    assert driver.collect(ring, 1) == [(0, 5)]
+
+
 # --- quick requests -------------------------------------------------------------------------------
 
 

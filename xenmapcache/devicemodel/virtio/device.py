@@ -29,7 +29,8 @@
 #      without it.
 #   4. A queue that a reset has stopped is not changed any longer: its requests end without a push.
 #   5. What the driver does wrong sets NEEDS_RESET, and nothing else. The device touches no ring
-#      from then on, until it is reset.
+#      from then on, until it is reset. So does a subclass that raises in `prepare` or `end`,
+#      because the request would have no answer.
 #
 # INVALIDATE and the end: the engine waits until accepted requests have ended, `push` included.
 # So at that moment no lease is held, and nothing is written to memory of the guest's past.
@@ -45,7 +46,7 @@ from types import TracebackType
 from typing import NamedTuple, Protocol, Self, TypeVar
 
 from ...cache.locked import locked
-from ...errors import ClosedError, FaultError, QueueFullError, XenMapCacheError
+from ...errors import ClosedError, FaultError
 from ...guest.scatter import Segments
 from ..dma import DmaEngine
 from ..dma_transfer import DmaStatus, DmaTransfer
@@ -354,7 +355,7 @@ class VirtioDevice:
             with job.buffer.lease(self.name) as memory:
                 moved = job.quick(memory)
                 memory.release(written=moved)
-        except (OSError, XenMapCacheError):
+        except Exception:
             return False  # a worker meets the same error, and reports it
         if moved is None:
             return False
@@ -368,8 +369,9 @@ class VirtioDevice:
             self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end)
         except ClosedError:
             pass  # the server is closed, so nobody waits for an answer
-        except (QueueFullError, RuntimeError) as error:
-            # A reset timed out and left transfers, or there are no threads. The request is lost.
+        except Exception as error:
+            # A reset timed out and left transfers, there are no threads, or the job is wrong. The
+            # request is lost.
             self._give_up(error)
 
     def _finish(
@@ -401,10 +403,10 @@ class VirtioDevice:
     # --- drivers that break the rules -------------------------------------------------------------
 
     def _guarded(self, function: Callable[..., Result], *arguments: object) -> Result | None:
-        """Call a function under the lock; None if the driver has broken the rules."""
+        """Call a function under the lock; None if the driver or a subclass breaks the rules."""
         try:
             return locked(self._lock, function, *arguments)
-        except BrokenDriverError as error:
+        except Exception as error:
             self._give_up(error)
             return None
 
