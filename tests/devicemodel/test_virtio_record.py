@@ -92,9 +92,33 @@ def test_a_record_that_is_in_use(path: Path) -> None:
     """Two processes cannot serve the same device; after a refusal nothing is open."""
     before = os.listdir("/proc/self/fd")
     with a_record(path) as record:
-        with pytest.raises(BlockingIOError), a_record(path):
+        with (
+            pytest.raises(BlockingIOError, match=f"another process serves .*{path}"),
+            a_record(path),
+        ):
             pass
         record.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_record_that_was_not_finished(path: Path) -> None:
+    """A process that is killed while it makes the file leaves one that can be used."""
+    with a_record(path):
+        length = path.stat().st_size
+    for content in b"", bytes(length):
+        path.write_bytes(content)
+        with a_record(path) as record:
+            assert record.load() == b""
+
+
+@pytest.mark.parametrize("content", [b"precious", bytes(1 << 20)], ids=["text", "an empty disk"])
+def test_a_file_with_other_content(path: Path, content: bytes) -> None:
+    """A name that was mistyped costs no data, and after the refusal nothing is open."""
+    before = os.listdir("/proc/self/fd")
+    path.write_bytes(content)
+    with pytest.raises(CorruptImageError, match=f"{path} is not the record .* name another file"):
+        DeviceRecord(path, 1, 2, (SIZE,))
+    assert path.read_bytes() == content
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
