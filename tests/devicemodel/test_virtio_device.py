@@ -134,6 +134,12 @@ def test_the_configuration_space(slow: Blocking, driver: MmioDriver) -> None:
     assert driver.read(0x180, 8) == 0
 
 
+def test_a_limit_of_no_request(server: IoreqServer) -> None:
+    """It is refused: the device would serve nobody."""
+    with pytest.raises(ValueError, match="limit must be at least 1 request, not 0"):
+        Blocking(server, limit=0)
+
+
 def test_a_device_without_prepare(server: IoreqServer) -> None:
     """The message says what is missing."""
     with VirtioDevice(server, name="none") as device:

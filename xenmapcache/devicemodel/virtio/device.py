@@ -45,6 +45,7 @@ from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self, TypeVar
 
+from ...address import as_int
 from ...cache.locked import locked
 from ...errors import ClosedError, FaultError
 from ...guest.scatter import Segments
@@ -122,6 +123,8 @@ class VirtioDevice:
 
     Raises:
         OSError: the record cannot be opened, or another process uses it.
+        CorruptImageError: the record's file has other content.
+        ValueError: ``limit`` or ``workers`` is less than 1.
 
     Synchronization: a transport calls it in the thread that serves. Workers call :meth:`Job`'s
     functions: ``end`` one at a time, ``work`` several at a time.
@@ -142,6 +145,8 @@ class VirtioDevice:
         limit: int = 64,
         record: str | os.PathLike[str] | None = None,
     ) -> None:
+        if as_int("limit", limit) < 1:
+            raise ValueError(f"limit must be at least 1 request, not {limit}")
         # A transfer is in the engine's table until its `on_end` has submitted the next one. Another
         # process, with another limit, may have left one for each entry of a queue.
         most = sum(self.queue_sizes) + workers
