@@ -100,7 +100,7 @@ class VirtioMmio:
         self._device = device
         self._line = interrupt
         self._lock = threading.RLock()
-        self._raised = 0
+        self._raised = self._generation = 0
         self._forget()
         device.transport = self
         self._restore()
@@ -164,6 +164,7 @@ class VirtioMmio:
 
     def interrupt_config(self) -> None:
         """Tell the driver that the configuration has changed."""
+        self._generation = self._generation + 1 & _LOW
         self._raise(CHANGED)
 
     def needs_reset(self) -> None:
@@ -227,6 +228,7 @@ class VirtioMmio:
         0x0B4: lambda _: _LOW,
         0x0B8: lambda _: _LOW,
         0x0BC: lambda _: _LOW,
+        0x0FC: lambda self: self._generation,
     }
 
     # --- what the driver writes -----------------------------------------------------------------
