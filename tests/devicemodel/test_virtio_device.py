@@ -311,6 +311,8 @@ def test_an_interrupt_that_fails(
     failures: list[Callable[[], None]] = [lambda: None]
 
     class Broken:
+        is_running = True
+
         def interrupt_queue(self, index: int) -> None:
             failures.pop()  # the first one only
 

@@ -21,6 +21,8 @@ from xenmapcache.mock.ioreq_server import MockIoreqServer
 class Dead:
     """The transport of threads that the test cannot kill: they have no effect on the guest."""
 
+    is_running = True
+
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
@@ -177,6 +179,24 @@ def test_ends_between_any_two_writes_of_the_set_up(guest: MockDomain, path: Path
         driver.kick(1)
         while driver.message() != 2 or not ring.u16(ring.device + 2):
             pass
+        assert ring.used() == [(0, 1)]
+
+
+def test_ends_before_the_driver_is_ready(guest: MockDomain, path: Path) -> None:
+    """The next process uses no buffer, and does not interrupt, before DRIVER_OK."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with serving(guest, path, driver):
+        driver.find()
+        assert driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        driver.set_up(0, ring, 1)
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+    with serving(guest, path, driver) as (_, device):
+        device.go.set()
+        device._engine.drain()
+        assert (ring.used(), driver.messages.qsize()) == ([], 0)
+        driver.put(0x14, 15, 1)
+        driver.kick()
+        assert driver.message() == 1
         assert ring.used() == [(0, 1)]
 
 

@@ -63,6 +63,10 @@ Result = TypeVar("Result")
 class Transport(Protocol):
     """What a device needs of its transport. Any thread may call it."""
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver has set DRIVER_OK. Before that, no buffer of it may be used."""
+
     def interrupt_queue(self, index: int) -> object:
         """Tell the driver that a queue has used buffers."""
 
@@ -294,7 +298,7 @@ class VirtioDevice:
             if addresses is None:
                 continue
             found = self._guarded(self._resume, index, record, addresses)
-            if found is None:
+            if found is None or not self.transport.is_running:
                 continue
             queue, requests = found
             for request, job in requests:

@@ -158,6 +158,11 @@ class VirtioMmio:
 
     # --- what the device calls ------------------------------------------------------------------
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver has set DRIVER_OK."""
+        return bool(self._status & DRIVER_OK)
+
     def interrupt_queue(self, index: int) -> None:  # noqa: ARG002 - one line serves all queues
         """Tell the driver that a queue has used buffers; it looks at all of its queues."""
         self._raise(USED)
@@ -288,7 +293,7 @@ class VirtioMmio:
             self._queues[self._selected].ready = False
 
     def _notify(self, value: int) -> None:
-        if self._status & DRIVER_OK:
+        if self.is_running:
             self._device.notify_queue(value)
 
     def _acknowledge(self, value: int) -> None:

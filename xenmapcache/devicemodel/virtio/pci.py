@@ -273,6 +273,11 @@ class VirtioPci:
 
     # --- what the device calls ------------------------------------------------------------------
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver has set DRIVER_OK."""
+        return bool(self._status & DRIVER_OK)
+
     def interrupt_queue(self, index: int) -> None:
         """Tell the driver that a queue has used buffers."""
         self._interrupt(self._queues[index]["vector"], USED)
@@ -320,7 +325,7 @@ class VirtioPci:
         """Write an area; a handler."""
         if offset >= _NOTIFY:
             index = (offset - _NOTIFY) // _NOTIFY_BYTES
-            if self._status & DRIVER_OK and index < len(self._queues):
+            if self.is_running and index < len(self._queues):
                 self._device.notify_queue(index)
         elif offset >= _DEVICE:
             self._device.write_config(offset - _DEVICE, size, value)
