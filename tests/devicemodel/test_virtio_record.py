@@ -394,6 +394,34 @@ def test_an_orderly_end_is_no_other(
                 assert driver.collect(ring, 1) == [(number, 1)]
 
 
+def test_a_close_that_times_out(
+    guest: MockDomain,
+    cache: MapCache,
+    path: Path,
+    driver: MmioDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No other process takes over while a request of this one may still write."""
+    server = IoreqServer(guest, cache)
+    device = make(server, driver, path, b"1")
+    monkeypatch.setattr(device._engine._table, "drain_timeout", 0.01)
+    ring = Ring(guest, RING, 8)
+    with server, server.serving():
+        driver.start(ring)
+        driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+        assert device.begun.acquire(timeout=20)
+        with pytest.raises(TimeoutError):
+            device.close()
+        with pytest.raises(BlockingIOError):
+            DeviceRecord(path, guest.domid, Slow.device_id, Slow.queue_sizes)
+        device.go.set()
+        device._engine.drain(20)
+    device.close()
+    with a_record(path, guest.domid, Slow.device_id, Slow.queue_sizes) as record:
+        assert record.queues[0].settle(0) == [0]  # cancelled, so it is the next process's
+    assert ring.used() == []
+
+
 def test_a_record_without_a_driver(server: IoreqServer, path: Path, driver: MmioDriver) -> None:
     """Without a record, or with a new one, there is nothing to resume; features are kept."""
     with VirtioRng(server) as rng:

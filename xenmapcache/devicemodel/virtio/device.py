@@ -319,13 +319,14 @@ class VirtioDevice:
         """Wait until requests under way have ended. Can be repeated; close the server before.
 
         Raises:
-            TimeoutError: some are still under way; the message names them.
+            TimeoutError: some are still under way; the message names them. The record stays open:
+                another process must not carry them out, too, before this one has ended.
         """
         try:
             self._engine.close()
-        finally:
             if self.record is not None:
                 self.record.close()
+        finally:
             locked(self._log_lock, self._log.flush)
 
     def __enter__(self) -> Self:
