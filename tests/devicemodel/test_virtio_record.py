@@ -422,6 +422,33 @@ def test_a_close_that_times_out(
     assert ring.used() == []
 
 
+@pytest.mark.parametrize("register", [0x70, 0x44], ids=["of the device", "of a queue"])
+def test_a_kill_while_a_reset_waits(
+    guest: MockDomain, cache: MapCache, path: Path, driver: MmioDriver, register: int
+) -> None:
+    """The next process does not carry out again what the driver has given up."""
+    ring = Ring(guest, RING, 8)
+
+    def prepare(device: Slow) -> None:
+        driver.start(ring)
+        driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+        assert device.begun.acquire(timeout=20)
+        device._engine._table.drain_timeout = 0.01
+        driver.write(0x30, 0)
+        driver.write(register, 0)
+        assert (driver.read(0x70), driver.read(0x44)) == (15, 1)
+
+    with killed(guest, driver, path, prepare):
+        guest.write(DATA, b"#" * 16)
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"2") as device, server, server.serving():
+            device.resume()
+            device.go.set()
+            device._engine.drain(20)
+            assert (driver.read(0x70), driver.read(0x44)) == (0, 0)
+        assert guest.read(DATA, 16) == b"#" * 16
+
+
 def test_a_record_without_a_driver(server: IoreqServer, path: Path, driver: MmioDriver) -> None:
     """Without a record, or with a new one, there is nothing to resume; features are kept."""
     with VirtioRng(server) as rng:

@@ -265,9 +265,9 @@ class VirtioDevice:
         queue = self._queues.get(index)
         if queue is not None:
             queue.stopped = True
-            self._engine.drain()
             if self.record is not None:
                 self.record.queues[index].stop()
+            self._engine.drain()
             del self._queues[index]
 
     def reset(self) -> None:
@@ -278,9 +278,9 @@ class VirtioDevice:
         """
         for queue in self._queues.values():
             queue.stopped = True
-        self._engine.cancel()
         if self.record is not None:
-            self.record.clear()
+            self.record.clear()  # first: the driver may use the memory again after a time-out
+        self._engine.cancel()
         self._queues = {}
         self.negotiated = 0
         self._broken = False
