@@ -134,6 +134,12 @@ def test_the_configuration_space(slow: Blocking, driver: MmioDriver) -> None:
     assert driver.read(0x180, 8) == 0
 
 
+def test_a_limit_of_no_request(server: IoreqServer) -> None:
+    """It is refused: the device would serve nobody."""
+    with pytest.raises(ValueError, match="limit must be at least 1 request, not 0"):
+        Blocking(server, limit=0)
+
+
 def test_a_device_without_prepare(server: IoreqServer) -> None:
     """The message says what is missing."""
     with VirtioDevice(server, name="none") as device:
@@ -305,6 +311,8 @@ def test_an_interrupt_that_fails(
     failures: list[Callable[[], None]] = [lambda: None]
 
     class Broken:
+        is_running = True
+
         def interrupt_queue(self, index: int) -> None:
             failures.pop()  # the first one only
 
@@ -496,6 +504,56 @@ def test_idle_workers_do_not_keep_requests_waiting(
         while not slow._engine._idle:
             pass
     assert isinstance(slow._engine, DmaEngine)
+
+
+def foreign(*_: object) -> int:
+    """Fail as code of a subclass may."""
+    raise KeyError("foreign")
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        foreign,
+        lambda request: Job(request.writable, lambda _: 1, foreign),
+        lambda request: Job(request.writable, lambda _: 1, foreign, lambda _: 1),
+        lambda request: Job(request.writable, None, lambda _: 0),  # type: ignore[arg-type] # wrong
+    ],
+    ids=["prepare", "end", "end of a quick one", "no work"],
+)
+def test_a_subclass_that_raises(
+    guest: MockDomain,
+    rng: VirtioRng,
+    driver: MmioDriver,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    job: Callable[[Request], Job],
+) -> None:
+    """The driver is told that the device needs a reset, instead of waiting for an answer."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    monkeypatch.setattr(rng, "prepare", job)
+    driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+    assert driver.handle_interrupt() == 2
+    assert driver.read(0x70) == 15 | 0x40
+    (record,) = caplog.records  # logged before the driver was told
+    assert record.levelno == logging.ERROR
+    assert "'rng0' needs a reset by its driver" in record.getMessage()
+
+
+def test_a_quick_way_that_raises(
+    guest: MockDomain, rng: VirtioRng, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is a worker's then."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    monkeypatch.setattr(
+        rng,
+        "prepare",
+        lambda each: Job(each.writable, lambda _: 5, lambda moved: moved or 0, foreign),
+    )
+    driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+    assert driver.collect(ring, 1) == [(0, 5)]
 
 
 # --- quick requests -------------------------------------------------------------------------------

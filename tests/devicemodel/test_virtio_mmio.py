@@ -167,6 +167,13 @@ def test_a_notification_before_the_driver_is_ready(guest: MockDomain, driver: Mm
     assert driver.collect(ring, 1) == [(0, 8)]
 
 
+def test_the_generation_of_the_configuration(driver: MmioDriver, mmio: VirtioMmio) -> None:
+    """A driver that reads several fields sees that they have changed in between."""
+    before = driver.read(0xFC)
+    mmio.interrupt_config()
+    assert driver.read(0xFC) == before + 1
+
+
 def test_the_line(driver: MmioDriver, mmio: VirtioMmio, line: Line) -> None:
     """It is high until each bit is acknowledged, and low after a reset."""
     mmio.interrupt_queue(0)

@@ -21,6 +21,8 @@ from xenmapcache.mock.ioreq_server import MockIoreqServer
 class Dead:
     """The transport of threads that the test cannot kill: they have no effect on the guest."""
 
+    is_running = True
+
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
@@ -131,6 +133,71 @@ def test_killed_amid_a_reset(guest: MockDomain, path: Path) -> None:
         assert (driver.status, device.negotiated) == (0, 0)
         driver.start(ring)
         assert driver.status == 15
+
+
+def test_killed_while_a_reset_waits(
+    guest: MockDomain, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver reads the status until it is 0: the next process ends the reset for it."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with serving(guest, path, driver) as (_, device):
+        driver.find()
+        driver.start(ring)
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+        driver.kick()
+        assert device.begun.acquire(timeout=20)
+        monkeypatch.setattr(device._engine._table, "drain_timeout", 0.01)
+        driver.put(0x14, 0, 1)
+        assert driver.status == 15
+        monkeypatch.undo()
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.status, device.negotiated, device._queues) == (0, 0, {})
+        driver.start(Ring(guest, RING, 8))
+        assert (driver.status, ring.used()) == (15, [])
+
+
+def test_ends_between_any_two_writes_of_the_set_up(guest: MockDomain, path: Path) -> None:
+    """The next process has what the driver has selected, and half of a queue's registers."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 4)
+    features = ALL_FEATURES & ~EVENT_IDX
+    writes = [(0x14, status, 1) for status in (0, 1, 3)]
+    for half in (0, 1):
+        writes += [(0x08, half, 4), (0x0C, features >> 32 * half & 0xFFFFFFFF, 4)]
+    writes += [(0x14, 11, 1), (0x10, 0, 2), (0x16, 1, 2), (0x18, 4, 2), (0x1A, 2, 2)]
+    for offset, address in (0x20, ring.descriptors), (0x28, ring.driver), (0x30, ring.device):
+        writes += [(offset, address, 4), (offset + 4, 0, 4)]
+    writes += [(0x1C, 1, 2), (0x14, 15, 1)]
+    with serving(guest, path, driver):
+        driver.find()
+    for write in writes:
+        with serving(guest, path, driver):
+            driver.put(*write)
+    with serving(guest, path, driver) as (_, device):
+        assert (driver.status, device.negotiated, [*device._queues]) == (15, features, [1])
+        device.go.set()
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+        driver.kick(1)
+        while driver.message() != 2 or not ring.u16(ring.device + 2):
+            pass
+        assert ring.used() == [(0, 1)]
+
+
+def test_ends_before_the_driver_is_ready(guest: MockDomain, path: Path) -> None:
+    """The next process uses no buffer, and does not interrupt, before DRIVER_OK."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with serving(guest, path, driver):
+        driver.find()
+        assert driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        driver.set_up(0, ring, 1)
+        ring.offer(ring.chain(writable=[(DATA, 1)]))
+    with serving(guest, path, driver) as (_, device):
+        device.go.set()
+        device._engine.drain()
+        assert (ring.used(), driver.messages.qsize()) == ([], 0)
+        driver.put(0x14, 15, 1)
+        driver.kick()
+        assert driver.message() == 1
+        assert ring.used() == [(0, 1)]
 
 
 def test_unplug_forgets_the_driver(guest: MockDomain, path: Path) -> None:

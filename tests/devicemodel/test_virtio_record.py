@@ -92,9 +92,33 @@ def test_a_record_that_is_in_use(path: Path) -> None:
     """Two processes cannot serve the same device; after a refusal nothing is open."""
     before = os.listdir("/proc/self/fd")
     with a_record(path) as record:
-        with pytest.raises(BlockingIOError), a_record(path):
+        with (
+            pytest.raises(BlockingIOError, match=f"another process serves .*{path}"),
+            a_record(path),
+        ):
             pass
         record.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_record_that_was_not_finished(path: Path) -> None:
+    """A process that is killed while it makes the file leaves one that can be used."""
+    with a_record(path):
+        length = path.stat().st_size
+    for content in b"", bytes(length):
+        path.write_bytes(content)
+        with a_record(path) as record:
+            assert record.load() == b""
+
+
+@pytest.mark.parametrize("content", [b"precious", bytes(1 << 20)], ids=["text", "an empty disk"])
+def test_a_file_with_other_content(path: Path, content: bytes) -> None:
+    """A name that was mistyped costs no data, and after the refusal nothing is open."""
+    before = os.listdir("/proc/self/fd")
+    path.write_bytes(content)
+    with pytest.raises(CorruptImageError, match=f"{path} is not the record .* name another file"):
+        DeviceRecord(path, 1, 2, (SIZE,))
+    assert path.read_bytes() == content
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
@@ -305,6 +329,8 @@ def killed(
 class VirtioMmioOfADeadProcess:
     """Threads that the test cannot kill have no effect on the guest."""
 
+    is_running = True
+
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
@@ -366,6 +392,61 @@ def test_an_orderly_end_is_no_other(
                     driver.start(ring)
                 driver.send(ring, ring.chain(writable=[(DATA, 16)]))
                 assert driver.collect(ring, 1) == [(number, 1)]
+
+
+def test_a_close_that_times_out(
+    guest: MockDomain,
+    cache: MapCache,
+    path: Path,
+    driver: MmioDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No other process takes over while a request of this one may still write."""
+    server = IoreqServer(guest, cache)
+    device = make(server, driver, path, b"1")
+    monkeypatch.setattr(device._engine._table, "drain_timeout", 0.01)
+    ring = Ring(guest, RING, 8)
+    with server, server.serving():
+        driver.start(ring)
+        driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+        assert device.begun.acquire(timeout=20)
+        with pytest.raises(TimeoutError):
+            device.close()
+        with pytest.raises(BlockingIOError):
+            DeviceRecord(path, guest.domid, Slow.device_id, Slow.queue_sizes)
+        device.go.set()
+        device._engine.drain(20)
+    device.close()
+    with a_record(path, guest.domid, Slow.device_id, Slow.queue_sizes) as record:
+        assert record.queues[0].settle(0) == [0]  # cancelled, so it is the next process's
+    assert ring.used() == []
+
+
+@pytest.mark.parametrize("register", [0x70, 0x44], ids=["of the device", "of a queue"])
+def test_a_kill_while_a_reset_waits(
+    guest: MockDomain, cache: MapCache, path: Path, driver: MmioDriver, register: int
+) -> None:
+    """The next process does not carry out again what the driver has given up."""
+    ring = Ring(guest, RING, 8)
+
+    def prepare(device: Slow) -> None:
+        driver.start(ring)
+        driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+        assert device.begun.acquire(timeout=20)
+        device._engine._table.drain_timeout = 0.01
+        driver.write(0x30, 0)
+        driver.write(register, 0)
+        assert (driver.read(0x70), driver.read(0x44)) == (15, 1)
+
+    with killed(guest, driver, path, prepare):
+        guest.write(DATA, b"#" * 16)
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"2") as device, server, server.serving():
+            device.resume()
+            device.go.set()
+            device._engine.drain(20)
+            assert (driver.read(0x70), driver.read(0x44)) == (0, 0)
+        assert guest.read(DATA, 16) == b"#" * 16
 
 
 def test_a_record_without_a_driver(server: IoreqServer, path: Path, driver: MmioDriver) -> None:
@@ -431,6 +512,38 @@ def test_a_kill_amid_the_set_up(
             driver.set_up(0, 8, **ring.at())
             driver.write(0x70, 15)
             driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+            assert driver.collect(ring, 1) == [(0, 1)]
+
+
+def test_ends_between_any_two_writes_of_the_set_up(
+    guest: MockDomain,
+    cache: MapCache,
+    path: Path,
+    driver: MmioDriver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next process has what the driver has selected, and half of a queue's registers."""
+    ring = Ring(guest, RING, 8)
+
+    def write(register: int, value: int, size: int = 4) -> None:
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"1"), server, server.serving():
+            guest.mmio_write(BASE + register, value, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "write", write)
+        patch.setattr(driver, "read", lambda _: 8)
+        driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        driver.set_up(1, 8, **ring.at())
+        driver.write(0x70, 15)
+    server = IoreqServer(guest, cache, recover=True)
+    with make(server, driver, path, b"2") as device, server:
+        device.resume()
+        assert (device.negotiated, [*device._queues]) == (ALL_FEATURES & ~EVENT_IDX, [1])
+        device.go.set()
+        with server.serving():
+            ring.offer(ring.chain(writable=[(DATA, 16)]))
+            driver.kick(1)
             assert driver.collect(ring, 1) == [(0, 1)]
 
 

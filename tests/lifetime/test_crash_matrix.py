@@ -19,7 +19,7 @@ import pytest
 
 from tests.fake_xen import build, need
 
-from .crash.table import BEHAVIOURS, CELLS, EXITS, OPERATIONS, SOURCES, expected, markdown
+from .crash.table import ALONE, BEHAVIOURS, CELLS, OPERATIONS, SOURCES, expected, markdown
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ class Server:
 def together(cell: Cell) -> Cell:
     """Return what the cells have in common that share a process."""
     source, row, column = cell
-    return source, row, column if column in EXITS else ""
+    return source, row, column if column in ALONE else ""
 
 
 MATRIX: list[Cell] = [(source, *cell) for source in SOURCES for cell in CELLS]

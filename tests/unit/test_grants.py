@@ -150,6 +150,13 @@ def test_what_a_guest_may_choose(
             cache.read(address, length)
 
 
+def test_a_buffer_of_wider_items(lender: Lender, grants: GrantSource) -> None:
+    """The bound of a copy counts bytes, whatever the items of the buffer are."""
+    words = memoryview(bytes(8 * PAGE_SIZE)).cast("Q")
+    with pytest.raises(CacheFullError, match="8 granted pages .* are more than max_refs 4"):
+        grants.write(lender.lend(8), words)
+
+
 def test_how_many_may_be_mapped(lender: Lender, cache: MapCache, grants: GrantSource) -> None:
     """The grants that are mapped at a time are bounded, whichever leases have them."""
     address = lender.lend(4)

@@ -327,7 +327,7 @@ def run_model(served: Served) -> Models:
 def line_of(process: subprocess.Popen[str]) -> str:
     """The next line that it prints; '' if it ends or has nothing to say."""
     assert process.stdout is not None
-    timer = threading.Timer(60, process.kill)
+    timer = threading.Timer(240, process.kill)
     timer.start()
     try:
         return process.stdout.readline().strip()

@@ -29,25 +29,30 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Give the command's parser its help and its arguments."""
     describe(
         parser,
-        "Serve a file as a guest's disk over virtio-pci. The guest finds it with its own drivers\n"
-        "(virtio_pci and virtio_blk in Linux, as /dev/vda). A PVH guest needs no QEMU for it.\n"
-        "Start the command before the guest runs: it scans its bus once. The file's size is the\n"
-        "disk's, in sectors of 512 bytes. The command ends when the guest does, and on Ctrl-C and\n"
-        "SIGTERM. It runs in Dom0, as root.",
-        f'  grep extra web.cfg              extra = "root=/dev/vda {_ARGUMENTS}"\n'
+        "Serve a file as a guest's disk over virtio-pci. The guest's own drivers find the disk\n"
+        "(in Linux virtio_pci and virtio_blk, as /dev/vda). A PVH guest needs no QEMU for it.\n"
+        "Run the command in Dom0, as root. Start it while the guest is paused, because the guest\n"
+        "scans its bus only once. The disk has the complete sectors (512 bytes) of the file. The\n"
+        "command ends when the guest has ended, and on Ctrl-C and SIGTERM.",
+        f'  # in web.cfg: type = "pvh", extra = "root=/dev/vda {_ARGUMENTS}"\n'
         "  xl create -p web.cfg\n"
-        "  xenmapcache disk web web.img &\n"
+        "  xenmapcache disk web web.img --record /run/web.record &\n"
         "  xl unpause web\n"
-        "exit status: 0 when the guest has ended or after SIGTERM, 2 for an error",
+        "exit status: 0 when the guest has ended or after SIGTERM, 130 after Ctrl-C,\n"
+        "2 for an error",
     )
     parser.add_argument("guest", metavar="GUEST", help="the guest's name or number")
     file = parser.add_argument("file", metavar="FILE", help="the disk: a file or block device")
     file.complete = FILES  # type: ignore[attr-defined] # shtab's way
-    parser.add_argument("--read-only", action="store_true", help="refuse writes")
+    parser.add_argument(
+        "--read-only",
+        action="store_true",
+        help="refuse writes; several guests may then share the file",
+    )
     parser.add_argument(
         "--type",
         choices=tuple(_SLOTS),
-        help="what the guest is (default: as the toolstack says)",
+        help="the guest's type (default: the toolstack's answer)",
     )
     parser.add_argument(
         "--bdf",
@@ -58,11 +63,14 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     record = parser.add_argument(
         "--record",
         metavar="PATH",
-        help="a file in /run: if the command ends or is killed, start it again with the same "
-        "file, and the guest continues",
+        help="keep the disk's state in this file, in /run: after the command has ended or was "
+        "killed, start it again in the same way, and the guest continues. Without it, the guest "
+        "waits for its disk for ever",
     )
     record.complete = FILES  # type: ignore[attr-defined] # shtab's way
-    parser.add_argument("--serial", default="", help="a serial number, up to 20 characters")
+    parser.add_argument(
+        "--serial", default="", help="the serial number that the guest sees, up to 20 characters"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

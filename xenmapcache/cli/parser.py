@@ -15,7 +15,7 @@ COMMANDS: Final = {
     "read": "read memory: a hexdump on a terminal, the bytes into a pipe or file",
     "translate": "translate virtual addresses by the guest's page tables",
     "find": "search for text, bytes, a regular expression or YARA's rules",
-    "strings": "print printable text and its addresses",
+    "strings": "list printable text and its addresses",
     "dump": "copy memory to a file",
     "diff": "compare two sources",
     "mount": "show memory as files, for crash, gdb and MemProcFS",
@@ -44,6 +44,7 @@ _EPILOG = """examples:
   xenmapcache read guest.core 0x1000 --length 64
   xenmapcache dump xen:web -o web.core --format coredump
   xenmapcache doctor --domid 3              what works here, and how to fix the rest
+  xenmapcache disk --help                   a command's arguments and examples
 
 sources:
   xen:DOMID, xen:NAME      a live guest, in Dom0

@@ -85,7 +85,8 @@ class DmaEngine:
         server: whose guest's memory is transferred, through the server's cache.
         name: the device's, for reports: the owner of the leases.
         workers: how many transfers run at the same time. With one, they run in order.
-        limit: how many transfers may be under way; a guest must not fill this process's memory.
+        limit: how many transfers may be under way, so that a guest cannot fill this process's
+            memory.
         drain_timeout: how long an INVALIDATE, :meth:`drain`, :meth:`cancel` and :meth:`close` wait
             for transfers, in seconds. Keep it below the server's ``quiesce_timeout``, because
             ``server.close()`` gives up a callback that takes longer.
@@ -137,8 +138,8 @@ class DmaEngine:
     ) -> DmaTransfer:
         """Accept a transfer, without waiting.
 
-        What goes wrong with the transfer itself, for example because the guest chose an address
-        without memory, is not raised here: it becomes the transfer's status FAILED.
+        If the transfer itself fails, for example because the guest chose an address without
+        memory, nothing is raised here: the transfer's status becomes FAILED.
 
         Args:
             ranges: ``(address, length)`` pairs. They may be hostile; limit their number.

@@ -32,7 +32,7 @@ class GuestEnd:
     Attributes:
         ended: the guest has ended.
 
-    Synchronization: one ``with`` block at a time.
+    Synchronization: one ``with`` block, and no second one.
     """
 
     def __init__(self, server: IoreqServer) -> None:

@@ -68,24 +68,24 @@ class _Piece(NamedTuple):
 class RegisterBank:
     """Registers by offset. It is a device: give it to a claim or to a BAR.
 
-    Two kinds of sizes are apart, as QEMU's ``valid`` and ``impl`` are. ``sizes`` are those that
-    the guest may use. The size of a register is what its hooks are called with: an access to
-    several registers calls the hooks of each one, lowest first, and an access to a part of a
-    register calls them with the value of all of it.
+    The size of an access and the size of a register are separate, as QEMU's ``valid`` and ``impl``
+    are. ``sizes`` are the sizes of access that the guest may use. A hook always works with a
+    complete register: an access to several registers calls the hooks of each one, lowest first,
+    and an access to a part of a register calls its hooks with the complete value.
 
         timer = RegisterBank("timer", 16, sizes=(4, 8))
         control = timer.add("control", 0, 4, mask=0x3, write=start)
         timer.add("count", 8, 8, read=clock.count)
         server.claim_mmio(0xFE000000, timer.length, timer)
 
-    An access that is not allowed is the guest's mistake. The guest reads all ones, its write is
-    dropped, no hook is called, and the log has one line, of which one region has a few at most.
-    An exception of a hook is raised with a note that names the register.
+    An access that is not allowed is the guest's mistake: the guest reads all ones, its write is
+    dropped, no hook is called, and the log has one line. The number of these lines is limited for
+    each region. If a hook raises, the exception has a note that names the register.
 
     Args:
-        name: of the device, for logs.
+        name: the device's name, for logs.
         length: in bytes.
-        sizes: of accesses that are allowed.
+        sizes: the sizes of access that are allowed, in bytes.
         unaligned: whether an access may begin at an offset that is not a multiple of its size.
         gaps: whether bytes without a register read as 0 and ignore writes; otherwise an access
             to them is not allowed.

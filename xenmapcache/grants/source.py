@@ -300,7 +300,7 @@ class GrantSource(abc.ABC):
 
         On an error, the pages before the one that is named may be written.
         """
-        self._check_length(address, len(data))
+        self._check_length(address, memoryview(data).nbytes)
         self._transfer(address, bytearray(data), to_guest=True)
 
     def _transfer(self, address: int, buffer: bytearray, *, to_guest: bool) -> None:

@@ -57,9 +57,9 @@ class _Mapped:
 class GuestGrants:
     """The grants of a mock guest; ``guest.grants``.
 
-    As on Xen: a page that is mapped cannot be taken back, and a new map or copy of its reference
-    finds the frame that is mapped, also when the guest has given the page up. A reference that is
-    free again comes back first, and then names another page.
+    As on Xen, the guest cannot take a grant back while its page is mapped. Until then a new map or
+    copy of the reference finds the mapped frame, even if the guest has given the page up. The
+    reference that was freed last is used first, and then names another page.
 
     Args:
         p2m: of the guest.

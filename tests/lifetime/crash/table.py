@@ -45,6 +45,8 @@ EXITS = (
     "at exit: in a cycle, in __del__",
 )
 COLUMNS = (*EVENTS, *EXITS)
+ALONE = (*EXITS, "RLIMIT_AS")
+"""What has a process of its own: it ends Python, or needs to know what memory Python still has."""
 
 BYTES = "bytes"
 ENDED = "status 0"

@@ -57,11 +57,12 @@ class PciFunction:
         msix = function.add_msix(1, vectors=2)
         function.plug()
 
-    The guest finds it when it scans the bus. It claims the BARs while the guest decodes them. A
-    guest that already runs finds it after ``echo 1 > /sys/bus/pci/rescan``.
+    The guest finds the function when it scans the bus. A Linux guest that already runs finds it
+    after ``echo 1 > /sys/bus/pci/rescan``. While the guest decodes the BARs, they are claimed.
 
     A BAR is not claimed if the guest puts it at 0, beyond its address space, or over another
-    claim. The guest does not notice. The log has one line of each BAR.
+    claim. The guest's accesses there do not reach the device, and the log has one line for each
+    BAR.
 
     Follows the PCI Local Bus Specification, with a configuration space of 256 bytes.
 
@@ -149,7 +150,7 @@ class PciFunction:
         kind: BarKind = "mmio32",
         prefetchable: bool = False,
     ) -> None:
-        """Have a base address register, and a device that answers there.
+        """Add a base address register, and the device that answers there.
 
         Args:
             number: 0 to 5; a 64-bit BAR takes the next number, too.
@@ -159,7 +160,8 @@ class PciFunction:
             prefetchable: whether reads have no effect, so that the guest may combine accesses.
 
         Raises:
-            ValueError: there is no such BAR, its number is taken, or the function is plugged.
+            ValueError: the number or size is wrong, the number is taken, or the function is
+                plugged.
             TypeError: a device without either method.
         """
         self._check_not_plugged()
@@ -168,7 +170,7 @@ class PciFunction:
         self._command.mask |= bar.command_bit
 
     def add_capability(self, identifier: int, body: bytes, writable: bytes = b"") -> int:
-        """Have a capability, after those that were added before.
+        """Add a capability, after those that were added before.
 
         Args:
             identifier: the capability's number, 8 bits.
@@ -185,10 +187,10 @@ class PciFunction:
         return self._add_capability(identifier, body, writable)
 
     def add_msix(self, bar: int, vectors: int) -> MsixTable:
-        """Have MSI-X, with the table in a 32-bit BAR of its own.
+        """Add MSI-X, with the table in a 32-bit BAR of its own.
 
         Args:
-            bar: its number.
+            bar: the number of that BAR.
             vectors: 1 to 2048.
 
         Raises:

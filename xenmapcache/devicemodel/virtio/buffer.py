@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 class BrokenDriverError(XenMapCacheError):
     """A driver has broken the rules of virtio, or its ring or a buffer cannot be accessed.
 
-    :class:`VirtioDevice` turns it into NEEDS_RESET. A device raises it if a request has no place
-    for an answer.
+    :class:`VirtioDevice` then sets NEEDS_RESET. A device raises this error if a request has no
+    room for an answer.
     """
 
 
 class GuestBuffer:
-    """Ranges of guest memory, in order and used as one. It takes no memory of its own.
+    """Ranges of guest memory that are used as one. It holds no memory and no lease.
 
-    A slice of it, counted in bytes, is one as well.
+    A slice, counted in bytes, is a :class:`GuestBuffer` too.
 
     Args:
         cache: of the guest's memory.
@@ -87,7 +87,7 @@ class GuestBuffer:
     def write(self, data: Buffer) -> int:
         """Write bytes from the buffer's start on, and return how many there are.
 
-        Meant for a status or a few bytes; the device has checked that they fit.
+        Use it for a status or a few bytes. The device must have checked that they fit.
 
         Raises:
             BrokenDriverError: a page is missing, or cannot be mapped. A part may be written.

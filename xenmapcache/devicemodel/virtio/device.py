@@ -29,7 +29,8 @@
 #      without it.
 #   4. A queue that a reset has stopped is not changed any longer: its requests end without a push.
 #   5. What the driver does wrong sets NEEDS_RESET, and nothing else. The device touches no ring
-#      from then on, until it is reset.
+#      from then on, until it is reset. So does a subclass that raises in `prepare` or `end`,
+#      because the request would have no answer.
 #
 # INVALIDATE and the end: the engine waits until accepted requests have ended, `push` included.
 # So at that moment no lease is held, and nothing is written to memory of the guest's past.
@@ -44,8 +45,9 @@ from functools import partial
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self, TypeVar
 
+from ...address import as_int
 from ...cache.locked import locked
-from ...errors import ClosedError, FaultError, QueueFullError, XenMapCacheError
+from ...errors import ClosedError, FaultError
 from ...guest.scatter import Segments
 from ..dma import DmaEngine
 from ..dma_transfer import DmaStatus, DmaTransfer
@@ -61,6 +63,10 @@ Result = TypeVar("Result")
 class Transport(Protocol):
     """What a device needs of its transport. Any thread may call it."""
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver has set DRIVER_OK. Before that, no buffer of it may be used."""
+
     def interrupt_queue(self, index: int) -> object:
         """Tell the driver that a queue has used buffers."""
 
@@ -75,14 +81,14 @@ class Job(NamedTuple):
     """How a device carries out a request.
 
     Attributes:
-        buffer: is leased around the work.
-        work: is called with the leased buffer, in a worker. It returns how many bytes it moved.
-            An exception is a failure.
-        end: is called with that number when nothing is leased any longer, or with None if the
-            work has failed. It writes the answer, and returns how many bytes of
-            ``request.writable`` were written.
-        quick: is tried before ``work``, in the thread that serves, and must not wait. It returns
-            None, or raises, to leave the request to ``work``. None if there is no quick way.
+        buffer: the part of the request that is leased while ``work`` runs.
+        work: called with the leased buffer, in a worker. It returns how many bytes it moved. If it
+            raises, the request has failed.
+        end: called when the lease is released, with that number, or with None if the work has
+            failed. It writes the answer, and returns how many bytes of ``request.writable`` were
+            written.
+        quick: called before ``work``, in the thread that serves; it must not wait. If it returns
+            None or raises, a worker calls ``work``. None: only ``work`` is called.
     """
 
     buffer: GuestBuffer
@@ -94,8 +100,8 @@ class Job(NamedTuple):
 class VirtioDevice:
     """The base of virtio devices. Also a context manager, which closes it.
 
-    A subclass sets the class attributes, and has :meth:`prepare`. Give it to a transport, and
-    enter it before the server:
+    A subclass sets the class attributes, and overrides :meth:`prepare`. Pass the device to a
+    transport, and enter the device before the server:
 
         with VirtioRng(server) as device:
             VirtioMmio(server, 0xFE000000, device, interrupt=partial(server.set_isa_irq, 7))
@@ -107,23 +113,25 @@ class VirtioDevice:
         name: for reports: the owner of the leases.
         workers: how many requests are carried out at the same time.
         limit: how many requests of a queue may be under way.
-        record: path of a file for what the next process needs if this one is killed, or None. Put
-            it into a file system that is empty after the machine's start, such as ``/run``.
+        record: path of a file with the state that the next process needs if this one is killed, or
+            None. Its file system must be empty after the machine's start, as ``/run`` is.
 
     Attributes:
         device_id: virtio's number of the kind of device.
         queue_sizes: most entries of each queue.
-        features: what is offered to the driver, 64 bits.
-        negotiated: what the driver has accepted of it; 0 before.
+        features: the features that the driver is offered, 64 bits.
+        negotiated: the features that the driver has accepted; 0 before that.
         config: the bytes of the configuration space.
         transport: of the device; the transport sets it.
-        record: the file, opened, or None. The transport keeps its registers there.
+        record: the open file, or None. The transport keeps its registers there.
 
     Raises:
         OSError: the record cannot be opened, or another process uses it.
+        CorruptImageError: the record's file has other content.
+        ValueError: ``limit`` or ``workers`` is less than 1.
 
-    Synchronization: a transport calls it in the thread that serves. Workers call :meth:`Job`'s
-    functions: ``end`` one at a time, ``work`` several at a time.
+    Synchronization: a transport calls the device in the thread that serves. Workers call the
+    functions of a :class:`Job`: ``end`` one at a time, ``work`` several at a time.
     """
 
     device_id: int = 0
@@ -141,6 +149,8 @@ class VirtioDevice:
         limit: int = 64,
         record: str | os.PathLike[str] | None = None,
     ) -> None:
+        if as_int("limit", limit) < 1:
+            raise ValueError(f"limit must be at least 1 request, not {limit}")
         # A transfer is in the engine's table until its `on_end` has submitted the next one. Another
         # process, with another limit, may have left one for each entry of a queue.
         most = sum(self.queue_sizes) + workers
@@ -255,9 +265,9 @@ class VirtioDevice:
         queue = self._queues.get(index)
         if queue is not None:
             queue.stopped = True
-            self._engine.drain()
             if self.record is not None:
                 self.record.queues[index].stop()
+            self._engine.drain()
             del self._queues[index]
 
     def reset(self) -> None:
@@ -268,9 +278,9 @@ class VirtioDevice:
         """
         for queue in self._queues.values():
             queue.stopped = True
-        self._engine.cancel()
         if self.record is not None:
-            self.record.clear()
+            self.record.clear()  # first: the driver may use the memory again after a time-out
+        self._engine.cancel()
         self._queues = {}
         self.negotiated = 0
         self._broken = False
@@ -288,7 +298,7 @@ class VirtioDevice:
             if addresses is None:
                 continue
             found = self._guarded(self._resume, index, record, addresses)
-            if found is None:
+            if found is None or not self.transport.is_running:
                 continue
             queue, requests = found
             for request, job in requests:
@@ -309,13 +319,14 @@ class VirtioDevice:
         """Wait until requests under way have ended. Can be repeated; close the server before.
 
         Raises:
-            TimeoutError: some are still under way; the message names them.
+            TimeoutError: some are still under way; the message names them. The record stays open:
+                another process must not carry them out, too, before this one has ended.
         """
         try:
             self._engine.close()
-        finally:
             if self.record is not None:
                 self.record.close()
+        finally:
             locked(self._log_lock, self._log.flush)
 
     def __enter__(self) -> Self:
@@ -354,7 +365,7 @@ class VirtioDevice:
             with job.buffer.lease(self.name) as memory:
                 moved = job.quick(memory)
                 memory.release(written=moved)
-        except (OSError, XenMapCacheError):
+        except Exception:
             return False  # a worker meets the same error, and reports it
         if moved is None:
             return False
@@ -368,8 +379,9 @@ class VirtioDevice:
             self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end)
         except ClosedError:
             pass  # the server is closed, so nobody waits for an answer
-        except (QueueFullError, RuntimeError) as error:
-            # A reset timed out and left transfers, or there are no threads. The request is lost.
+        except Exception as error:
+            # A reset timed out and left transfers, there are no threads, or the job is wrong. The
+            # request is lost.
             self._give_up(error)
 
     def _finish(
@@ -401,10 +413,10 @@ class VirtioDevice:
     # --- drivers that break the rules -------------------------------------------------------------
 
     def _guarded(self, function: Callable[..., Result], *arguments: object) -> Result | None:
-        """Call a function under the lock; None if the driver has broken the rules."""
+        """Call a function under the lock; None if the driver or a subclass breaks the rules."""
         try:
             return locked(self._lock, function, *arguments)
-        except BrokenDriverError as error:
+        except Exception as error:
             self._give_up(error)
             return None
 

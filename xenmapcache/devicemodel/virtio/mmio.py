@@ -39,8 +39,10 @@ DRIVER_OK, FEATURES_OK, NEEDS_RESET = 4, 8, 0x40
 USED, CHANGED = 1, 2
 """Bits of the interrupt status."""
 _LOW = 0xFFFFFFFF
-_STATE = struct.Struct("<BQ")
-"""What a process that goes on needs: the status, and the driver's features."""
+_STATE = struct.Struct("<BQIII")
+"""What a process that goes on needs: the status, the driver's features, and what is selected."""
+_QUEUE_STATE = struct.Struct("<IQQQ")
+"""What the driver has written about a queue: its size and addresses."""
 _ADDRESSES = {
     0x080: ("descriptors", 0),
     0x084: ("descriptors", 32),
@@ -98,7 +100,7 @@ class VirtioMmio:
         self._device = device
         self._line = interrupt
         self._lock = threading.RLock()
-        self._raised = 0
+        self._raised = self._generation = 0
         self._forget()
         device.transport = self
         self._restore()
@@ -119,7 +121,12 @@ class VirtioMmio:
 
     def _save(self) -> None:
         if self._device.record is not None:
-            self._device.record.save(_STATE.pack(self._status, self._features))
+            selected = (self._device_half, self._driver_half, self._selected)
+            state = _STATE.pack(self._status, self._features, *selected)
+            queues = [
+                _QUEUE_STATE.pack(each.size, *each.addresses.values()) for each in self._queues
+            ]
+            self._device.record.save(b"".join([state, *queues]))
 
     def _restore(self) -> None:
         """Take the registers over from a process that was killed."""
@@ -127,12 +134,13 @@ class VirtioMmio:
         state = record.load() if record is not None else b""
         if record is None or not state:
             return
-        if len(state) != _STATE.size:
+        length = _STATE.size + _QUEUE_STATE.size * len(self._queues)
+        if len(state) != length:
             raise CorruptImageError(
                 f"the device's record has {len(state)} bytes of registers, but virtio-mmio has "
-                f"{_STATE.size}: another transport has made it; remove it, and restart the guest"
+                f"{length}: another transport has made it; remove it, and restart the guest"
             )
-        status, features = _STATE.unpack(state)
+        status, features, *selected = _STATE.unpack_from(state)
         in_use = [each.addresses is not None for each in record.queues]
         if status & DRIVER_OK and not any(in_use):
             return  # it was killed amid a reset
@@ -142,10 +150,18 @@ class VirtioMmio:
                 f"{self._device.features:#x}; make it as it was before, or restart the guest"
             )
         self._status, self._features = status, features
-        for queue, ready in zip(self._queues, in_use, strict=True):
-            queue.ready = ready
+        self._device_half, self._driver_half, self._selected = selected
+        saved = _QUEUE_STATE.iter_unpack(state[_STATE.size :])
+        for queue, ready, (size, *addresses) in zip(self._queues, in_use, saved, strict=True):
+            queue.ready, queue.size = ready, size
+            queue.addresses = dict(zip(queue.addresses, addresses, strict=True))
 
     # --- what the device calls ------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver has set DRIVER_OK."""
+        return bool(self._status & DRIVER_OK)
 
     def interrupt_queue(self, index: int) -> None:  # noqa: ARG002 - one line serves all queues
         """Tell the driver that a queue has used buffers; it looks at all of its queues."""
@@ -153,6 +169,7 @@ class VirtioMmio:
 
     def interrupt_config(self) -> None:
         """Tell the driver that the configuration has changed."""
+        self._generation = self._generation + 1 & _LOW
         self._raise(CHANGED)
 
     def needs_reset(self) -> None:
@@ -216,6 +233,7 @@ class VirtioMmio:
         0x0B4: lambda _: _LOW,
         0x0B8: lambda _: _LOW,
         0x0BC: lambda _: _LOW,
+        0x0FC: lambda self: self._generation,
     }
 
     # --- what the driver writes -----------------------------------------------------------------
@@ -231,12 +249,15 @@ class VirtioMmio:
 
     def _select_device_half(self, value: int) -> None:
         self._device_half = value
+        self._save()
 
     def _select_driver_half(self, value: int) -> None:
         self._driver_half = value
+        self._save()
 
     def _select_queue(self, value: int) -> None:
         self._selected = value
+        self._save()
 
     def _write_features(self, value: int) -> None:
         if self._driver_half < 2 and not self._status & FEATURES_OK:
@@ -254,11 +275,13 @@ class VirtioMmio:
         queue = self._open_queue()
         if queue is not None:
             queue.size = value
+            self._save()
 
     def _write_address(self, area: str, shift: int, value: int) -> None:
         queue = self._open_queue()
         if queue is not None:
             queue.addresses[area] = queue.addresses[area] & ~(_LOW << shift) | value << shift
+            self._save()
 
     def _write_ready(self, value: int) -> None:
         queue = self._open_queue()
@@ -270,7 +293,7 @@ class VirtioMmio:
             self._queues[self._selected].ready = False
 
     def _notify(self, value: int) -> None:
-        if self._status & DRIVER_OK:
+        if self.is_running:
             self._device.notify_queue(value)
 
     def _acknowledge(self, value: int) -> None:

@@ -22,7 +22,8 @@
 #      thread: the level is "isr is not 0". The lock is held during the call to Xen, as for
 #      messages.
 #   4. If a reset times out, the status stays as it was, and each read of the status tries again:
-#      a driver that has written 0 reads the status until it is 0, and writes nothing else.
+#      a driver that has written 0 reads the status until it is 0, and writes nothing else. A record
+#      has a status of 0 from the beginning of a reset on, so the next process ends it.
 #   5. With a record, each write that changes a register is kept there before it is answered. Isr
 #      and pending messages are not, because the next process interrupts for each queue.
 
@@ -58,7 +59,9 @@ _BODY = struct.Struct("<BBBxxxII")
 """Length of the capability, type, BAR; offset and length of the area."""
 _BODY_BYTES = 16
 _STATE = struct.Struct("<BQ")
-"""What a process that goes on needs besides vectors: the status, and the driver's features."""
+"""What a process that goes on needs besides registers: the status, and the driver's features."""
+_QUEUE_STATE = struct.Struct("<HHHQQQ")
+"""A queue's registers, in the order of ``_QUEUE_REGISTERS``."""
 _LOW = 0xFFFFFFFF
 _QUEUE_REGISTERS = {
     "size": (0x18, 2),
@@ -206,43 +209,42 @@ class VirtioPci:
     # --- what outlives a kill -------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Keep what the driver has written; the record has the addresses of its queues."""
+        """Keep what the driver has written. Which queues are in use is a part of the record."""
         if self._device.record is not None:
-            vectors = [self._config_vector.value, *(queue["vector"] for queue in self._queues)]
-            state = _STATE.pack(self._status, self._features)
-            state += struct.pack(f"<{len(vectors)}H", *vectors)
-            self._device.record.save(state + self.function.save())
+            state = _STATE.pack(0 if self._reset_due else self._status, self._features)
+            queues = [_QUEUE_STATE.pack(*queue.values()) for queue in self._queues]
+            parts = [state, self._common.save(), *queues, self.function.save()]
+            self._device.record.save(b"".join(parts))
 
     def _restore(self, record: DeviceRecord) -> None:
         """Take the registers over from a process that was killed."""
         state = record.load()
         if not state:
             return
-        vectors = struct.Struct(f"<{1 + len(self._queues)}H")
-        start = _STATE.size + vectors.size
-        if len(state) != start + len(self.function.save()):
+        queues_at = _STATE.size + _COMMON_BYTES
+        end = queues_at + _QUEUE_STATE.size * len(self._queues)
+        if len(state) != end + len(self.function.save()):
             raise CorruptImageError(
                 f"the device's record has {len(state)} bytes of registers, but virtio-pci has "
-                f"{start + len(self.function.save())}: another transport has made it; remove it, "
+                f"{end + len(self.function.save())}: another transport has made it; remove it, "
                 "and restart the guest"
             )
-        self.function.restore(state[start:])
+        self.function.restore(state[end:])
         status, features = _STATE.unpack_from(state)
-        queues = [each.addresses for each in record.queues]
-        if status & DRIVER_OK and not any(queues):
-            return  # it was killed amid a reset
+        in_use = [each.addresses is not None for each in record.queues]
+        if not status or (status & DRIVER_OK and not any(in_use)):
+            record.clear()  # it was killed amid a reset
+            return
         if status & FEATURES_OK and not self._device.negotiate(features):
             raise ValueError(
                 f"the driver has accepted features {features:#x}, and {self._device!r} offers "
                 f"{self._device.features:#x}; make it as it was before, or restart the guest"
             )
         self._status, self._features = status, features
-        config_vector, *queue_vectors = vectors.unpack_from(state, _STATE.size)
-        self._config_vector.value = self._vector(config_vector)
-        for queue, addresses, vector in zip(self._queues, queues, queue_vectors, strict=True):
-            queue["vector"] = self._vector(vector)
-            if addresses is not None:
-                queue |= addresses | {"enabled": 1}
+        self._common.restore(state[_STATE.size : queues_at])
+        saved = _QUEUE_STATE.iter_unpack(state[queues_at:end])
+        for queue, enabled, values in zip(self._queues, in_use, saved, strict=True):
+            queue |= dict(zip(queue, values, strict=True)) | {"enabled": int(enabled)}
         self._show_queue()
 
     # --- life -----------------------------------------------------------------------------------
@@ -270,6 +272,11 @@ class VirtioPci:
         self._read_isr()
 
     # --- what the device calls ------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the driver has set DRIVER_OK."""
+        return bool(self._status & DRIVER_OK)
 
     def interrupt_queue(self, index: int) -> None:
         """Tell the driver that a queue has used buffers."""
@@ -318,7 +325,7 @@ class VirtioPci:
         """Write an area; a handler."""
         if offset >= _NOTIFY:
             index = (offset - _NOTIFY) // _NOTIFY_BYTES
-            if self._status & DRIVER_OK and index < len(self._queues):
+            if self.is_running and index < len(self._queues):
                 self._device.notify_queue(index)
         elif offset >= _DEVICE:
             self._device.write_config(offset - _DEVICE, size, value)
@@ -376,6 +383,7 @@ class VirtioPci:
     def _write_status(self, value: int) -> None:
         if not value:
             self._reset_due = True
+            self._save()
             self._reset()
             return
         if self._reset_due:

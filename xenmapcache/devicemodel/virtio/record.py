@@ -128,6 +128,22 @@ class QueueRecord:
         _U16.pack_into(self._memory, self._start + place, value)
 
 
+def _take(fd: int, path: str | os.PathLike[str], length: int) -> None:
+    """Lock a file that is empty or a record: nobody else's content may be overwritten."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        text = "another process serves the device with this record; stop it, or name another file"
+        raise BlockingIOError(error.errno, text, os.fspath(path)) from None
+    # A process that was killed while it made the file has left nothing, or zeros.
+    unfinished = {0: b"", length: bytes(len(_MAGIC))}.get(os.fstat(fd).st_size)
+    if os.pread(fd, len(_MAGIC), 0) not in (_MAGIC, unfinished):
+        raise CorruptImageError(
+            f"{os.fspath(path)} is not the record of a virtio device, and would be overwritten; "
+            "name another file, or remove it"
+        )
+
+
 class DeviceRecord:
     """A file with the state of a virtio device.
 
@@ -144,6 +160,7 @@ class DeviceRecord:
 
     Raises:
         OSError: the file cannot be made, or another process uses it (BlockingIOError).
+        CorruptImageError: the file has other content, which stays.
 
     Synchronization: one thread at a time.
     """
@@ -163,7 +180,7 @@ class DeviceRecord:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd = os.open(path, flags, 0o600)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(self._fd, path, end)
             kept = os.fstat(self._fd).st_size == end
             kept = kept and os.pread(self._fd, len(header), 0) == header
             if not kept:
