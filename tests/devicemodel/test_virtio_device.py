@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -517,9 +518,10 @@ def foreign(*_: object) -> int:
         foreign,
         lambda request: Job(request.writable, lambda _: 1, foreign),
         lambda request: Job(request.writable, lambda _: 1, foreign, lambda _: 1),
+        lambda request: Job(request.writable, lambda _: 1, lambda _: 1, foreign),
         lambda request: Job(request.writable, None, lambda _: 0),  # type: ignore[arg-type] # wrong
     ],
-    ids=["prepare", "end", "end of a quick one", "no work"],
+    ids=["prepare", "end", "end of a quick one", "quick", "no work"],
 )
 def test_a_subclass_that_raises(
     guest: MockDomain,
@@ -541,16 +543,20 @@ def test_a_subclass_that_raises(
     assert "'rng0' needs a reset by its driver" in record.getMessage()
 
 
-def test_a_quick_way_that_raises(
+def test_a_quick_way_that_fails(
     guest: MockDomain, rng: VirtioRng, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request is a worker's then."""
+    """If the file or the memory fails, the request is a worker's."""
+
+    def fail(_: object) -> int:
+        raise OSError(errno.EIO, "the file")
+
     ring = Ring(guest, RING, 8)
     driver.start(ring)
     monkeypatch.setattr(
         rng,
         "prepare",
-        lambda each: Job(each.writable, lambda _: 5, lambda moved: moved or 0, foreign),
+        lambda each: Job(each.writable, lambda _: 5, lambda moved: moved or 0, fail),
     )
     driver.send(ring, ring.chain(writable=[(DATA, 16)]))
     assert driver.collect(ring, 1) == [(0, 5)]

@@ -47,7 +47,7 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 
 from ...address import as_int
 from ...cache.locked import locked
-from ...errors import ClosedError, FaultError
+from ...errors import ClosedError, FaultError, XenMapCacheError
 from ...guest.scatter import Segments
 from ..dma import DmaEngine
 from ..dma_transfer import DmaStatus, DmaTransfer
@@ -88,7 +88,8 @@ class Job(NamedTuple):
             failed. It writes the answer, and returns how many bytes of ``request.writable`` were
             written.
         quick: called before ``work``, in the thread that serves; it must not wait. If it returns
-            None or raises, a worker calls ``work``. None: only ``work`` is called.
+            None, or raises OSError or XenMapCacheError, a worker calls ``work``. After any other
+            exception the driver has to reset the device. None: only ``work`` is called.
     """
 
     buffer: GuestBuffer
@@ -365,8 +366,11 @@ class VirtioDevice:
             with job.buffer.lease(self.name) as memory:
                 moved = job.quick(memory)
                 memory.release(written=moved)
-        except Exception:
+        except (XenMapCacheError, OSError):
             return False  # a worker meets the same error, and reports it
+        except Exception as error:
+            self._give_up(error)  # a fault of the subclass, which the worker's way would hide
+            return True
         if moved is None:
             return False
         wanted.append(bool(self._guarded(self._complete, queue, request, job.end, moved)))
