@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from xenmapcache import Lease, LeaseError, Mapping, MappingLostError, XenCallError
-from xenmapcache.address import MiB
+from xenmapcache import Lease, LeaseError, MapCache, Mapping, MappingLostError, XenCallError
 
 from .holds import SIZE, Hold
-from .world import BUCKET, ELSEWHERE, MOVED, PLACE, RESIDENT, World, content
+from .world import BUCKET, ELSEWHERE, LARGE, MOVED, PLACE, RESIDENT, World, content
 
 _FRAMES = 80
 """How far from the recursion limit every operation still succeeds."""
@@ -119,34 +118,28 @@ def interrupt_in_release(world: World, hold: Hold) -> None:
     lease.release()
 
 
-def _spare_room() -> list[object]:
-    """Return objects between which Python has room, so that it needs none of the kernel's."""
-    sizes = (*range(0, 480, 16), 1000, 2000, 4000, 8000)
-    spare: list[object] = [
-        made for size in sizes for number in range(400) for made in (bytes(size), number / 3)
-    ]
-    del spare[::4], spare[::3]
-    return spare
-
-
 def limit_memory(world: World, hold: Hold) -> None:
-    """Use up the address space: buckets are evicted, or the call fails with ENOMEM."""
+    """Use up the address space: buckets are evicted, or the call fails with ENOMEM.
+
+    What is mapped is larger than the room, and the room larger than what Python itself may need.
+    A cache of its own has the budget for that.
+    """
     del hold
+    other = MapCache(world.backend)
     world.cache.invalidate()
-    spare = _spare_room()
     used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * 4096
     hard = resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (used + LARGE // 2, hard))
     try:
-        world.cache.map_device(ELSEWHERE, RESIDENT // 2, owner="too much")
+        other.map_device(ELSEWHERE, LARGE, owner="too much")
     except XenCallError as error:
         assert error.errno == errno.ENOMEM
     else:
         raise AssertionError("it did fit")
-    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * MiB, hard))
+    other.close()
+    resource.setrlimit(resource.RLIMIT_AS, (used + LARGE, hard))
     eviction(world, Hold(world))
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    del spare
 
 
 def limit_files(world: World, hold: Hold) -> None:

@@ -13,10 +13,12 @@ from xenmapcache import Backend, MapCache, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE
 from xenmapcache.mapping import Mapping
 
-PAGES = 1024
+PAGES = 4096
 SHIFT = 14
 BUCKET = 1 << SHIFT
 RESIDENT = 16 * BUCKET
+LARGE = 8 << 20
+"""More than Python may need of address space for itself, meanwhile."""
 NEEDLE = b"needle!!"
 NEEDLES = (0x2C2000, 0x310000)
 """Further apart than may be resident."""
