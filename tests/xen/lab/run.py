@@ -114,7 +114,8 @@ class Run:
             nodeids = [item.nodeid for item in self._items]
             others = optional_wheels(plan.platform, nodeids, folder / "optional")
             wheels = [built, *others]
-            disk = payload(plan.project, wheels, programs(folder), order, folder / "payload.tar")
+            built_programs = programs(plan.platform, folder)
+            disk = payload(plan.project, wheels, built_programs, order, folder / "payload.tar")
             if plan.console is not None:
                 self._console = os.open(plan.console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             self._phase("boot")
