@@ -108,7 +108,7 @@ class Platform:
         return self.architecture.ram, self.architecture.sizes["guest"] << 20
 
     def set_memory(self, name: str, mib: int) -> list[str]:
-        """The command that has a guest balloon to so many MiB."""
+        """The command that has a guest balloon to a size in MiB."""
         values = {"name": name, "mib": mib, "kib": mib << 10}
         return [part.format(**values) for part in self.architecture.set_memory]
 
