@@ -27,9 +27,12 @@ TAIL: Final = 40
 KICK: Final = b"\x11"
 # What costs time under emulation and protects nobody here is off. A crash ends in a reboot, and
 # a reboot ends QEMU.
-XEN: Final = "dom0_mem=1280M,max:1280M loglvl=warning guest_loglvl=warning bootscrub=0"
-XEN_X86: Final = f"{XEN} console=com1 com1=115200,8n1 spec-ctrl=no xpti=no pv-l1tf=no watchdog=0"
-XEN_ARM: Final = f"{XEN} console=dtuart"
+XEN: Final = "loglvl=warning guest_loglvl=warning bootscrub=0"
+XEN_X86: Final = (
+    f"{XEN} dom0_mem=1280M,max:1280M console=com1 com1=115200,8n1"
+    " spec-ctrl=no xpti=no pv-l1tf=no watchdog=0"
+)
+XEN_ARM: Final = f"{XEN} dom0_mem=1024M console=dtuart"
 LINUX: Final = "console=hvc0 loglevel=4 panic=1 nokaslr mitigations=off"
 # A PVH Dom0 needs an IOMMU, and devices whose DMA goes through it: without, Linux hangs.
 IOMMU: Final = ["-machine", "q35", "-device", "amd-iommu"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from . import ramdisk
+from .hypervisor import hypervisor
 from .platform import Platform
 from .prerequisites import LabUnavailableError, require, tool
 
@@ -62,16 +63,13 @@ class Image:
 
     platform: Platform
     folder: Path
+    hypervisor: Path
+    """Unpacked: QEMU's loaders take no gzip."""
 
     @property
     def root(self) -> Path:
         """The ext4 file system of Dom0."""
         return self.folder / "root.img"
-
-    @property
-    def hypervisor(self) -> Path:
-        """Xen, unpacked: QEMU's loaders take no gzip."""
-        return self.folder / "xen"
 
     @property
     def kernel(self) -> Path:
@@ -103,12 +101,15 @@ def image(platform: Platform) -> Image:
     name = f"{platform.release.xen}-{platform.architecture.name}"
     folder = cache / f"{name}-{_key(platform)}"
     require(cache, platform.architecture.host, build=not folder.exists())
-    if not folder.exists():
+    own = folder / "xen"
+    if not folder.exists() or platform.source is not None:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{name}.lock"):
             if not folder.exists():  # another builder may have held the lock
                 _build(platform, name, folder)
-    return Image(platform, folder)
+            if platform.source is not None:
+                own = hypervisor(platform, platform.source, cache)
+    return Image(platform, folder, own)
 
 
 def _key(platform: Platform) -> str:
@@ -202,9 +203,9 @@ def _bake(platform: Platform, tree: Path, work: Path) -> None:
     initial = ramdisk.ramdisk(baked["ramdisk-init"], busybox, map(ramdisk.module, order))
     (work / "ramdisk").write_bytes(initial)
     (work / "vmlinux").write_bytes(ramdisk.unpacked(kernel.read_bytes()))
-    hypervisor = tree / f"boot/xen-{release.xen}-{architecture.name}"
-    packed = hypervisor.with_name(f"{hypervisor.name}.gz")
-    found = packed if packed.exists() else hypervisor
+    debians = tree / f"boot/xen-{release.xen}-{architecture.name}"
+    packed = debians.with_name(f"{debians.name}.gz")
+    found = packed if packed.exists() else debians
     (work / "xen").write_bytes(ramdisk.unpacked(found.read_bytes()))
 
     lab = tree / "lab"

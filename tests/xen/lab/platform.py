@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 
@@ -31,6 +31,8 @@ class Architecture:
         host: what the lab's machine must have, each with Debian's package of it.
         ram: guest address at which a guest's memory begins.
         guests: the kinds of guests, each with a configuration in ``baked``.
+        ports: whether there are I/O ports.
+        saves: whether libxl can save a guest.
         sizes: of the guests, in MiB.
         set_memory: the command that sets a guest's memory.
         programs: those of ``tests/xen/guest`` that can be built for it.
@@ -44,6 +46,8 @@ class Architecture:
     host: Mapping[str, str]
     ram: int
     guests: tuple[str, ...]
+    ports: bool
+    saves: bool
     sizes: Mapping[str, int]
     set_memory: tuple[str, ...]
     programs: tuple[str, ...]
@@ -63,6 +67,19 @@ class Architecture:
 
 
 @dataclass(frozen=True)
+class HypervisorSource:
+    """A hypervisor to build.
+
+    Args:
+        version: of Debian's source package xen.
+        options: what Xen's configuration is to have besides its defaults.
+    """
+
+    version: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Platform:
     """A machine of the lab.
 
@@ -72,6 +89,8 @@ class Platform:
         architecture: of the emulated processor.
         dom0: "pv" or "pvh"; "arm", of which there is one kind.
         guest: "pvh" or "hvm".
+        ioreq_servers: whether Xen has them.
+        source: of the hypervisor, if Debian's own does not do.
     """
 
     name: str
@@ -79,6 +98,8 @@ class Platform:
     architecture: Architecture
     dom0: str
     guest: str
+    ioreq_servers: bool = True
+    source: HypervisorSource | None = None
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -123,6 +144,8 @@ X86: Final = Architecture(
     },
     ram=0,
     guests=("pvh", "hvm"),
+    ports=True,
+    saves=True,
     sizes={"guest": 128, "victim": 96},  # 80 is too little for Debian's kernel
     set_memory=("xl", "mem-set", "{name}", "{mib}"),
     programs=("agent", "granter"),
@@ -141,6 +164,8 @@ ARM: Final = Architecture(
     },
     ram=0x40000000,
     guests=("pvh",),  # so libxl calls the one kind of guest that Arm has
+    ports=False,
+    saves=False,
     sizes={"guest": 128, "victim": 96},
     # `xl mem-set` fails an assertion of libxl there.
     set_memory=(
@@ -182,9 +207,17 @@ PLATFORMS: Final = {
         Platform(release.xen, release, X86, dom0="pv", guest="pvh"),
         Platform(f"{release.xen}-hvm", release, X86, dom0="pv", guest="hvm"),
         Platform(f"{release.xen}-pvh-dom0", release, X86, dom0="pvh", guest="pvh"),
-        Platform(f"{release.xen}-arm64", release, ARM, dom0="arm", guest="pvh"),
+        Platform(f"{release.xen}-arm64", release, ARM, "arm", "pvh", ioreq_servers=False),
     )
 }
+# The only version whose source Debian's mirror had; its binaries are of a newer one.
+IOREQ: Final = HypervisorSource(
+    version="4.17.5+72-g01140da4e8-1", options=("EXPERT", "UNSUPPORTED", "IOREQ_SERVER")
+)
+_ARM64: Final = PLATFORMS["4.17-arm64"]
+PLATFORMS["4.17-arm64-ioreq"] = replace(
+    _ARM64, name="4.17-arm64-ioreq", ioreq_servers=True, source=IOREQ
+)
 DEFAULT: Final = "4.17"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .boot import LabError, Machine
+from .hypervisor import SourceGoneError
 from .image import image
 from .payload import optional_wheels, payload, programs, wheel
 from .platform import Platform
@@ -123,10 +124,11 @@ class Run:
             # A test may be silent for as long as one may take: Dom0 would have noticed before us.
             self._lines = self._machine.lines(deadline=plan.deadline, idle=plan.timeout + 60)
         except LabUnavailableError as error:
-            self._unavailable(f"Xen lab: {error}")
+            gone = isinstance(error, SourceGoneError)  # a skip also where the lab is required
+            self._unavailable(f"Xen lab: {error}", required=plan.required and not gone)
 
-    def _unavailable(self, reason: str) -> None:
-        if self._plan.required:
+    def _unavailable(self, reason: str, *, required: bool) -> None:
+        if required:
             self._verdict = lambda item: failed(item, reason, reason.partition("\n")[0])
         else:
             self._verdict = lambda item: skipped(item, reason)
