@@ -52,9 +52,10 @@ EXCLUDED: Final = (
 INCLUDED: Final = tuple(
     f"*/lib/modules/*/kernel/drivers/{kind}/*" for kind in ("xen", "virtio", "block", "char")
 )
-# Debian's installers make these links before the first package. mmdebstrap leaves it to its caller.
+# Where no package is configured, mmdebstrap leaves these links to its caller.
 MERGED_USR: Final = """cd "$1"
 for name in bin sbin lib lib64; do mkdir -p usr/$name; ln -sf usr/$name $name; done"""
+VARIANTS: Final[dict[str, list[str]]] = {"minbase": [], "extract": [f"--setup-hook={MERGED_USR}"]}
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ def _build(platform: Platform, name: str, folder: Path) -> None:
 def _debian(platform: Platform, tree: Path) -> None:
     architecture = platform.architecture
     options = [f"--variant={architecture.variant}", f"--architectures={architecture.name}"]
+    options += VARIANTS[architecture.variant]
     options += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     options += [f"--dpkgopt=path-include={pattern}" for pattern in INCLUDED]
     options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(platform.packages)}"]
