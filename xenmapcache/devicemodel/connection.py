@@ -109,7 +109,7 @@ class Connection:
         self.calls = CallChain(domid, cache, dispatcher, tally, give_up)
         self.dispatcher = dispatcher
         self.tally = tally
-        self._ring = BufferedRing(link.ring) if link.ring is not None else None
+        self._ring = BufferedRing(link.ring, link.fence) if link.ring is not None else None
         self._ring_port = -1
         self._ring_job: Job | None = None
         self._unsettled = False
@@ -126,7 +126,7 @@ class Connection:
         """Bind the event channels that are not bound yet, the ring's too."""
         bound = {channel.slot.vcpu for channel in self.channels.values()}
         for vcpu in range(len(self.link.page) // SLOT_SIZE):
-            slot = RequestSlot(self.link.page, vcpu)
+            slot = RequestSlot(self.link.page, vcpu, self.link.fence)
             if vcpu not in bound and slot.port:
                 port = self.link.bind(slot.port)
                 self.channels[port] = Channel(slot, port)

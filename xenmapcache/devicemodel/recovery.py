@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..errors import XenCallError
-from ..ioreq import SLOT_SIZE, RequestSlot, State
+from ..ioreq import SLOT_SIZE, Fence, RequestSlot, State
 
 logger = logging.getLogger("xenmapcache.devicemodel")
 
@@ -38,6 +38,7 @@ class Channels(Protocol):
 
 def release_vcpus(
     page: memoryview,
+    fence: Fence,
     domid: int,
     channels: Channels,
     disable: Callable[[], None],
@@ -48,6 +49,7 @@ def release_vcpus(
 
     Args:
         page: the server's synchronous page.
+        fence: orders its states and fields.
         domid: the domain.
         channels: a handle of its own, which unbinds all that it binds.
         disable: lets the server get no further requests.
@@ -63,7 +65,7 @@ def release_vcpus(
     """
     bound: dict[int, RequestSlot] = {}
     for vcpu in range(len(page) // SLOT_SIZE):
-        slot = RequestSlot(page, vcpu)
+        slot = RequestSlot(page, vcpu, fence)
         if remote_port := slot.port:
             try:
                 bound[channels.bind_interdomain(domid, remote_port)] = slot
