@@ -380,12 +380,18 @@ class IoreqServer(RaisesInterrupts):
             self._runtime.open_connection()
         return answered or 0
 
-    def serve_forever(self) -> int | None:
-        """Answer requests until :meth:`stop` or :meth:`close`, or SIGINT or SIGTERM.
+    def serve_forever(self, *, on_end: Callable[[], object] | None = None) -> int | None:
+        """Answer requests until the guest ends, :meth:`stop`, :meth:`close`, SIGINT or SIGTERM.
+
+        The end of the guest is noticed in about a second. A guest that reboots ends as well: its
+        successor is another domain.
 
         In the main thread the two signals end it between two rounds. A second one interrupts
         a handler that does not return. If that does not help either, the server is closed
         after ``quiesce_timeout`` seconds, as :meth:`close` does.
+
+        Args:
+            on_end: is called in this thread if the guest has ended; what it raises is passed on.
 
         Returns:
             The signal's number, or None if no signal ended it.
@@ -394,10 +400,15 @@ class IoreqServer(RaisesInterrupts):
             XenMapCacheError, TypeError: as :meth:`process_pending`.
         """
         self._runtime.check_sync("serve_forever")
-        return loops.serve_forever(self._runtime)
+        return loops.serve_forever(self._runtime, on_end)
 
-    def serving(self) -> AbstractContextManager[Self]:
+    def serving(
+        self, *, on_end: Callable[[], object] | None = None
+    ) -> AbstractContextManager[Self]:
         """Serve in a thread of its own for a ``with`` block.
+
+        Args:
+            on_end: as for :meth:`serve_forever`; it is called in that thread.
 
         Raises:
             ClosedError: at the start, the server is not open.
@@ -405,16 +416,17 @@ class IoreqServer(RaisesInterrupts):
             TypeError: as :meth:`process_pending`.
         """
         self._runtime.check_sync("serving")
-        return loops.ServingThread(self, self._runtime)
+        return loops.ServingThread(self, self._runtime, on_end)
 
-    async def serve_async(self) -> int | None:
-        """Answer requests in the running event loop until :meth:`stop`, SIGTERM, or cancelled.
+    async def serve_async(self, *, on_end: Callable[[], object] | None = None) -> int | None:
+        """Answer requests in the running event loop, as :meth:`serve_forever`, or until cancelled.
 
-        Handlers run in the loop's thread, between other callbacks.
+        Handlers and ``on_end`` run in the loop's thread, between other callbacks. SIGINT is left to
+        asyncio.
 
-        Returns, raises: as :meth:`serve_forever`.
+        Args, returns, raises: as :meth:`serve_forever`.
         """
-        return await loops.serve_async(self._runtime)
+        return await loops.serve_async(self._runtime, on_end)
 
     def stop(self) -> None:
         """End :meth:`serve_forever` or :meth:`serve_async`, or the next one. From any thread."""
