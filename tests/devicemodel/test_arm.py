@@ -73,7 +73,7 @@ def test_virtio_over_mmio(arm: MockDomain, arm_server: IoreqServer) -> None:
 
 @pytest.mark.parametrize("irq", [-1, 31, 1020])
 def test_other_numbers_are_no_spis(arm_server: IoreqServer, irq: int) -> None:
-    """A CPU's own interrupts cannot be raised by a device, and a GIC has no more SPIs."""
+    """A CPU's own interrupts cannot be raised by a device, and a GIC ends there."""
     with arm_server, pytest.raises(ValueError, match=rf"irq {irq} is not in 32\.\.1019"):
         arm_server.set_irq_level(irq, True)
 

@@ -98,7 +98,7 @@ def test_asyncio(guest: MockDomain, server: IoreqServer, device: Memory, looks: 
 
 
 def test_asyncio_without_on_end(guest: MockDomain, server: IoreqServer) -> None:
-    """It returns as well, and asks no more."""
+    """It returns as well, and stops asking."""
     with server:
         guest.destroy()
         asyncio.run(server.serve_async())
@@ -118,7 +118,7 @@ def test_a_stop_is_not_the_end(server: IoreqServer) -> None:
 
 
 def test_what_on_end_raises(guest: MockDomain, server: IoreqServer) -> None:
-    """Whoever serves gets it."""
+    """The caller of the loop gets it."""
 
     def fail() -> NoReturn:
         raise LookupError("no successor")
@@ -157,7 +157,7 @@ def test_an_answer_that_xen_refuses(
 
 
 def test_a_closed_server_has_not_ended(guest: MockDomain, server: IoreqServer) -> None:
-    """A close is no end of the guest, although it destroys the server too."""
+    """A close destroys the server too, and the guest goes on."""
     server.open()
     connection = server._runtime.open_connection()
     assert not server._runtime.has_guest_ended()

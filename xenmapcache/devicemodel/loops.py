@@ -170,7 +170,7 @@ class _Turn:
         self._loop.remove_reader(self._fd)
 
     def cancel(self) -> None:
-        """Ask no more whether the guest has ended."""
+        """Stop asking whether the guest has ended."""
         self._timer.cancel()
 
     def _look(self) -> None:
