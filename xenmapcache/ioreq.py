@@ -363,6 +363,16 @@ def _entries_of(request: Request) -> int:
     return 2 if request.size == 8 else 1
 
 
+def is_idle(page: memoryview, ring: memoryview | None) -> bool:
+    """Return whether no request waits at a server, and no answer for its vCPU."""
+    if ring is not None and BufferedRing(ring).read_pointer != BufferedRing(ring).write_pointer:
+        return False
+    return all(
+        page[place] & STATE_MASK == State.NONE
+        for place in range(STATE_OFFSET, len(page), SLOT_SIZE)
+    )
+
+
 # --- PCI functions ------------------------------------------------------------------------
 
 

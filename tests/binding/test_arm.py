@@ -115,7 +115,8 @@ def test_recovery(fake: FakeXen, cache: MapCache, fence: Fence, binding: str) ->
         handle.close()
     fence.seen.clear()
     fence.look = lambda: (slot.state, slot.request().data)
-    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05):
+    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
+        server.process_pending()
         fence.look = lambda: None
     assert fence.seen.index((State.READY, 0)) < fence.seen.index((State.INPROCESS, 0xFFFF))
 

@@ -54,16 +54,14 @@ def architecture_of(domain: int | IoreqDomain, *, buffered: bool) -> Architectur
 
 
 def connect(
-    domain: int | IoreqDomain, buffered: bool, *, recover: bool, binding: str | None, timeout: float
+    domain: int | IoreqDomain, buffered: bool, *, recover: bool, binding: str | None
 ) -> HypervisorLink:
     """Create the server at its hypervisor."""
     if not isinstance(domain, int):
         return domain.open_ioreq_server(buffered=buffered, recover=recover)
     from .xen import XenLink
 
-    return XenLink(
-        domain, buffered=buffered, recover=recover, binding=binding, answer_timeout=timeout
-    )
+    return XenLink(domain, buffered=buffered, recover=recover, binding=binding)
 
 
 def check_options(guest_type: str | None, quiesce_timeout: float, answer_timeout: float) -> None:

@@ -49,14 +49,14 @@ class IoreqServer(RaisesInterrupts):
             none.
         restrict: once it is open, give up this process's rights to all other domains
             permanently (``xentoolcore_restrict_all``). Open everything else before.
-        recover: first clear away ioreq servers of the domain whose process has died without
-            destroying them. Their vCPUs continue and read all ones. Use it only where no other
-            device model of this domain starts at the same moment.
+        recover: take over ioreq servers of the domain whose process has died without destroying
+            them. The first round carries out the requests that wait there. Use it only where no
+            other device model of this domain starts at the same moment.
         guest_type: ``"hvm"``, ``"pvh"`` or ``"pv"``, if Xen's toolstack does not tell.
         quiesce_timeout: how long :meth:`close`, or a signal, waits for a handler or callback that
             runs, in seconds. Then the server is closed without it.
-        answer_timeout: how long :meth:`close` and ``recover`` wait until the vCPUs of a paused
-            domain have taken their answers, in seconds.
+        answer_timeout: how long :meth:`close` waits until the vCPUs of a paused domain have taken
+            their answers, in seconds.
         binding: ``"cffi"`` or ``"ctypes"``; None takes cffi if it is installed.
 
     Attributes:
@@ -87,9 +87,7 @@ class IoreqServer(RaisesInterrupts):
         self.cache = cache
         self._restrict = restrict
         self._stated_type = guest_type
-        self._connect = partial(
-            connect, domain, buffered, recover=recover, binding=binding, timeout=answer_timeout
-        )
+        self._connect = partial(connect, domain, buffered, recover=recover, binding=binding)
         self._tally = Tally()
         self._dispatcher = Dispatcher(RegionTable(), cache)
         self._gate = Gate()
@@ -201,6 +199,7 @@ class IoreqServer(RaisesInterrupts):
             link, self._dispatcher, self._tally, self.domid, self.cache, runtime.give_up
         )
         runtime.connection = connection
+        connection.inheritance.report(self.domid)
         # Without it an unplanned exit would leave vCPUs blocked for ever.
         atexit.register(runtime.close)
         stated = self._stated_type

@@ -376,6 +376,12 @@ class MockDomain(RunsCode, HasInterrupts):
         """Return ``(gfn, pages)`` of each run of present pages; None if only mapping shows them."""
         if self.faults.pending or self._destroyed or self.type == "pv":
             return None
+        return self.extents(gfn, count)
+
+    def extents(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        """Return ``(gfn, pages)`` of the parts of a range in which pages may be, as Xen tells."""
+        if self._destroyed or self.type == "pv":
+            return iter([(gfn, count)])
         return ((start, pages) for start, _, pages in merged(self.p2m.runs(gfn, count)))
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
@@ -409,16 +415,12 @@ class MockDomain(RunsCode, HasInterrupts):
 
         Args:
             buffered: with a ring for buffered requests.
-            recover: first clear away the servers whose device models were killed.
+            recover: take over the servers whose device models were killed.
 
         Raises:
             XenCallError: the domain has eight, is a PV guest, or a fault was injected.
         """
         self.p2m.frames.check_process()
-        if recover:
-            for server in list(self.ioreq_servers.values()):
-                if server.killed:
-                    server.recover(self.vcpu_timeout)
         self.faults.apply("create_ioreq_server")
         call = "mock_create_ioreq_server"
         if self.type == "pv":
@@ -428,7 +430,10 @@ class MockDomain(RunsCode, HasInterrupts):
         if not free:
             hint = f"it has {MAX_IOREQ_SERVERS}, and Xen allows no further one"
             raise XenCallError(call, self.domid, _errno.ENOSPC, hint)
+        abandoned = [each for each in self.ioreq_servers.values() if each.is_abandoned]
         server = self.ioreq_servers[free[0]] = MockIoreqServer(self, free[0], buffered)
+        if recover:
+            server.take_over(abandoned)
         return server
 
     def _pages(self, address: int, length: int) -> tuple[int, int]:

@@ -7,7 +7,6 @@ libxenevtchn), and what the mock's vCPUs do with it (as Xen does).
 from __future__ import annotations
 
 import errno as _errno
-import logging
 import mmap
 import os
 import select
@@ -37,9 +36,8 @@ from ..ioreq import (
 from .faults import FaultPlan
 from .interrupts import InterruptedGuest, RecordsInterrupts
 from .p2m import P2m
+from .predecessor import MockPredecessor
 from .waiting import Bell, Gate
-
-logger = logging.getLogger("xenmapcache")
 
 _BUFFERED_PORT = 9
 _FIRST_VCPU_PORT = 10
@@ -73,6 +71,7 @@ class MockIoreqServer(RecordsInterrupts):
         enabled: whether it gets requests.
         destroyed: whether it is gone: closed, or its domain has ended.
         killed: whether the process of its device model has died.
+        predecessors: the servers that it takes over, whose device models were killed.
         page: the synchronous requests, 32 bytes a vCPU.
         ring: the buffered requests, or None.
 
@@ -88,6 +87,8 @@ class MockIoreqServer(RecordsInterrupts):
         self.enabled = False
         self.destroyed = False
         self.killed = False
+        self.predecessors: list[MockPredecessor] = []
+        self._successor: MockIoreqServer | None = None
         pages = memoryview(mmap.mmap(-1, 2 * PAGE_SIZE))
         self.page = pages[PAGE_SIZE:]
         self.ring = pages[:PAGE_SIZE] if buffered else None
@@ -219,6 +220,8 @@ class MockIoreqServer(RecordsInterrupts):
         if not self.killed:
             self.destroy()
             self._disconnect()
+            for each in self.predecessors:
+                each.close()
 
     def unmap(self) -> None:
         """Release the pages, after ``close(unmap=False)``; nothing to do here."""
@@ -227,11 +230,34 @@ class MockIoreqServer(RecordsInterrupts):
         """Let the process of the device model die, as by SIGKILL.
 
         Its event channels are closed. Xen keeps the server: enabled, with its claims, and with each
-        request that it was sent. So vCPUs wait until another device model recovers the server.
+        request that it was sent. So vCPUs wait until another device model takes the server over.
         """
         self.killed = True
         self._bound.clear()
         self._disconnect()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its device model was killed, and no other one that lives has taken it over.
+
+        A server that was never enabled has no event channels, so nobody can know.
+        """
+        enabled = RequestSlot(self.page, 0).port != 0
+        return enabled and self.killed and (self._successor is None or self._successor.killed)
+
+    def take_over(self, servers: list[MockIoreqServer]) -> None:
+        """Serve what waits at servers whose device models were killed."""
+        for each in servers:
+            each._successor = self  # noqa: SLF001 - of the same class
+            self.predecessors.append(MockPredecessor(each))
+
+    def take_back(self) -> None:
+        """Note that its successor has not taken it over."""
+        self._successor = None
+
+    def ring_bell(self, vcpu: int) -> None:
+        """Have a vCPU look at its slot."""
+        self._bells[vcpu].ring()
 
     def _disconnect(self) -> None:
         with self._lock:
@@ -347,39 +373,6 @@ class MockIoreqServer(RecordsInterrupts):
         data = slot.take()
         self._sent.discard(vcpu)
         return data
-
-    def recover(self, timeout: float) -> None:
-        """Clear away a server whose device model was killed: all that waits reads all ones.
-
-        Args:
-            timeout: how long vCPUs may take to see their answers, in seconds.
-        """
-        # First: a vCPU that goes on must not send its next request here.
-        self.enabled = False
-        waiting = [
-            vcpu
-            for vcpu in range(self._guest.vcpus)
-            if RequestSlot(self.page, vcpu).state != State.NONE
-        ]
-        for vcpu in waiting:
-            slot = RequestSlot(self.page, vcpu)
-            if slot.state == State.READY:
-                slot.begin()
-            if slot.state == State.INPROCESS:
-                slot.answer(slot.request().all_ones)
-            self._bells[vcpu].ring()
-        end = time.monotonic() + timeout
-        while time.monotonic() < end and any(
-            RequestSlot(self.page, vcpu).state and vcpu in self._waiting for vcpu in waiting
-        ):
-            time.sleep(0.001)
-        self.destroy()
-        logger.warning(
-            "mock domain %d: cleared away ioreq server %d of a dead process; %d vCPUs waited",
-            self._guest.domid,
-            self.id,
-            len(waiting),
-        )
 
     def _check(self, vcpu: int, states: set[State], rule: str) -> None:
         state, port = RequestSlot(self.page, vcpu).state, RequestSlot(self.page, vcpu).port

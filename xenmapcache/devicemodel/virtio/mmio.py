@@ -90,6 +90,8 @@ class VirtioMmio:
     :meth:`interrupt_queue` and its siblings in any thread.
     """
 
+    repeatable = True  # no write of a driver counts: each one sets what is to be
+
     def __init__(
         self,
         server: IoreqServer,
