@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from ..cache import MapCache
 from ..errors import ClosedError
 from ..events import Event, ServerClosed, ServerOpened
-from ..ioreq import RequestKind
+from ..ioreq import Fence, RequestKind
 from ..stream import Observation, Observer, announce, now
 from . import claims, loops, saving
 from .connection import Connection
@@ -119,6 +119,14 @@ class IoreqServer(RaisesInterrupts):
         older than 4.15.
         """
         return self._runtime.open_connection().link.nr_vcpus()
+
+    @property
+    def fence(self) -> Fence:
+        """A full memory fence for rings in guest memory; None where the processors keep the order.
+
+        ClosedError if the server is not open.
+        """
+        return self._runtime.open_connection().link.fence
 
     @property
     def requests(self) -> int:
