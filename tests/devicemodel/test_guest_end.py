@@ -156,6 +156,24 @@ def test_an_answer_that_xen_refuses(
             serve(server)
 
 
+def test_the_second_error_is_the_event_loops(server: IoreqServer) -> None:
+    """Both callbacks may fail before the coroutine runs: it raises the first error."""
+
+    async def fail_twice() -> None:
+        turn = loops._Turn(server._runtime, asyncio.get_running_loop(), server.fileno())
+        try:
+            turn._fail(ValueError("first"))
+            with pytest.raises(LookupError):
+                turn._fail(LookupError("second"))
+            with pytest.raises(ValueError, match="first"):
+                await turn._turn
+        finally:
+            turn.cancel()
+
+    with server:
+        asyncio.run(fail_twice())
+
+
 def test_a_closed_server_has_not_ended(guest: MockDomain, server: IoreqServer) -> None:
     """A close destroys the server too, and the guest goes on."""
     server.open()
