@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from tests.devicemodel.pcidriver import BDF
 from tests.devicemodel.virtio_kit import ALL_FEATURES, EVENT_IDX, Ring
 from tests.devicemodel.virtio_pci_kit import DATA, RING, Slow, VirtioPciDriver
-from tests.kit import link_of
+from tests.kit import in_thread, link_of, put_state
 from xenmapcache import CorruptImageError, MapCache, MockDomain, open_backend
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioPci
+from xenmapcache.ioreq import RequestSlot, State
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 
@@ -101,6 +103,29 @@ def test_the_next_process_goes_on(guest: MockDomain, path: Path) -> None:
             assert driver.message() == 1
             assert ring.used() == [(1, 1)]
             assert server.failures == 0
+
+
+@pytest.mark.parametrize("state", [State.READY, State.INPROCESS], ids=["new", "begun"])
+def test_a_reset_while_no_process_serves(guest: MockDomain, path: Path, state: State) -> None:
+    """The next process carries it out; otherwise the driver would wait for ever."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with killed(guest, path, driver, ring):
+        (dead,) = guest.ioreq_servers.values()
+        thread, seen = in_thread(lambda: driver.put(0x14, 0, 1))
+        while RequestSlot(dead.page, 0).state != State.READY:
+            os.sched_yield()
+        put_state(dead.page, 0, state)
+        with serving(guest, path, driver) as (server, device):
+            device.go.set()
+            thread.join()
+            assert seen == [None]
+            assert (driver.status, server.failures) == (0, 0)
+            driver.start(ring := Ring(guest, RING, 8))
+            ring.offer(ring.chain(writable=[(DATA, 1)]))
+            driver.kick()
+            while not (used := ring.used()):  # the first messages may be older
+                assert driver.message() == 1
+            assert used == [(0, 1)]
 
 
 def test_a_process_that_ends_in_order(guest: MockDomain, path: Path) -> None:

@@ -90,6 +90,8 @@ class PciFunction:
     ``set_interrupt`` in any threads.
     """
 
+    repeatable = True  # as of all configuration space: a write stores what it says
+
     def __init__(
         self,
         server: IoreqServer,

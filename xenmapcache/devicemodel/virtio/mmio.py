@@ -76,7 +76,8 @@ class VirtioMmio:
         address: guest-physical, of 0x200 bytes without RAM.
         device: gets what the driver does; its ``transport`` becomes this one.
         interrupt: sets the level of the interrupt line, such as
-            ``partial(server.set_isa_irq, 7)``. Any thread calls it.
+            ``partial(server.set_isa_irq, 7)`` of an HVM guest, or of an Arm guest
+            ``partial(server.set_irq_level, 40)``. Any thread calls it.
 
     Attributes:
         region: the claim; release it to unplug the device.
@@ -88,6 +89,8 @@ class VirtioMmio:
     Synchronization: the guest's accesses come in the thread that serves; the device may call
     :meth:`interrupt_queue` and its siblings in any thread.
     """
+
+    repeatable = True  # no write of a driver counts: each one sets what is to be
 
     def __init__(
         self,

@@ -106,6 +106,8 @@ class VirtioPci:
     :meth:`interrupt_queue` and its siblings in any thread; ``plug`` and ``unplug`` one at a time.
     """
 
+    repeatable = True  # no write of a driver counts: each one sets what is to be
+
     def __init__(
         self,
         server: IoreqServer,
