@@ -258,7 +258,7 @@ class VirtioDevice:
                 self.transport.interrupt_queue(index)
 
     def stop_queue(self, index: int) -> None:
-        """Use a queue no longer. Requests under way end first, without an answer.
+        """Use a queue no longer. Its requests under way end first, without an answer.
 
         Raises:
             TimeoutError: as :meth:`reset`.
@@ -268,7 +268,7 @@ class VirtioDevice:
             queue.stopped = True
             if self.record is not None:
                 self.record.queues[index].stop()
-            self._engine.drain()
+            self._engine.cancel(group=queue)
             del self._queues[index]
 
     def reset(self) -> None:
@@ -380,7 +380,7 @@ class VirtioDevice:
         buffer, work, end, _ = job
         on_end = partial(self._finish, queue, request, end)
         try:
-            self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end)
+            self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end, group=queue)
         except ClosedError:
             pass  # the server is closed, so nobody waits for an answer
         except Exception as error:
