@@ -76,6 +76,9 @@ class Transport(Protocol):
     def needs_reset(self) -> object:
         """Set NEEDS_RESET in the status, and tell the driver."""
 
+    def set_line(self) -> object:
+        """Set the interrupt line to its level, if there is one. Another process may have set it."""
+
 
 class Job(NamedTuple):
     """How a device carries out a request.
@@ -124,7 +127,8 @@ class VirtioDevice:
         negotiated: the features that the driver has accepted; 0 before that.
         config: the bytes of the configuration space.
         transport: of the device; the transport sets it.
-        record: the open file, or None. The transport keeps its registers there.
+        record: the open file, or None. The transport keeps its registers there. None once the
+            device is closed, because the file may be another process's then.
 
     Raises:
         OSError: the record cannot be opened, or another process uses it.
@@ -294,6 +298,8 @@ class VirtioDevice:
         Call it when the server is open, and before it serves. What was in flight when that process
         was killed is carried out again, and each request is answered once.
         """
+        if self.record is not None:
+            self.transport.set_line()
         for index, record in enumerate(self.record.queues if self.record is not None else ()):
             addresses = record.addresses
             if addresses is None:
@@ -327,6 +333,7 @@ class VirtioDevice:
             self._engine.close()
             if self.record is not None:
                 self.record.close()
+                self.record = None
         finally:
             locked(self._log_lock, self._log.flush)
 
