@@ -67,7 +67,7 @@ def test_parts_stay_in_their_pages(offset: int, length: int) -> None:
 def test_who_takes_no_grants_says_who_does(
     cache: MapCache, use: Callable[[MapCache, int], object]
 ) -> None:
-    """An address with bit 63 is no page there, and the message says what takes it."""
+    """No page has an address with bit 63, and the message says which calls take it."""
     with pytest.raises(FaultError, match=r"only read, read_into, write and map_dma of MapCache"):
         use(cache, grant_address(8))
 
