@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.xen.lab.platform import DEFAULT, PLATFORMS
-from tests.xen.lab.report import Reporter
+from tests.xen.lab.report import Reporter, on_machine
 from tests.xen.lab.run import Plan, Run
 
 CONSOLE = Path("/var/log/xen/console")
@@ -59,12 +59,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     plugin = config.pluginmanager.get_plugin(__name__)
     others = config.pluginmanager.subset_hook_caller("pytest_runtestloop", [plugin])
     others(session=session)
-    run = Run(_plan(config), remote, _progress(config))
+    plan = _plan(config)
+    run = Run(plan, remote, _progress(config))
     try:
         for item in remote:
             hook = item.ihook
             hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for report in run.reports(item):
+                on_machine(report, plan.platform.name)
                 hook.pytest_runtest_logreport(report=report)
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
             if session.shouldfail:
