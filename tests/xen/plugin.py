@@ -164,6 +164,7 @@ def _required(config: pytest.Config) -> bool:
 def _plan(config: pytest.Config) -> Plan:
     # What shapes a failure's text must be the same on both sides.
     options = [f"--tb={config.option.tbstyle}", "--color=no"]
+    options += [f"--xen-timeout={config.getoption('xen_timeout')}"]
     options += ["-v"] * config.option.verbose + ["-l"] * bool(config.option.showlocals)
     return Plan(
         project=config.rootpath,
