@@ -88,7 +88,8 @@ def test_info_takes_as_long_as_mapping_the_guest(
     took = time.perf_counter() - began
     record_property(
         "measured",
-        f"asked about 1024 frames {asked:.3f} s, survey {surveyed:.2f} s, mapped and unmapped once {once:.2f} s, info {took:.2f} s: "
+        f"asked about 1024 frames {asked:.3f} s, survey {surveyed:.2f} s, "
+        f"mapped and unmapped once {once:.2f} s, info {took:.2f} s: "
         f"{took / once:.2f} times",
     )
     assert '"pages"' in capsys.readouterr().out
