@@ -201,7 +201,7 @@ def test_searches_and_copies_map_no_holes(
         cache.invalidate()
         ranges = sources.merge_adjacent(sources.present(cache, 0, PAGES << 12))
         assert [(first, last - first) for first, last in ranges] == found
-        assert mapped(fake, backend) == 5 * 256 + 255 + 255  # frames that are no pages there
+        assert mapped(fake, backend) == 5 * 256 + 255 + 255  # frames without a page
         before = mapped(fake, backend)
         assert list(sources.present(cache, 100, 5000)) == [(100, 5000)]
         assert mapped(fake, backend) - before == 256

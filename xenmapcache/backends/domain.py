@@ -145,8 +145,8 @@ class DomainBackend(Backend):
     def survey(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
         """Return the runs of pages in a range, on x86; see :meth:`Backend.survey`.
 
-        Follows the same functions as :meth:`extents`. Of the MiB that have a page, the frames that
-        are no page of the guest are mapped, to find those of Xen's own.
+        Follows the same functions as :meth:`extents`. Of the MiB that have a page, the frames
+        without a page of the guest are mapped, to find those of Xen's own.
         """
         count = self._known_part(gfn, count)
         windows = self._windows(gfn, count)
