@@ -116,6 +116,16 @@ class Backend(abc.ABC):
         known = self.present(gfn, count)
         return iter([(gfn, count)]) if known is None else known
 
+    def survey(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
+        """Return the runs of pages that exist in a range, after some calls if need be.
+
+        By default what :meth:`present` tells, which makes no call.
+
+        Returns:
+            As :meth:`present`.
+        """
+        return self.present(gfn, count)
+
     def copies(self, gfn: int, count: int) -> bool:  # noqa: ARG002 - a contract
         """Tell whether :meth:`map` would copy a range of pages into memory of this process.
 
