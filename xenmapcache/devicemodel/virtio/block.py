@@ -65,6 +65,7 @@ _MAX_ZEROES = 1 << 13
 """Most sectors to be zeroed in one range: 4 MiB, because they may have to be written."""
 _MAX_QUICK = 1 << 16
 """Most bytes that are read in the thread that serves, while each vCPU that uses it waits."""
+_STATUSES = tuple(bytes([status]) for status in (OK, IOERR, UNSUPP))
 _ZEROES = memoryview(bytes(1 << 16))
 _ID_BYTES = 20
 _HEADER = struct.Struct("<IIQ")
@@ -158,9 +159,9 @@ class VirtioBlock(VirtioDevice):
         """Read the header, and say how to carry out the rest."""
         if len(request.readable) < _HEADER.size or not len(request.writable):
             raise BrokenDriverError(f"{request!r} has no header of 16 bytes, or no status byte")
-        kind, _, sector = _HEADER.unpack(request.readable[: _HEADER.size].read())
+        kind, _, sector = _HEADER.unpack(request.readable.read(_HEADER.size))
         work: Callable[[Segments], int] = _nothing
-        quick: Callable[[Segments], int | None] | None = None
+        quick: Callable[[GuestBuffer], int | None] | None = None
         buffer, status = request.readable[:0], OK
         try:
             if kind == IN:
@@ -195,7 +196,7 @@ class VirtioBlock(VirtioDevice):
         The status is the last byte. So it counts only if all bytes before it were written.
         """
         place = len(request.writable) - 1
-        request.writable[place:].write(bytes([IOERR if moved is None else status]))
+        request.writable.write(_STATUSES[IOERR if moved is None else status], place)
         written = moved or 0 if to_guest else 0
         return written + 1 if written == place else written
 
@@ -231,16 +232,17 @@ class VirtioBlock(VirtioDevice):
             memory.release(written=count)  # after an error all of it may have been written
         return _complete(count, length, offset)
 
-    def _peek(self, offset: int, memory: Segments) -> int | None:
+    def _peek(self, offset: int, buffer: GuestBuffer) -> int | None:
         """Read what the kernel has in its cache, without waiting for the disk."""
+        data = bytearray(len(buffer))
         try:
-            count = os.preadv(self._fd, memory.views, offset, os.RWF_NOWAIT)
+            count = os.preadv(self._fd, (data,), offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             self._can_peek = error.errno != errno.EOPNOTSUPP
             raise
-        return count if count == len(memory) else None
+        return buffer.write(data) if count == len(data) else None
 
     def _write(self, offset: int, memory: Segments) -> int:
         count = _complete(memory.write_to(self._fd, offset), len(memory), offset)

@@ -17,7 +17,9 @@
 #   pop ...                  the worker looks for further requests
 #
 # A request with `job.quick` is tried in the thread that serves first, which saves the hand-over. No
-# INVALIDATE comes in between, because the same thread would handle it.
+# INVALIDATE comes in between, because the same thread would handle it. Several requests are popped
+# under one lock, and answered together under another one, because locks and memory fences cost as
+# much as the rest of such a request.
 #
 # Rules
 #   1. At most `limit` requests of a queue are under way. If there are more, they stay in the
@@ -59,6 +61,9 @@ from .record import DeviceRecord, QueueRecord
 
 Result = TypeVar("Result")
 
+_BATCH = 16
+"""Most requests that are popped under one lock. Their answers wait for the last of them."""
+
 
 class Transport(Protocol):
     """What a device needs of its transport. Any thread may call it."""
@@ -90,15 +95,39 @@ class Job(NamedTuple):
         end: called when the lease is released, with that number, or with None if the work has
             failed. It writes the answer, and returns how many bytes of ``request.writable`` were
             written.
-        quick: called before ``work``, in the thread that serves; it must not wait. If it returns
-            None, or raises OSError or XenMapCacheError, a worker calls ``work``. After any other
-            exception the driver has to reset the device. None: only ``work`` is called.
+        quick: called before ``work`` with the buffer, which is not leased, in the thread that
+            serves; it must not wait. It reads or writes copies, which costs less than a lease of a
+            few pages. If it returns None, or raises OSError or XenMapCacheError, a worker calls
+            ``work``. After any other exception the driver has to reset the device. None: only
+            ``work`` is called.
     """
 
     buffer: GuestBuffer
     work: Callable[[Segments], int]
     end: Callable[[int | None], int]
-    quick: Callable[[Segments], int | None] | None = None
+    quick: Callable[[GuestBuffer], int | None] | None = None
+
+
+class Done(NamedTuple):
+    """A request that was carried out: what to call for its answer, and with which number."""
+
+    request: Request
+    end: Callable[[int | None], int]
+    moved: int | None
+
+
+class _Taken(NamedTuple):
+    """Requests that were popped, and why there were no more.
+
+    Attributes:
+        jobs: the requests.
+        is_empty: the ring has no other, and the driver notifies of the next one.
+        error: what went wrong with the next one.
+    """
+
+    jobs: list[tuple[Request, Job]]
+    is_empty: bool = False
+    error: Exception | None = None
 
 
 class VirtioDevice:
@@ -248,18 +277,31 @@ class VirtioDevice:
         queue = self._queues.get(index)
         if queue is None:
             return
-        wanted: list[bool] = []
+        left, wanted = queue.size, False
         try:
-            for number in range(queue.size):
-                taken = self._guarded(self._take, queue)
-                if taken is None:
+            while left:
+                taken = self._guarded(self._take, queue, min(left, _BATCH))
+                if taken is None or not taken.jobs:
                     return
-                is_last = number == queue.size - 1
-                if is_last or not self._do_quickly(queue, *taken, wanted):
-                    self._submit(queue, *taken)
+                left -= len(taken.jobs)
+                wanted |= self._begin(queue, taken.jobs, is_last=not left)
+                if taken.error is not None:
+                    self._give_up(taken.error)
+                if taken.is_empty:
+                    return
         finally:
-            if any(wanted):
+            if wanted:
                 self.transport.interrupt_queue(index)
+
+    def _begin(self, queue: Virtqueue, jobs: list[tuple[Request, Job]], *, is_last: bool) -> bool:
+        """Carry out what is quick, and give the rest to workers; return whether to interrupt."""
+        done: list[Done] = []
+        may_be_quick = not self._server.suspended
+        for request, job in jobs:
+            is_last_one = is_last and request is jobs[-1][0]
+            if is_last_one or not may_be_quick or not self._do_quickly(request, job, done):
+                self._submit(queue, request, job)
+        return bool(done and self._guarded(self._complete, queue, done))
 
     def stop_queue(self, index: int) -> None:
         """Use a queue no longer. Its requests under way end first, without an answer.
@@ -353,26 +395,34 @@ class VirtioDevice:
     def _pump(self, queue: Virtqueue) -> None:
         """Begin the requests that wait, as far as there is room: one round."""
         for _ in range(queue.size):
-            taken = self._guarded(self._take, queue)
-            if taken is None:
+            taken = self._guarded(self._take, queue, 1)
+            if taken is None or not taken.jobs:
                 return
-            self._submit(queue, *taken)
+            self._submit(queue, *taken.jobs[0])
 
-    def _take(self, queue: Virtqueue) -> tuple[Request, Job] | None:
-        """Pop a request, if there is one, and room for it."""
-        if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
-            return None
-        request = queue.pop()
-        return None if request is None else (request, self.prepare(request))
+    def _take(self, queue: Virtqueue, most: int) -> _Taken:
+        """Pop requests, if there are some, and room for them."""
+        jobs: list[tuple[Request, Job]] = []
+        while len(jobs) < most:
+            if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
+                break
+            try:
+                request = queue.pop()
+                if request is None:
+                    return _Taken(jobs, is_empty=True)
+                jobs.append((request, self.prepare(request)))
+            except Exception as error:
+                if not jobs:
+                    raise
+                return _Taken(jobs, error=error)  # reported after those before it
+        return _Taken(jobs)
 
-    def _do_quickly(self, queue: Virtqueue, request: Request, job: Job, wanted: list[bool]) -> bool:
+    def _do_quickly(self, request: Request, job: Job, done: list[Done]) -> bool:
         """Carry out a request in this thread; False if it has to be a worker's."""
-        if job.quick is None or self._server.suspended:
+        if job.quick is None:
             return False
         try:
-            with job.buffer.lease(self.name) as memory:
-                moved = job.quick(memory)
-                memory.release(written=moved)
+            moved = job.quick(job.buffer)
         except (XenMapCacheError, OSError):
             return False  # a worker meets the same error, and reports it
         except Exception as error:
@@ -380,7 +430,7 @@ class VirtioDevice:
             return True
         if moved is None:
             return False
-        wanted.append(bool(self._guarded(self._complete, queue, request, job.end, moved)))
+        done.append(Done(request, job.end, moved))
         return True
 
     def _submit(self, queue: Virtqueue, request: Request, job: Job) -> None:
@@ -404,22 +454,16 @@ class VirtioDevice:
     ) -> None:
         moved = transfer.result if transfer.status is DmaStatus.DONE else None
         try:
-            if self._guarded(self._complete, queue, request, end, moved):
+            if self._guarded(self._complete, queue, [Done(request, end, moved)]):
                 self.transport.interrupt_queue(queue.index)
         finally:
             self._pump(queue)
 
-    def _complete(
-        self,
-        queue: Virtqueue,
-        request: Request,
-        end: Callable[[int | None], int],
-        moved: int | None,
-    ) -> bool:
-        """Answer a request, and return whether to interrupt."""
+    def _complete(self, queue: Virtqueue, done: list[Done]) -> bool:
+        """Answer requests, and return whether to interrupt."""
         if self._broken or queue.stopped:
             return False
-        return queue.push((request, end(moved)))
+        return queue.push(*[(request, end(moved)) for request, end, moved in done])
 
     # --- drivers that break the rules -------------------------------------------------------------
 
