@@ -14,7 +14,7 @@
 #   job.work                 a worker, with the memory leased
 #   job.end, push            the worker, under the lock; the leases are released
 #   interrupt_queue          the worker, without the lock
-#   pop ...                  the worker looks for further requests
+#   pop ...                  the worker looks for further requests, if some may be left in the ring
 #
 # A request with `job.quick` is tried in the thread that serves first, which saves the hand-over. No
 # INVALIDATE comes in between, because the same thread would handle it. Several requests are popped
@@ -117,7 +117,7 @@ class Done(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """Requests that were popped, and why there were no more.
+    """Requests that were popped, and why there were no further ones.
 
     Attributes:
         jobs: the requests.
@@ -405,6 +405,7 @@ class VirtioDevice:
         jobs: list[tuple[Request, Job]] = []
         while len(jobs) < most:
             if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
+                queue.notifies = False  # the end of a request looks for further ones
                 break
             try:
                 request = queue.pop()
@@ -457,7 +458,8 @@ class VirtioDevice:
             if self._guarded(self._complete, queue, [Done(request, end, moved)]):
                 self.transport.interrupt_queue(queue.index)
         finally:
-            self._pump(queue)
+            if not queue.notifies:
+                self._pump(queue)
 
     def _complete(self, queue: Virtqueue, done: list[Done]) -> bool:
         """Answer requests, and return whether to interrupt."""

@@ -113,6 +113,8 @@ class Virtqueue:
         index, size: as given.
         in_flight: the requests that were popped and not pushed, by head.
         stopped: the driver has reset the device; the owner of the queue sets it and looks at it.
+        notifies: the ring was empty at the last :meth:`pop`, so the driver notifies of the next
+            request. The owner of the queue clears it if it leaves requests in the ring.
 
     Raises:
         BrokenDriverError: a number that the driver chose is against the rules.
@@ -149,6 +151,7 @@ class Virtqueue:
                 )
         self.in_flight: dict[int, Request] = {}
         self.stopped = False
+        self.notifies = False
         self._cache = cache
         self._descriptors, self._driver, self._device = descriptors, driver, device
         self._max_bytes = max_bytes
@@ -173,7 +176,9 @@ class Virtqueue:
         if not self._is_waiting():
             self._ask_for_notification()
             if not self._is_waiting():
+                self.notifies = True
                 return None
+        self.notifies = False
         self._suppress_notifications()
         # Arm: a fence for reads, because the entry is read after idx.
         head = self._read_u16(self._driver + 4 + 2 * (self._next % self.size))
@@ -227,7 +232,9 @@ class Virtqueue:
             entry = self._device + 4 + 8 * (self._used % self.size)
             self._write(entry, _USED.pack(request.head, as_int("written", written)))
             self._used = self._used + 1 & _WRAP
-            if record is not None:  # it knows of one request that was given back, and no more
+            if (
+                record is not None
+            ):  # it knows of one request that was given back, and of no second one
                 self._publish()
                 record.end(request.head, self._used)
             del self.in_flight[request.head]
