@@ -232,9 +232,7 @@ class Virtqueue:
             entry = self._device + 4 + 8 * (self._used % self.size)
             self._write(entry, _USED.pack(request.head, as_int("written", written)))
             self._used = self._used + 1 & _WRAP
-            if (
-                record is not None
-            ):  # it knows of one request that was given back, and of no second one
+            if record is not None:  # it knows of one that was given back, not of two
                 self._publish()
                 record.end(request.head, self._used)
             del self.in_flight[request.head]
