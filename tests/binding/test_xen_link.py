@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import platform
 import select
 import threading
 from collections.abc import Iterator
@@ -270,13 +269,6 @@ def test_an_old_library(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) ->
         xen.XenLink(DOMID, buffered=False, recover=False, binding=None)
     assert isinstance(caught.value, UnsupportedOperationError)
     assert old.servers == {}
-
-
-def test_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without x86's order of stores an answer may be seen too early: it is refused."""
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(UnsupportedOperationError, match="serving needs x86, not aarch64"):
-        xen.XenLink(DOMID, buffered=False, recover=False, binding=None)
 
 
 def test_no_libraries(cache: MapCache, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:

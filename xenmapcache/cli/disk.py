@@ -77,7 +77,6 @@ def run(options: argparse.Namespace) -> int:
     """Serve the disk until the guest ends. Returns the exit status."""
     from ..cache import MapCache
     from ..devicemodel import IoreqServer
-    from ..devicemodel.guest_end import GuestEnd
     from ..devicemodel.virtio import VirtioBlock
 
     with contextlib.ExitStack() as stack:
@@ -100,11 +99,9 @@ def run(options: argparse.Namespace) -> int:
             _plug(server, disk, kind, bdf)
             stack.enter_context(server)
             disk.resume()
-        end = stack.enter_context(GuestEnd(server))
         _show(options, server.domid, disk, kind, bdf)
-        number = server.serve_forever()
-    if end.ended:
-        print_note(f"domain {server.domid} has ended")
+        note = f"domain {server.domid} has ended"
+        number = server.serve_forever(on_end=lambda: print_note(note))
     return 128 + number if number == signal.SIGINT else 0
 
 

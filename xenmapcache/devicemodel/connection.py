@@ -116,7 +116,7 @@ class Connection:
         self.dispatcher = dispatcher
         self.tally = tally
         self.inheritance = Inheritance(link)
-        self._ring = BufferedRing(link.ring) if link.ring is not None else None
+        self._ring = BufferedRing(link.ring, link.fence) if link.ring is not None else None
         self._ring_port = -1
         self._ring_job: tuple[BufferedRing, Job] | None = None
         self._unsettled = False
@@ -133,7 +133,7 @@ class Connection:
         """Bind the event channels that are not bound yet, the ring's too."""
         bound = {channel.slot.vcpu for channel in self.channels.values()}
         for vcpu in range(len(self.link.page) // SLOT_SIZE):
-            slot = RequestSlot(self.link.page, vcpu)
+            slot = RequestSlot(self.link.page, vcpu, self.link.fence)
             if vcpu not in bound and slot.port:
                 port = self.link.bind(slot.port)
                 self.channels[port] = Channel(slot, port, self.link)

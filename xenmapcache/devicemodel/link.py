@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from ..ioreq import RequestKind
+from ..ioreq import Fence, RequestKind
 
 
 class Predecessor(Protocol):
@@ -70,6 +70,16 @@ class HypervisorLink(Protocol):
     def ring(self) -> memoryview | None:
         """The page of buffered requests, or None."""
 
+    @property
+    def fence(self) -> Fence:
+        """Orders loads and stores of the pages; None if the processors do."""
+
+    def has_ended(self) -> bool:
+        """Return whether Xen has destroyed the server, because its domain has ended."""
+
+    def nr_vcpus(self) -> int:
+        """Return how many vCPUs the domain can have."""
+
     def enable(self) -> None:
         """Get requests from now on; after it each vCPU's slot has its event channel."""
 
@@ -112,6 +122,9 @@ class HypervisorLink(Protocol):
     def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
         """Set the level of a PCI function's interrupt pin."""
 
+    def set_irq_level(self, irq: int, level: bool) -> None:
+        """Set the level of an SPI of an Arm guest."""
+
     def close(self, *, unmap: bool = True) -> None:
         """Destroy the server and release its channels, and its pages unless told otherwise.
 
@@ -132,6 +145,10 @@ class IoreqDomain(Protocol):
     @property
     def domid(self) -> int:
         """Its number."""
+
+    @property
+    def machine(self) -> str:
+        """The name of its :class:`.Architecture`."""
 
     def open_ioreq_server(self, *, buffered: bool, recover: bool) -> HypervisorLink:
         """Create one."""

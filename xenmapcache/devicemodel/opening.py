@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from ..arch import ARCHITECTURES, Architecture
+from ..binding.fence import host_architecture
 from ..cache import MapCache
+from ..errors import UnsupportedOperationError
 from .guest_type import GUEST_TYPES
 from .link import HypervisorLink, IoreqDomain
 
@@ -32,6 +35,22 @@ def check_pair(domain: int | IoreqDomain, cache: MapCache) -> None:
         f"the cache maps another domain {domid} than {domain!r}, of another hypervisor; "
         "pass the MockDomain that the cache maps"
     )
+
+
+def architecture_of(domain: int | IoreqDomain, *, buffered: bool) -> Architecture:
+    """Return a guest's architecture: a live guest has its host's.
+
+    Raises:
+        UnsupportedOperationError: guests of this architecture cannot be served, or have no
+            buffered requests, and a server of them is to take some.
+    """
+    architecture = host_architecture() if isinstance(domain, int) else ARCHITECTURES[domain.machine]
+    if buffered and architecture.mmio_only:
+        raise UnsupportedOperationError(
+            f"IoreqServer(buffered=True): Xen sends no buffered requests of an {architecture.name} "
+            "guest, but all its requests one by one; leave buffered= out"
+        )
+    return architecture
 
 
 def connect(

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..errors import XenCallError
-from ..ioreq import SLOT_SIZE, BufferedRing, RequestSlot, State, is_idle
+from ..ioreq import SLOT_SIZE, BufferedRing, Fence, RequestSlot, State, is_idle
 from ..logs import safely
 from .channel import Channel
 from .dispatch import Job
@@ -137,7 +137,7 @@ class Inheritance:
     """
 
     def __init__(self, link: HypervisorLink) -> None:
-        self._found = [(each, *_waiting_at(each)) for each in link.predecessors]
+        self._found = [(each, *_waiting_at(each, link.fence)) for each in link.predecessors]
 
     @property
     def channels(self) -> list[Channel]:
@@ -180,12 +180,12 @@ class Inheritance:
                 predecessor.close()
 
 
-def _waiting_at(server: Predecessor) -> tuple[list[Channel], BufferedRing | None]:
+def _waiting_at(server: Predecessor, fence: Fence) -> tuple[list[Channel], BufferedRing | None]:
     """Return the vCPUs and the ring of a dead server; note what its process had begun."""
     channels = []
     for vcpu, port in server.ports.items():
-        channel = Channel(RequestSlot(server.page, vcpu), port, server)
+        channel = Channel(RequestSlot(server.page, vcpu, fence), port, server)
         if channel.slot.state == State.INPROCESS:
             channel.job = Job(channel.slot.request(), half_done=True)
         channels.append(channel)
-    return channels, BufferedRing(server.ring) if server.ring is not None else None
+    return channels, BufferedRing(server.ring, fence) if server.ring is not None else None

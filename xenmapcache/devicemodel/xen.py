@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno as _errno
-import platform
 import select
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from ..binding import libc
 from ..binding.control import Control
 from ..binding.devicemodel import DeviceModel
 from ..binding.eventchannel import EventChannels
+from ..binding.fence import find_fence, host_architecture
 from ..binding.foreignmemory import ForeignMemory
 from ..binding.toolcore import restrict_all
 from ..errors import UnsupportedOperationError, XenCallError, XenMapCacheError
@@ -27,7 +27,6 @@ from .recovery import XenPredecessor, bind_all
 _RESOURCE_IOREQ_SERVER = 0
 _RING_FRAME, _PAGE_FRAME = 0, 1
 _MAX_IOREQ_SERVERS = 8
-_ORDERED = ("x86_64", "i386", "i686")
 
 
 class XenLink:
@@ -38,7 +37,8 @@ class XenLink:
 
     Raises:
         BackendUnavailableError: a library, Xen or the permission is missing.
-        UnsupportedOperationError: not on x86, or the libraries are too old.
+        UnsupportedOperationError: the libraries are too old, Xen has no ioreq servers, or no
+            fence can be had for this processor.
         XenCallError: Xen refused.
     """
 
@@ -50,11 +50,7 @@ class XenLink:
         recover: bool,
         binding: str | None,
     ) -> None:
-        if platform.machine() not in _ORDERED:
-            raise UnsupportedOperationError(
-                f"serving needs x86, not {platform.machine()}: answers must reach the guest in "
-                "program order, and Python has no fence for other processors"
-            )
+        self.fence = find_fence(host_architecture())
         self._domid = check_domid(domid)
         self._binding = binding
         self._keeps_pages = self._destroyed = False
@@ -132,6 +128,12 @@ class XenLink:
         try:
             return self._model.create_ioreq_server(self._domid, buffered)
         except XenCallError as error:
+            if error.errno == _errno.ENOSYS:
+                raise UnsupportedOperationError(
+                    f"domain {self._domid}: this Xen has no ioreq servers (ENOSYS), as those that "
+                    "distributions build for Arm; build it with CONFIG_IOREQ_SERVER=y and boot it "
+                    "(see docs/device-models-live.md, Arm)"
+                ) from error
             idle = [each for each in self.predecessors if is_idle(each.page, each.ring)]
             if error.errno != _errno.ENOSPC or not idle:
                 raise
@@ -152,6 +154,17 @@ class XenLink:
         except XenMapCacheError:
             return None
         return state.paused and not (state.dying or state.shut_down)
+
+    def has_ended(self) -> bool:
+        """See :meth:`.link.HypervisorLink.has_ended`.
+
+        A dm_op on the own server: it needs neither a toolstack nor other rights than serving.
+        """
+        return not self._model.has_ioreq_server(self._domid, self.id)
+
+    def nr_vcpus(self) -> int:
+        """See :meth:`.link.HypervisorLink.nr_vcpus`."""
+        return self._model.nr_vcpus(self._domid)
 
     def enable(self) -> None:
         """See :meth:`.link.HypervisorLink.enable`."""
@@ -218,6 +231,10 @@ class XenLink:
         """See :meth:`.link.HypervisorLink.set_pci_intx`."""
         segment, bus, device, _ = function
         self._model.set_pci_intx_level(self._domid, segment, bus, device, pin, level)
+
+    def set_irq_level(self, irq: int, level: bool) -> None:
+        """See :meth:`.link.HypervisorLink.set_irq_level`."""
+        self._model.set_irq_level(self._domid, irq, level)
 
     def close(self, *, unmap: bool = True) -> None:
         """See :meth:`.link.HypervisorLink.close`."""

@@ -21,20 +21,20 @@ from typing import Protocol
 
 from ..address import PAGE_SIZE
 from ..binding.descriptor import Descriptor
-from ..errors import UnsupportedOperationError, XenCallError
+from ..errors import XenCallError
 from ..ioreq import (
     BUS_OFFSET,
     IOREQ,
     SLOT_SIZE,
     BufferedRing,
+    Fence,
     Request,
     RequestKind,
     RequestSlot,
     State,
-    bdf_text,
 )
 from .faults import FaultPlan
-from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
+from .interrupts import InterruptedGuest, RecordsInterrupts
 from .p2m import P2m
 from .predecessor import MockPredecessor
 from .waiting import Bell, Gate
@@ -50,11 +50,9 @@ _LOCAL = 100  # local port = remote port + this
 _call: Callable[[Callable[[], object]], object] = call
 
 
-class Guest(Protocol):
+class Guest(InterruptedGuest, Protocol):
     """What ioreq servers and vCPUs need to know of their domain."""
 
-    domid: int
-    type: str
     vcpus: int
     p2m: P2m
     faults: FaultPlan
@@ -64,11 +62,8 @@ class Guest(Protocol):
     crashed: str
     pci_cf8: int
 
-    def raise_interrupt(self, interrupt: Interrupt) -> None:
-        """Record an interrupt, and wake who waits for one."""
 
-
-class MockIoreqServer:
+class MockIoreqServer(RecordsInterrupts):
     """An ioreq server as Xen keeps it. Made by :meth:`.MockDomain.open_ioreq_server`.
 
     Attributes:
@@ -83,14 +78,17 @@ class MockIoreqServer:
     Synchronization: the device model's side is for one thread; vCPUs are others.
     """
 
+    fence: Fence = None  # an event goes through a lock or the kernel, which orders what was written
+    _guest: Guest
+
     def __init__(self, guest: Guest, number: int, buffered: bool) -> None:
+        super().__init__(guest)
         self.id = number
         self.enabled = False
         self.destroyed = False
         self.killed = False
         self.predecessors: list[MockPredecessor] = []
         self._successor: MockIoreqServer | None = None
-        self._guest = guest
         pages = memoryview(mmap.mmap(-1, 2 * PAGE_SIZE))
         self.page = pages[PAGE_SIZE:]
         self.ring = pages[:PAGE_SIZE] if buffered else None
@@ -124,6 +122,14 @@ class MockIoreqServer:
     def paused(self) -> bool:
         """Whether the domain is paused or suspended, so that no vCPU takes its answer."""
         return bool(self._guest.gate.reasons)
+
+    def has_ended(self) -> bool:
+        """Tell whether the server is gone, as it is when its domain has ended."""
+        return self.destroyed
+
+    def nr_vcpus(self) -> int:
+        """Return how many vCPUs the domain has."""
+        return self._guest.vcpus
 
     def enable(self) -> None:
         """Get requests from now on; every vCPU then has an event channel in the page."""
@@ -205,22 +211,6 @@ class MockIoreqServer:
     def restrict(self) -> None:
         """Give up rights to other domains; the mock has none to give up."""
 
-    def inject_msi(self, address: int, data: int) -> None:
-        """Note a message-signalled interrupt in ``domain.interrupts``."""
-        self._guest.raise_interrupt(MsiInterrupt("msi", address, data))
-
-    def set_isa_irq(self, irq: int, level: bool) -> None:
-        """Note the level of an interrupt line in ``domain.interrupts``."""
-        self._check_lines()
-        self._guest.raise_interrupt(IsaInterrupt("isa", irq, level))
-
-    def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
-        """Note the level of a PCI function's pin in ``domain.interrupts``."""
-        self._check_lines()
-        segment, bus, device, number = function
-        bdf = bdf_text(segment << 16 | bus << 8 | device << 3 | number)
-        self._guest.raise_interrupt(IntxInterrupt("intx", bdf, pin, level))
-
     def close(self, *, unmap: bool = True) -> None:  # noqa: ARG002 - as on live Xen
         """Destroy it. As on Xen, a vCPU that waits and was not notified is stuck.
 
@@ -292,13 +282,6 @@ class MockIoreqServer:
         self._check_connected(name)
         if self.destroyed:
             raise self._refused(name, _errno.ENOENT, "the ioreq server was destroyed")
-
-    def _check_lines(self) -> None:
-        if self._guest.type != "hvm":
-            raise UnsupportedOperationError(
-                f"domain {self._guest.domid} is a {self._guest.type.upper()} guest, which has no "
-                "ISA or INTx interrupt lines; use inject_msi"
-            )
 
     # --- Xen's side -----------------------------------------------------------------
 

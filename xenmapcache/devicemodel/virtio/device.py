@@ -269,8 +269,15 @@ class VirtioDevice:
                 f"queue {index}: its size {numbers['size']} must be at most "
                 f"{self.queue_sizes[index]}"
             )
-        cache = self._server.cache
-        return Virtqueue(cache, index, **numbers, features=self.negotiated, record=record)
+        server = self._server
+        return Virtqueue(
+            server.cache,
+            index,
+            **numbers,
+            features=self.negotiated,
+            fence=server.fence,
+            record=record,
+        )
 
     def notify_queue(self, index: int) -> None:
         """Take the requests that the driver has made available."""

@@ -71,7 +71,8 @@ class VirtioMmio:
         address: guest-physical, of 0x200 bytes without RAM.
         device: gets what the driver does; its ``transport`` becomes this one.
         interrupt: sets the level of the interrupt line, such as
-            ``partial(server.set_isa_irq, 7)``. Any thread calls it.
+            ``partial(server.set_isa_irq, 7)`` of an HVM guest, or of an Arm guest
+            ``partial(server.set_irq_level, 40)``. Any thread calls it.
 
     Attributes:
         region: the claim; release it to unplug the device.
