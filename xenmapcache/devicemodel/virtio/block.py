@@ -39,7 +39,8 @@ from ...guest.scatter import Segments
 from ...logs import safely
 from ..server import IoreqServer
 from .buffer import BrokenDriverError, GuestBuffer
-from .device import Job, VirtioDevice
+from .device import VirtioDevice
+from .job import Job
 from .queue import Request
 
 logger = logging.getLogger("xenmapcache.devicemodel")

@@ -44,18 +44,17 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from ...address import as_int
 from ...cache.locked import locked
 from ...errors import ClosedError, FaultError, XenMapCacheError
-from ...guest.scatter import Segments
 from ..dma import DmaEngine
 from ..dma_transfer import DmaStatus, DmaTransfer
 from ..report import FailureLog, Tally
 from ..server import IoreqServer
-from .buffer import BrokenDriverError, GuestBuffer
+from .buffer import BrokenDriverError
+from .job import Done, Job, Taken
 from .queue import ACCESS_PLATFORM, EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
 from .record import DeviceRecord, QueueRecord
 
@@ -83,51 +82,6 @@ class Transport(Protocol):
 
     def set_line(self) -> object:
         """Set the interrupt line to its level, if there is one. Another process may have set it."""
-
-
-class Job(NamedTuple):
-    """How a device carries out a request.
-
-    Attributes:
-        buffer: the part of the request that is leased while ``work`` runs.
-        work: called with the leased buffer, in a worker. It returns how many bytes it moved. If it
-            raises, the request has failed.
-        end: called when the lease is released, with that number, or with None if the work has
-            failed. It writes the answer, and returns how many bytes of ``request.writable`` were
-            written.
-        quick: called before ``work`` with the buffer, which is not leased, in the thread that
-            serves; it must not wait. It reads or writes copies, which costs less than a lease of a
-            few pages. If it returns None, or raises OSError or XenMapCacheError, a worker calls
-            ``work``. After any other exception the driver has to reset the device. None: only
-            ``work`` is called.
-    """
-
-    buffer: GuestBuffer
-    work: Callable[[Segments], int]
-    end: Callable[[int | None], int]
-    quick: Callable[[GuestBuffer], int | None] | None = None
-
-
-class Done(NamedTuple):
-    """A request that was carried out: what to call for its answer, and with which number."""
-
-    request: Request
-    end: Callable[[int | None], int]
-    moved: int | None
-
-
-class _Taken(NamedTuple):
-    """Requests that were popped, and why there were no further ones.
-
-    Attributes:
-        jobs: the requests.
-        is_empty: the ring has no other, and the driver notifies of the next one.
-        error: what went wrong with the next one.
-    """
-
-    jobs: list[tuple[Request, Job]]
-    is_empty: bool = False
-    error: Exception | None = None
 
 
 class VirtioDevice:
@@ -389,12 +343,7 @@ class VirtioDevice:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # --- requests -------------------------------------------------------------------------------
@@ -407,7 +356,7 @@ class VirtioDevice:
                 return
             self._submit(queue, *taken.jobs[0])
 
-    def _take(self, queue: Virtqueue, most: int) -> _Taken:
+    def _take(self, queue: Virtqueue, most: int) -> Taken:
         """Pop requests, if there are some, and room for them."""
         jobs: list[tuple[Request, Job]] = []
         while len(jobs) < most:
@@ -417,13 +366,13 @@ class VirtioDevice:
             try:
                 request = queue.pop()
                 if request is None:
-                    return _Taken(jobs, is_empty=True)
+                    return Taken(jobs, is_empty=True)
                 jobs.append((request, self.prepare(request)))
             except Exception as error:
                 if not jobs:
                     raise
-                return _Taken(jobs, error=error)  # reported after those before it
-        return _Taken(jobs)
+                return Taken(jobs, error=error)  # reported after those before it
+        return Taken(jobs)
 
     def _do_quickly(self, request: Request, job: Job, done: list[Done]) -> bool:
         """Carry out a request in this thread; False if it has to be a worker's."""

@@ -7,7 +7,8 @@ import os
 from ...guest.scatter import Segments
 from ..server import IoreqServer
 from .buffer import BrokenDriverError, GuestBuffer
-from .device import Job, VirtioDevice
+from .device import VirtioDevice
+from .job import Job
 from .queue import Request
 
 _MAX_BYTES = 4096
