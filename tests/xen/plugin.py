@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xen.lab.platform import DEFAULT, PLATFORMS
+from tests.xen.lab.platform import DEFAULT, PLATFORMS, Platform, native
 from tests.xen.lab.report import Reporter
 from tests.xen.lab.run import Plan, Run
 
@@ -98,6 +98,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         for nodeid, value in measured:
             terminalreporter.write_line(f"{nodeid.rpartition('::')[2]}: {value}")
+
+
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> Platform:
+    """What a test has to know of the machine that it runs on."""
+    name = request.config.getoption("xen")
+    return native() if name is None else PLATFORMS[name]
 
 
 @pytest.fixture(scope="session")
