@@ -93,13 +93,21 @@ class StockGuest:
 
 
 @contextmanager
-def stock_guest(script: str, console: Callable[[str], str], *programs: str) -> Iterator[StockGuest]:
+def stock_guest(
+    script: str,
+    console: Callable[[str], str],
+    *programs: str,
+    config: str = "",
+    creating: Callable[[], object] = lambda: None,
+) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
 
     Args:
         script: for its shell.
         console: returns what it has printed so far.
         programs: names of programs of tests/xen/guest, which it gets in /bin.
+        config: more lines of its configuration.
+        creating: called again and again while xl creates it.
     """
     ours = newc(
         [
@@ -113,11 +121,15 @@ def stock_guest(script: str, console: Callable[[str], str], *programs: str) -> I
     )
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
     IMAGE.write_bytes(b"".join(images) + ours)
-    CONFIG.write_text(TEXT)
+    CONFIG.write_text(TEXT + config)
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0
-    xl("create", "-q", "-p", str(CONFIG))
+    with subprocess.Popen(["xl", "create", "-q", "-p", str(CONFIG)]) as process:
+        while process.poll() is None:
+            creating()
+            time.sleep(0.1)
+    assert process.returncode == 0
     try:
         found = subprocess.run(["xl", "domid", NAME], capture_output=True, text=True, check=True)
         yield StockGuest(int(found.stdout), lambda: console(NAME)[before:])
