@@ -31,7 +31,7 @@ HOLES = ((0x01, 2), (0x40, 1), (0xFE, 4), (0x180, 0x60), (0x2FF, 1))
 
 
 def runs() -> Iterator[tuple[int, int]]:
-    """Yield ``(offset, length)`` of what is there between the holes, in bytes."""
+    """Yield ``(offset, length)`` of what exists between the holes, in bytes."""
     first = 0
     for page, count in (*HOLES, (PAGES, 0)):
         if page > first:
@@ -40,7 +40,7 @@ def runs() -> Iterator[tuple[int, int]]:
 
 
 def exercise(reopen: Callable[[], Backend], gfn: int, folder: Path) -> bool:
-    """Use all of a cache, on what is there and what is not; what the guest has stays as it is.
+    """Use all of a cache, on what exists and what does not; the guest keeps its content.
 
     Args:
         reopen: opens the guest.

@@ -76,7 +76,7 @@ def test_no_access_touches_one(reopen: Reopen, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [write_coredump, write_lime, write_vmcore])
 def test_no_writer_touches_one(reopen: Reopen, write: Callable[..., int], tmp_path: Path) -> None:
-    """A file has the pages that are there."""
+    """A file has the pages that exist."""
     path = tmp_path / "file"
     there = GFN + PAGES - sum(count for _, count in HOLES)
 

@@ -216,6 +216,9 @@ def test_a_file_that_is_in_use(path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--serial", "x" * 21], "serial must be at most 20 bytes of ASCII"),
         (["--bdf", "5.0"], "'5.0'"),
+        (["--bdf", "0000:00:00.0"], "give 0000:00:01.0 to 0000:00:1f.0"),
+        (["--bdf", "01:02.0"], "a PVH guest has one bus"),
+        (["--bdf", "00:02.1"], "looks at function 0"),
     ],
 )
 def test_wrong_options(

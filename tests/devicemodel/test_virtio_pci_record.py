@@ -28,6 +28,7 @@ class Dead:
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
+    def set_line(self) -> None: ...
 
 
 @pytest.fixture
@@ -144,6 +145,33 @@ def test_a_process_that_ends_in_order(guest: MockDomain, path: Path) -> None:
         ring.offer(ring.chain(writable=[(DATA, 1)]))
         driver.kick()
         assert driver.message() == 1
+
+
+def test_a_line_that_was_left_high(guest: MockDomain, path: Path) -> None:
+    """A driver that has not set DRIVER_OK yet would otherwise get an interrupt without end."""
+    driver = VirtioPciDriver(guest)
+    with serving(guest, path, driver) as (_, device):
+        driver.find(msix=False)
+        assert driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        device.transport.interrupt_config()
+        assert guest.line_level("intx", BDF, 0)
+    assert guest.line_level("intx", BDF, 0)
+    with serving(guest, path, driver):
+        assert not guest.line_level("intx", BDF, 0)
+
+
+def test_taken_away_after_the_end(guest: MockDomain, cache: MapCache, path: Path) -> None:
+    """A device that was closed has no record any longer; to unplug it does no harm."""
+    server = IoreqServer(guest, cache)
+    with Slow(server, record=path) as device:
+        transport = VirtioPci(server, BDF, device)
+        transport.plug()
+        with server:
+            pass
+    assert device.record is None
+    device.close()
+    transport.unplug()
+    assert transport.function.config.read(4, 2) == 0
 
 
 def test_killed_amid_a_reset(guest: MockDomain, path: Path) -> None:

@@ -335,6 +335,7 @@ class VirtioMmioOfADeadProcess:
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
+    def set_line(self) -> None: ...
 
 
 @pytest.mark.parametrize("events", [False, True], ids=["flags", "event index"])
@@ -519,6 +520,23 @@ def test_a_kill_amid_a_reset(
         with make(server, driver, path, b"2") as device, server, server.serving():
             device.resume()
             assert driver.read(0x70) == 0
+
+
+def test_a_line_that_was_left_high(
+    guest: MockDomain, cache: MapCache, path: Path, driver: MmioDriver
+) -> None:
+    """A driver that has not set DRIVER_OK yet would otherwise get an interrupt without end."""
+
+    def prepare(device: Slow) -> None:
+        driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        device.transport.interrupt_config()
+
+    with killed(guest, driver, path, prepare):
+        assert driver.line.level
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"2") as device, server:
+            device.resume()
+            assert not driver.line.level
 
 
 def test_a_kill_amid_the_set_up(

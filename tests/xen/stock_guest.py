@@ -29,13 +29,15 @@ name = "{NAME}"
 type = "pvh"
 kernel = "{LAB}/vmlinux"
 ramdisk = "{IMAGE}"
-extra = "console=hvc0 nokaslr mitigations=off panic=-1 pci=noacpi,noearly"
+extra = "console=hvc0 nokaslr mitigations=off panic=-1 ARGUMENTS"
 memory = {MEMORY}
 maxmem = {MEMORY}
 vcpus = 2
 on_crash = "destroy"
 on_reboot = "destroy"
 """
+ARGUMENTS: Final = "pci=noacpi,noearly"
+"""What makes the kernel look at the bus."""
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mkdir -p /sys /tmp
@@ -97,8 +99,8 @@ def stock_guest(
     script: str,
     console: Callable[[str], str],
     *programs: str,
-    config: str = "",
-    creating: Callable[[], object] = lambda: None,
+    arguments: str = ARGUMENTS,
+    configuration: str = "",
 ) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
 
@@ -106,8 +108,8 @@ def stock_guest(
         script: for its shell.
         console: returns what it has printed so far.
         programs: names of programs of tests/xen/guest, which it gets in /bin.
-        config: more lines of its configuration.
-        creating: called again and again while xl creates it.
+        arguments: for its kernel.
+        configuration: more lines of it, for xl.
     """
     ours = newc(
         [
@@ -121,15 +123,11 @@ def stock_guest(
     )
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
     IMAGE.write_bytes(b"".join(images) + ours)
-    CONFIG.write_text(TEXT + config)
+    CONFIG.write_text(TEXT.replace("ARGUMENTS", arguments) + configuration)
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0
-    with subprocess.Popen(["xl", "create", "-q", "-p", str(CONFIG)]) as process:
-        while process.poll() is None:
-            creating()
-            time.sleep(0.1)
-    assert process.returncode == 0
+    xl("create", "-q", "-p", str(CONFIG))
     try:
         found = subprocess.run(["xl", "domid", NAME], capture_output=True, text=True, check=True)
         yield StockGuest(int(found.stdout), lambda: console(NAME)[before:])

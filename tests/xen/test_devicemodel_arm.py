@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +18,6 @@ from tests.xen.stock_guest import StockGuest, stock_guest
 from xenmapcache import DmaDirection, MapCache, UnsupportedOperationError, open_backend
 from xenmapcache.address import MiB
 from xenmapcache.devicemodel import IoreqServer
-from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioMmio
 
 pytestmark = pytest.mark.xen
 
@@ -134,37 +130,3 @@ def test_the_end_of_the_guest(machine: Platform, guest_console: Console) -> None
         subprocess.run(["xl", "destroy", stock.NAME], check=True, timeout=280)
         assert ended.wait(60)
         thread.join(60)
-
-
-DISK = 'disk = ["format=raw,vdev=xvda,access=rw,specification=virtio,backendtype=standalone,target=/x"]\n'
-BACKEND = "/local/domain/0/backend/virtio_disk"
-
-
-def connect_disk() -> None:
-    """Say in xenstore what a disk's program says, for which xl waits."""
-    found = subprocess.run(["xenstore-ls", "-f", BACKEND], capture_output=True, text=True, check=False)
-    print(found.stdout, found.stderr)
-    for path, value in re.findall(r'^(\S+/state) = "(\d)"', found.stdout, re.MULTILINE):
-        print(path, value)
-        if value == "1":
-            subprocess.run(["xenstore-write", path, "2"], check=True)
-
-
-def test_virtio(machine: Platform, guest_console: Console, tmp_path: Path) -> None:
-    with stock_guest("ls /dev/vd*; dd if=/dev/vda bs=512 count=1 | md5sum; cat /proc/interrupts; ls /proc/device-tree; dmesg | grep -i virtio",
-      guest_console, config=DISK, creating=connect_disk) as guest:
-        print(subprocess.run(["xenstore-ls", "-f", BACKEND], capture_output=True, text=True, check=False).stdout)
-        path = tmp_path / "disk.img"
-        path.write_bytes(b"a" * (1 << 20))
-        with open_backend("xen", domid=guest.domid) as backend, MapCache(backend) as cache, path.open("r+b") as file:
-            server = IoreqServer(guest.domid, cache)
-            with VirtioBlock(server, file, serial="lab") as block:
-                VirtioMmio(server, 0x02000000, block, interrupt=partial(server.set_irq_level, 33))
-                with server, server.serving():
-                    guest.unpause()
-                    try:
-                        guest.wait("end", 90)
-                    finally:
-                        print(guest._console()[-6000:])
-                        print(server.requests, server.failures)
-    assert 0

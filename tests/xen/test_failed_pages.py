@@ -66,7 +66,7 @@ def test_no_access_touches_one(reopen: Callable[[], Backend], gfn: int, tmp_path
 
 
 def test_no_dump_touches_one(victim: int, gfn: int, tmp_path: Path) -> None:
-    """A dump by copies and one by views have what is there."""
+    """A dump by copies and one by views have what exists."""
     before = oopses()
     start, length = gfn * PAGE_SIZE, PAGES * PAGE_SIZE
     raw, lime = tmp_path / "raw", tmp_path / "lime"

@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
                 record=options.record,
             )
             stack.enter_context(disk)
-            bdf = options.bdf or _SLOTS[kind]
+            bdf = _place(options.bdf, kind)
             _plug(server, disk, kind, bdf)
             stack.enter_context(server)
             disk.resume()
@@ -144,6 +144,21 @@ def _kind(options: argparse.Namespace, domain: int | IoreqDomain) -> str:
     if kind not in _SLOTS:
         raise CommandError(f"domain {domain} is a PV guest; only PVH and HVM guests have a PCI bus")
     return str(kind)
+
+
+def _place(wanted: str | None, kind: str) -> str:
+    """Return where the disk is on the guest's bus."""
+    from ..ioreq import parse_bdf
+
+    if wanted is None:
+        return _SLOTS[kind]
+    segment, bus, device, function = parse_bdf(wanted)
+    if kind == "pvh" and (segment or bus or not device or function):
+        raise CommandError(
+            f"--bdf {wanted}: a PVH guest has one bus, with the host bridge at 0000:00:00.0, and "
+            f"looks at function 0 of each device; give 0000:00:01.0 to 0000:00:1f.0"
+        )
+    return wanted
 
 
 def _plug(server: IoreqServer, disk: VirtioBlock, kind: str, bdf: str) -> None:

@@ -1,6 +1,6 @@
 """Building a hypervisor from Debian's source, where the one that Debian builds lacks something.
 
-It is kept beside the images, under a name with a hash of what went into it.
+It is kept next to the images, under a name with a hash of what went into it.
 """
 
 from __future__ import annotations

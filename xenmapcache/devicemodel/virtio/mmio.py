@@ -182,12 +182,13 @@ class VirtioMmio:
 
     def _raise(self, bits: int) -> None:
         locked(self._lock, self._change, bits, 0)
-        self._set_line()
+        self.set_line()
 
     def _change(self, raised: int, cleared: int) -> None:
         self._raised = (self._raised | raised) & ~cleared
 
-    def _set_line(self) -> None:
+    def set_line(self) -> None:
+        """Set the line to its level; see the rules above."""
         while True:
             level = self._raised != 0
             self._line(level)
@@ -301,7 +302,7 @@ class VirtioMmio:
 
     def _acknowledge(self, value: int) -> None:
         locked(self._lock, self._change, 0, value)
-        self._set_line()
+        self.set_line()
 
     def _write_status(self, value: int) -> None:
         if not value & 0xFF:

@@ -294,6 +294,14 @@ class VirtioPci:
         self._needs_reset = True
         self._interrupt(self._config_vector.value, CHANGED)
 
+    def set_line(self) -> None:
+        """Set the pin to its level, if the device has one."""
+        if self._has_pin:
+            locked(self._lock, self._set_pin)
+
+    def _set_pin(self) -> None:
+        self.function.set_interrupt(self._isr != 0)
+
     def _interrupt(self, vector: int, bit: int) -> None:
         if not self._msix.enabled:
             locked(self._lock, self._change_isr, bit)
@@ -305,7 +313,7 @@ class VirtioPci:
         before = self._isr
         self._isr = before | raised if raised else 0
         if self._has_pin:
-            self.function.set_interrupt(self._isr != 0)
+            self._set_pin()
         return before
 
     def _read_isr(self) -> int:
