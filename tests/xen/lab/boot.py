@@ -95,6 +95,10 @@ class Machine:
         finally:
             os.close(channel_in)
             os.close(console_in)
+        # The kernel may schedule each session as a group (sched_autogroup), and our niceness counts
+        # only within it: the group gets it, too.
+        with contextlib.suppress(OSError):  # such groups are off, or only root may
+            Path(f"/proc/{self._process.pid}/autogroup").write_text(str(os.nice(0)))
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._read_channel, args=(channel,), daemon=True),
