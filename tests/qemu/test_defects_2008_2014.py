@@ -33,7 +33,9 @@ def test_defect_01_a_failed_lookup_leaves_the_bucket_live(guest: Guest) -> None:
     """
     there, hole = guest.hole * PAGE_SIZE - 8, guest.hole * PAGE_SIZE
     shift = max(20, (there ^ hole).bit_length())  # so large that both lie in one bucket
-    with MapCache(guest.backend, bucket_shift=shift, max_resident=1 << shift) as cache:
+    if 2 << shift > guest.backend.mapping_room:
+        pytest.skip(f"a bucket with memory and a hole would have {1 << shift:#x} bytes here")
+    with MapCache(guest.backend, bucket_shift=shift) as cache:
         before = cache.read(there, 8)
         lease = cache.map_dma(there, 8, owner="disk", direction=TO_DEVICE)
         with pytest.raises(FaultError):
