@@ -50,7 +50,10 @@ class DirtyPages:
 
     def tell(self, gfn: int, count: int) -> None:
         """Tell the observers of pages that were reported."""
-        self.stream.put(_make_dirtied((now(), gfn << PAGE_SHIFT, count << PAGE_SHIFT)))
+        values = now(), gfn << PAGE_SHIFT, count << PAGE_SHIFT
+        shortcut = self.stream.shortcut
+        if shortcut is None or not shortcut.dirtied(values):
+            self.stream.put(_make_dirtied(values))
 
     def report_hot(self, gfn: int, count: int) -> None:
         """Report pages of a hot bucket, and deliver: no operation is under way that would."""
