@@ -60,7 +60,19 @@ def _values(record: LeaseRecord, time: int, sequence: int) -> tuple[Any, ...]:
 
 def taken(stream: EventStream, record: LeaseRecord, sequence: int) -> None:
     """Tell of a lease that was taken; called without the lock."""
-    values = _values(record, _monotonic_ns() + WALL_CLOCK_OFFSET_NS, sequence)
+    direction, kind = record.direction, record.kind
+    values = (  # as _values(), in less time
+        _monotonic_ns() + WALL_CLOCK_OFFSET_NS,
+        record.id,
+        kind._value_,
+        record.address,
+        record.length,
+        record.owner,
+        None if direction is None else direction._value_,
+        record.thread._name,  # type: ignore[attr-defined] # noqa: SLF001 - name() is slow
+        record.lost or (kind is not _DEVICE and record.sequence < sequence),
+        record.origin,
+    )
     shortcut = stream.shortcut
     if shortcut is not None:
         store = shortcut.taken
