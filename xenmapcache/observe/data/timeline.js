@@ -103,11 +103,11 @@
       x: x.flatMap(at => [at, at, null]), y: x.flatMap(() => [top, bottom, null]),
     };
     if (!marked) return [line];
-    const many = shown.length > (isPhone() ? 6 : 20);
+    const many = shown.length > (isPhone() ? 6 : 20), room = (to - from) * 0.04;  // for a text
     return [line, {
       type: 'scatter', mode: many ? 'markers' : 'markers+text', x, y: x.map(() => top), hovertext: text,
       hoverinfo: 'text', textposition: 'middle right', cliponaxis: false,
-      text: shown.map(k => level.total[k] > 1 ? `×${number(level.total[k])}` : ''),
+      text: shown.map((k, n) => level.total[k] > 1 && !(x[n + 1] - x[n] < room) ? `×${number(level.total[k])}` : ''),
       marker: { symbol: 'triangle-down', size: 11, color: colour('invalidate') },
     }];
   }
