@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ..events import (
     BucketDropped,
@@ -38,7 +38,9 @@ from ..stream import HAS_GIL, QueueObserver, Shortcut, Subject
 from .eventlines import encode, template
 
 if TYPE_CHECKING:
-    from .recorder import Recorder
+    from threading import RLock
+
+    from .halves import Halves
 
 _MAX_TEMPLATES: Final = 4096
 _NO_CHANGE: Final[tuple[Any, Any, Any]] = (None, None, None)
@@ -60,6 +62,28 @@ class State(NamedTuple):
     mapped: dict[int, bytes]
 
 
+class Keeper(Protocol):
+    """What a pen asks of its recorder, which knows this module.
+
+    Attributes:
+        lock: for a build without a GIL.
+        halves: the file.
+        held: lines of the leases that are held, by their numbers.
+        states: what is restated, by the number of the stream.
+    """
+
+    lock: RLock
+    halves: Halves
+    held: dict[int, bytes]
+    states: dict[int, State]
+
+    def make_room(self, size: int, pen: Pen, queue: deque[Event]) -> bool:
+        """Have room for a line; see :meth:`.Recorder.make_room`."""
+
+    def end_stream(self, number: int) -> None:
+        """Forget a cache or server that was closed."""
+
+
 class Pen(QueueObserver):
     """The observer that stores the events of one stream.
 
@@ -70,7 +94,7 @@ class Pen(QueueObserver):
 
     __slots__ = ("_recorder",)
 
-    def __init__(self, recorder: Recorder, stream: int) -> None:
+    def __init__(self, recorder: Keeper, stream: int) -> None:
         self._recorder = recorder
         lines = _Lines(stream)
         drain = _make_drain(recorder, lines, self)
@@ -136,7 +160,7 @@ class _Lines:
         return form
 
 
-def _make_drain(recorder: Recorder, lines: _Lines, pen: Pen) -> Callable[[deque[Any]], bool]:
+def _make_drain(recorder: Keeper, lines: _Lines, pen: Pen) -> Callable[[deque[Any]], bool]:
     """Return the function that stores the events of a queue."""
     halves, held, stream = recorder.halves, recorder.held, lines.stream
     memory = halves.memory
@@ -180,14 +204,23 @@ def _make_drain(recorder: Recorder, lines: _Lines, pen: Pen) -> Callable[[deque[
     return drain
 
 
-def _make_shortcut(recorder: Recorder, lines: _Lines, queue: deque[Event]) -> Shortcut:
-    """Return what stores events at once, as long as none is queued."""
-    halves, held = recorder.halves, recorder.held
-    memory = halves.memory
+def _make_shortcut(recorder: Keeper, lines: _Lines, queue: deque[Event]) -> Shortcut:
+    """Return what stores events at once, as long as none is queued.
+
+    The functions make their lines themselves, because calls for that took a tenth of the time.
+    """
+    return Shortcut(
+        _make_taken(recorder, lines, queue),
+        _make_released(recorder, lines, queue),
+        _make_dirtied(recorder, lines, queue),
+    )
+
+
+def _make_taken(
+    recorder: Keeper, lines: _Lines, queue: deque[Event]
+) -> Callable[[Subject, tuple[Any, ...]], bool]:
+    halves, held, memory = recorder.halves, recorder.held, recorder.halves.memory
     get_template, new_template = lines.templates.get, lines.new
-    line_of_released = lines.released
-    released_form, dirtied_form = lines.released_form, lines.dirtied_form
-    # The lines are made here, because calls to make them took a tenth of the time.
 
     def taken(subject: Subject, values: tuple[Any, ...]) -> bool:
         try:
@@ -210,13 +243,19 @@ def _make_shortcut(recorder: Recorder, lines: _Lines, queue: deque[Event]) -> Sh
             return False
         return True
 
+    return taken
+
+
+def _make_released(
+    recorder: Keeper, lines: _Lines, queue: deque[Event]
+) -> Callable[[Subject, tuple[Any, ...]], bool]:
+    halves, held, memory = recorder.halves, recorder.held, recorder.halves.memory
+    form, line_of = lines.released_form, lines.released
+
     def released(subject: Subject, values: tuple[Any, ...]) -> bool:
         try:
             time, lease, stale, copied, lost = values
-            if stale or copied or lost:
-                line = line_of_released(values)
-            else:
-                line = released_form % (time, lease)
+            line = line_of(values) if stale or copied or lost else form % (time, lease)
             size = len(line)
             # No call from here on.
             end = halves.position + size
@@ -235,9 +274,17 @@ def _make_shortcut(recorder: Recorder, lines: _Lines, queue: deque[Event]) -> Sh
             return False
         return True
 
+    return released
+
+
+def _make_dirtied(
+    recorder: Keeper, lines: _Lines, queue: deque[Event]
+) -> Callable[[tuple[Any, ...]], bool]:
+    halves, memory, form = recorder.halves, recorder.halves.memory, lines.dirtied_form
+
     def dirtied(values: tuple[Any, ...]) -> bool:
         try:
-            line = dirtied_form % values
+            line = form % values
             size = len(line)
             # No call from here on.
             end = halves.position + size
@@ -250,7 +297,7 @@ def _make_shortcut(recorder: Recorder, lines: _Lines, queue: deque[Event]) -> Sh
             return False
         return True
 
-    return Shortcut(taken, released, dirtied)
+    return dirtied
 
 
 def _drain_locked(
@@ -261,7 +308,7 @@ def _drain_locked(
 
 
 def _change_of(
-    recorder: Recorder, stream: int, event: Event, line: bytes
+    recorder: Keeper, stream: int, event: Event, line: bytes
 ) -> tuple[Any, object, object]:
     """Return what is to be restated after an event: a table, a key, and a value or None."""
     states = recorder.states
