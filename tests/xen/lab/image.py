@@ -1,4 +1,4 @@
-"""Building a release's image, once, into a cache: Xen, a kernel, ramdisks, and Dom0's file system.
+"""Building images, once, into a cache: Xen, a kernel, ramdisks, and Dom0's file system.
 
 The cache folder is XENMAPCACHE_LAB_CACHE, else xenmapcache-lab below the user's cache folder. An
 image is named after a hash of everything we put into it: a changed script or package list builds a
@@ -8,7 +8,6 @@ new one, and nothing else does.
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
 import os
 import shutil
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Final
 
 from . import ramdisk
+from .hypervisor import hypervisor
+from .platform import Platform
 from .prerequisites import LabUnavailableError, require, tool
-from .release import Release
 
 BAKED: Final = Path(__file__).parent / "baked"
-GUESTS: Final = {"guest": 128, "victim": 96}  # MiB; 80 is too little for Debian's kernel
 MODULES: Final = (
     "crc32c_generic",  # ext4 asks the kernel for it by name: modules.dep does not know
     "ext4",
@@ -40,7 +39,7 @@ MODULES: Final = (
     "fuse",
 )
 GUEST_MODULES: Final = ("xen_privcmd",)  # hypercalls of the agent; see tests/xen/guest
-DRIVERS: Final = ("virtio_pci", "virtio_blk", "virtio_rng", "xen_gntalloc")
+DRIVERS: Final = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_rng", "xen_gntalloc")
 """Of a guest with Debian's own drivers; see tests/xen/stock_guest.py."""
 # Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
 EXCLUDED: Final = (
@@ -53,14 +52,20 @@ EXCLUDED: Final = (
 INCLUDED: Final = tuple(
     f"*/lib/modules/*/kernel/drivers/{kind}/*" for kind in ("xen", "virtio", "block", "char")
 )
+# Where no package is configured, mmdebstrap leaves these links to its caller.
+MERGED_USR: Final = """cd "$1"
+for name in bin sbin lib lib64; do mkdir -p usr/$name; ln -sf usr/$name $name; done"""
+VARIANTS: Final[dict[str, list[str]]] = {"minbase": [], "extract": [f"--setup-hook={MERGED_USR}"]}
 
 
 @dataclass(frozen=True)
 class Image:
-    """The files QEMU needs to boot one release. They are never written to after they were built."""
+    """The files QEMU needs to boot one machine. They are never written to after they were built."""
 
-    release: Release
+    platform: Platform
     folder: Path
+    hypervisor: Path
+    """Unpacked: QEMU's loaders take no gzip."""
 
     @property
     def root(self) -> Path:
@@ -68,13 +73,8 @@ class Image:
         return self.folder / "root.img"
 
     @property
-    def hypervisor(self) -> Path:
-        """Xen, unpacked: QEMU's multiboot loader takes no gzip."""
-        return self.folder / "xen"
-
-    @property
     def kernel(self) -> Path:
-        """Dom0's kernel as ELF."""
+        """Dom0's kernel, unpacked: an ELF file, or on arm64 an Image."""
         return self.folder / "vmlinux"
 
     @property
@@ -90,25 +90,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenmapcache-lab"
 
 
-def image(release: Release) -> Image:
-    """The image of `release`, built now unless it is there already.
+def image(platform: Platform) -> Image:
+    """The image of `platform`, built now unless it is there already.
+
+    Platforms of the same release and architecture share theirs.
 
     Raises:
         LabUnavailableError: this machine cannot build or run it, or the build failed.
     """
     cache = cache_folder()
-    folder = cache / f"{release.xen}-{_key(release)}"
-    require(cache, build=not folder.exists())
-    if not folder.exists():
+    name = f"{platform.release.xen}-{platform.architecture.name}"
+    folder = cache / f"{name}-{_key(platform)}"
+    require(cache, platform.architecture.host, build=not folder.exists())
+    own = folder / "xen"
+    if not folder.exists() or platform.source is not None:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{release.xen}.lock"):
+        with _locked(cache / f"{name}.lock"):
             if not folder.exists():  # another builder may have held the lock
-                _build(release, folder)
-    return Image(release, folder)
+                _build(platform, name, folder)
+            if platform.source is not None:
+                own = hypervisor(platform, platform.source, cache)
+    return Image(platform, folder, own)
 
 
-def _key(release: Release) -> str:
-    digest = hashlib.sha256(repr((release, release.packages)).encode())
+def _key(platform: Platform) -> str:
+    content = (platform.release, platform.architecture, platform.packages)
+    digest = hashlib.sha256(repr(content).encode())
     for path in sorted([*BAKED.iterdir(), Path(__file__), Path(ramdisk.__file__)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -121,18 +128,19 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(release: Release, folder: Path) -> None:
+def _build(platform: Platform, name: str, folder: Path) -> None:
     # We hold the lock: a folder being built is a dead builder's. One finished image is kept, since
     # two checkouts that differ would else build in turns.
-    others = sorted(folder.parent.glob(f"{release.xen}-*"), key=lambda path: path.stat().st_mtime)
+    others = sorted(folder.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
     dead = [path for path in others if "-building-" in path.name]
     for old in [*dead, *[path for path in others if path not in dead][:-1]]:
         shutil.rmtree(old)
-    work = Path(tempfile.mkdtemp(prefix=f"{release.xen}-building-", dir=folder.parent))
+    work = Path(tempfile.mkdtemp(prefix=f"{name}-building-", dir=folder.parent))
     try:
         tree = work / "tree"
-        _debian(release, tree)
-        _bake(release, tree, work)
+        _debian(platform, tree)
+        _configure(tree)
+        _bake(platform, tree, work)
         # Journal and checksums protect a file system that outlives its session; this one does not.
         options = ["-O", "^has_journal,^metadata_csum", "-E", "lazy_itable_init=1,root_owner=0:0"]
         options += ["-d", str(tree)]
@@ -145,16 +153,18 @@ def _build(release: Release, folder: Path) -> None:
         raise
 
 
-def _debian(release: Release, tree: Path) -> None:
-    options = ["--variant=minbase"]
+def _debian(platform: Platform, tree: Path) -> None:
+    architecture = platform.architecture
+    options = [f"--variant={architecture.variant}", f"--architectures={architecture.name}"]
+    options += VARIANTS[architecture.variant]
     options += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     options += [f"--dpkgopt=path-include={pattern}" for pattern in INCLUDED]
-    options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(release.packages)}"]
+    options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(platform.packages)}"]
     if proxy := _proxy():
         options.append(f'--aptopt=Acquire::http::Proxy "{proxy}"')
     # Without a mirror named, mmdebstrap takes Debian's own.
     mirror = [url] if (url := os.environ.get("XENMAPCACHE_LAB_MIRROR")) else []
-    command = [tool("mmdebstrap"), *options, release.suite, str(tree), *mirror]
+    command = [tool("mmdebstrap"), *options, platform.release.suite, str(tree), *mirror]
     # mmdebstrap mounts /dev and /proc in the tree. In its own namespaces, these go with it however
     # it ends; else deleting the tree of a killed one would delete the machine's devices.
     alone = [tool("setpriv"), "--pdeathsig", "KILL", tool("unshare")]
@@ -171,7 +181,21 @@ def _proxy() -> str:
     return shell.stdout.partition("'")[2].rpartition("'")[0]
 
 
-def _bake(release: Release, tree: Path, work: Path) -> None:
+def _configure(tree: Path) -> None:
+    # What maintainer scripts do, as far as it matters here and they did not run. dom0-init runs
+    # ldconfig, which knows only its own machine's libraries.
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    if not (modules / "modules.dep").exists():
+        _run(tool("depmod"), "-b", str(tree), modules.name)
+    for name, target in (("run", "/run"), ("lock", "/run/lock")):
+        link = tree / "var" / name
+        if not link.is_symlink():
+            shutil.rmtree(link, ignore_errors=True)
+            link.symlink_to(target)
+
+
+def _bake(platform: Platform, tree: Path, work: Path) -> None:
+    release, architecture = platform.release, platform.architecture
     baked = {path.name: path.read_bytes() for path in BAKED.iterdir()}
     busybox = (tree / "bin/busybox").read_bytes()
     (modules,) = (tree / "usr/lib/modules").iterdir()
@@ -180,9 +204,11 @@ def _bake(release: Release, tree: Path, work: Path) -> None:
     order = ramdisk.load_order(modules, MODULES)
     initial = ramdisk.ramdisk(baked["ramdisk-init"], busybox, map(ramdisk.module, order))
     (work / "ramdisk").write_bytes(initial)
-    (work / "vmlinux").write_bytes(ramdisk.vmlinux(kernel.read_bytes()))
-    hypervisor = tree / f"boot/xen-{release.xen}-amd64.gz"
-    (work / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
+    (work / "vmlinux").write_bytes(ramdisk.unpacked(kernel.read_bytes()))
+    debians = tree / f"boot/xen-{release.xen}-{architecture.name}"
+    packed = debians.with_name(f"{debians.name}.gz")
+    found = packed if packed.exists() else debians
+    (work / "xen").write_bytes(ramdisk.unpacked(found.read_bytes()))
 
     lab = tree / "lab"
     lab.mkdir()
@@ -194,9 +220,13 @@ def _bake(release: Release, tree: Path, work: Path) -> None:
     drivers = ramdisk.load_order(modules, DRIVERS)
     (lab / "drivers.img").write_bytes(ramdisk.drivers(map(ramdisk.module, drivers)))
     shutil.copy(work / "vmlinux", lab)
-    for name, memory in GUESTS.items():
-        text = baked["guest.cfg"].decode().replace("@NAME@", name).replace("@MEMORY@", str(memory))
-        (lab / f"{name}.cfg").write_text(text)
+    shutil.copy(kernel, lab / "vmlinuz")  # packed, as QEMU's direct kernel boot wants it
+    for kind in architecture.guests:
+        (lab / kind).mkdir()
+        for name, memory in architecture.sizes.items():
+            text = baked[f"{kind}.cfg"].decode()
+            text = text.replace("@NAME@", name).replace("@MEMORY@", str(memory))
+            (lab / kind / f"{name}.cfg").write_text(text)
     for unused in (modules, tree / "boot"):
         shutil.rmtree(unused)
 

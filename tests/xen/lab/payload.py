@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from .platform import Platform
 from .prerequisites import LabUnavailableError, tool
 
 GUEST: Final = Path(__file__).parents[1] / "guest"
@@ -62,11 +63,11 @@ def wheel(project: Path, folder: Path) -> Path:
     raise LabUnavailableError(f"the wheel cannot be built:\n{tail}")
 
 
-def optional_wheels(python: str, nodeids: Sequence[str], folder: Path) -> list[Path]:
+def optional_wheels(platform: Platform, nodeids: Sequence[str], folder: Path) -> list[Path]:
     """Download what some tests need and Debian does not have, for Dom0's Python.
 
     Args:
-        python: its version, such as ``3.11``.
+        platform: of the Dom0.
         nodeids: of the tests.
         folder: for the wheels.
 
@@ -76,23 +77,29 @@ def optional_wheels(python: str, nodeids: Sequence[str], folder: Path) -> list[P
     for file, package in OPTIONAL.items():
         if any(f"/{file}::" in nodeid for nodeid in nodeids):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
-            command += ["--only-binary=:all:", "--python-version", python, "--dest", str(folder)]
-            command += ["--platform", "manylinux2014_x86_64"]
+            command += [
+                "--only-binary=:all:",
+                "--python-version",
+                platform.release.python,
+                "--dest",
+                str(folder),
+            ]
+            command += ["--platform", platform.architecture.wheel]
             subprocess.run(command, check=False)
     return sorted(folder.glob("*.whl"))
 
 
-def programs(folder: Path) -> list[Path]:
+def programs(platform: Platform, folder: Path) -> list[Path]:
     """Build what tests put into guests, static: a guest has no libraries.
 
     Raises:
         LabUnavailableError: they cannot be built here.
     """
     built = []
-    for source in sorted(GUEST.glob("*.c")):
-        target = folder / source.stem
-        command = [tool("gcc"), "-static", "-O1", "-Wall", "-Wextra", "-Werror", "-std=gnu11"]
-        command += ["-o", str(target), str(source)]
+    for name in platform.architecture.programs:
+        source, target = GUEST / f"{name}.c", folder / name
+        command = [tool(platform.architecture.compiler), "-static", "-O1", "-std=gnu11"]
+        command += ["-Wall", "-Wextra", "-Werror", "-o", str(target), str(source)]
         done = subprocess.run(command, text=True, capture_output=True, check=False)
         if done.returncode != 0:
             raise LabUnavailableError(f"{source.name} cannot be built:\n{done.stderr}")
