@@ -84,6 +84,18 @@ def test_a_cache_uses_it(path: Path) -> None:
         assert different(event, later) <= {"time", "lease"}
 
 
+def test_a_cache_whose_events_find_no_room(path: Path) -> None:
+    """They come by the queue, in their order."""
+    with MapCache(open_backend("mock", memory="4M")) as cache, record(cache, path) as recorder:
+        cache.map_dma(0x5000, 0x1000, owner="disk").release()
+        halves = recorder.halves
+        halves._end = halves.limit = halves.position
+        lease = cache.map_dma(0x5000, 0x1000, owner="disk")
+        halves._end = halves.limit = halves.position
+        lease.release()
+    assert [*map(type, frequent(path))] == [LeaseTaken, PagesDirtied, LeaseReleased] * 2
+
+
 def test_it_stores_and_marks(path: Path, recorder: Recorder, shortcut: Shortcut) -> None:
     """What is held is restated later; an end that nobody would understand is left out."""
     lease = Subject(told=False)
