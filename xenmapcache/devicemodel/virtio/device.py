@@ -223,15 +223,8 @@ class VirtioDevice:
                 f"queue {index}: its size {numbers['size']} must be at most "
                 f"{self.queue_sizes[index]}"
             )
-        server = self._server
-        return Virtqueue(
-            server.cache,
-            index,
-            **numbers,
-            features=self.negotiated,
-            fence=server.fence,
-            record=record,
-        )
+        cache, features, fence = self._server.cache, self.negotiated, self._server.fence
+        return Virtqueue(cache, index, **numbers, features=features, fence=fence, record=record)
 
     def notify_queue(self, index: int) -> None:
         """Take the requests that the driver has made available."""
