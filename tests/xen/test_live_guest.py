@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ from xenmapcache import (
     FaultError,
     GuestMemory,
     MapCache,
+    Mapping,
     XenCallError,
     open_backend,
 )
@@ -208,28 +210,32 @@ def test_a_read_of_a_resident_bucket_makes_no_call(
 
 def test_the_default_bound_spares_dom0(one_cache: MapCache, machine: Platform) -> None:
     """Where a mapped page may take one of Dom0's, a cache maps less than Dom0 has."""
-    total = int(re.findall(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
-    assert (one_cache.max_resident < total) == (machine.dom0 != "pv")
+    assert (one_cache.max_resident < memory_of_dom0()) == (machine.dom0 != "pv")
+
+
+def memory_of_dom0() -> int:
+    """Bytes that this domain's kernel has."""
+    found = re.findall(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[0]) * 1024
 
 
 @pytest.mark.slow
-def test_the_kernels_own_limit_evicts(
-    live_domid: int, machine: Platform, record_property: Callable[[str, object], None]
-) -> None:
-    """On Arm with Linux 6.12, 512 MiB can be mapped: then buckets go, and no access fails."""
+def test_the_kernels_own_limit_evicts(one_cache: MapCache, machine: Platform) -> None:
+    """On Arm with Linux 6.12, less than 2 GiB fits: then buckets go, and no access fails."""
     start, length = machine.memory
-    with (
-        open_backend("xen", domid=live_domid) as backend,
-        MapCache(backend, max_resident="8GiB") as cache,
-    ):
-        sizes = (length, length, length, length * 3 // 4)  # 480 MiB
-        held = [backend.map(start >> 12, size >> 12, writable=False) for size in sizes]
-        for address, size in cache.present(start, length):
-            for place in range(address, address + size - MiB, MiB):
-                assert len(cache.read(place, MiB)) == MiB
-        stats = cache.stats()
-        held.clear()
-    record_property("measured", f"{stats.maps} maps, {stats.evictions} evictions")
+    backend, before = one_cache.backend, memory_of_dom0()
+    held: list[Mapping] = []
+    with contextlib.suppress(XenCallError):
+        while len(held) < 16:
+            held.append(backend.map(start >> 12, length >> 12, writable=False))
+            if memory_of_dom0() < before:
+                pytest.skip("here a mapping takes Dom0's memory, and the kernel would kill us")
+    if len(held) == 16:
+        pytest.skip("this kernel maps 2 GiB and more")
+    for address, size in one_cache.present(start, length):
+        for place in range(address, address + size - MiB, MiB):
+            assert len(one_cache.read(place, MiB)) == MiB
+    assert one_cache.stats().evictions
 
 
 def test_doctor_maps_the_guest(live_domid: int) -> None:
