@@ -19,6 +19,7 @@ import pytest
 
 from tests.xen import agent as agents
 from tests.xen.agent import Agent, AgentGuest
+from tests.xen.lab.platform import DEFAULT, PLATFORMS
 from xenmapcache import Backend, MapCache, open_backend
 from xenmapcache.devicemodel import IoreqServer
 
@@ -28,6 +29,7 @@ class Served:
     """A server in a thread of its own, through which the agent is given its orders."""
 
     domid: int
+    screen: int
     backend: Backend
     cache: MapCache
     server: IoreqServer
@@ -76,11 +78,17 @@ def no_files_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def agent_guest(live_domid: int) -> Iterator[AgentGuest]:
+def guest_type(pytestconfig: pytest.Config) -> str:
+    """The type of all guests: "pvh" or "hvm"."""
+    return PLATFORMS[pytestconfig.getoption("xen") or DEFAULT].guest
+
+
+@pytest.fixture(scope="session")
+def agent_guest(live_domid: int, guest_type: str) -> Iterator[AgentGuest]:
     """The guest; it boots when its domid is first asked for, and again if it was destroyed."""
     if reason := agents.missing():
         pytest.skip(reason)
-    guest = AgentGuest()
+    guest = AgentGuest(guest_type)
     guest.destroy()  # of a pytest that died
     yield guest
     guest.destroy()
@@ -111,7 +119,7 @@ def serve(agent_guest: AgentGuest, request: pytest.FixtureRequest) -> Iterator[S
             stack.enter_context(server.serving())
             if not restored:  # if it is, it is paused, amid an order
                 agent.ping(agents.BOOT)
-            yield Served(domid, backend, cache, server, agent)
+            yield Served(domid, agent_guest.screen, backend, cache, server, agent)
 
     yield serve
     if request.node.stash.get(FAILED, False):
@@ -159,7 +167,7 @@ def balloon(
 
     Args:
         served: the guest's server.
-        mib: as for `xl mem-set`.
+        mib: of RAM.
         full: what the agent's `total` was before, if it has begun to give up memory.
         while_waiting: called again and again until then.
     """
@@ -170,9 +178,9 @@ def balloon(
         while_waiting()
         return abs(served.agent.total() - kib) <= few
 
-    xl("mem-set", agents.NAME, str(mib))
+    xl("mem-set", agents.NAME, str(mib + served.screen))
     wait_for(lambda: reached(full - (agents.MEMORY - mib) * 1024), f"ballooned down to {mib} MiB")
-    xl("mem-set", agents.NAME, str(agents.MEMORY))
+    xl("mem-set", agents.NAME, str(agents.MEMORY + served.screen))
     wait_for(lambda: reached(full), "ballooned up again")
 
 

@@ -62,7 +62,7 @@ def test_it_serves_while_the_guest_balloons(served: Served, disk: Path) -> None:
     server, full = served.server, served.agent.total()
     with load_example("block_device").BlockDevice(server, served.cache, disk):
         transfers = served.agent.start(Operation.DISK, PORT, LENGTH // 2, 256, 5)
-        xl("mem-set", NAME, str(MEMORY - 20))
+        xl("mem-set", NAME, str(MEMORY - 20 + served.screen))
         written, read, _, _ = transfers.result(120)
         amid = server.invalidations
         balloon(served, MEMORY - 20, full=full)

@@ -49,12 +49,12 @@ def content(kind: int, count: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def guest(guest_console: Callable[[str], str]) -> Iterator[tuple[int, list[int]]]:
+def guest(guest_console: Callable[[str], str], guest_type: str) -> Iterator[tuple[int, list[int]]]:
     """The domain, and its first reference of each kind."""
     if reason := stock.missing():
         pytest.skip(reason)
     script = f"granter {WRITABLE} {READ_ONLY} || echo STOCK refused\n"
-    with stock_guest(script, guest_console, "granter") as made:
+    with stock_guest(script, guest_console, "granter", guest_type=guest_type) as made:
         made.unpause()
         yield made.domid, [int(ref) for ref in made.wait("refs").split()]
 

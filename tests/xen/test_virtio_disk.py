@@ -1,4 +1,4 @@
-"""Debian's own virtio_pci and virtio_blk in a PVH guest without QEMU, on a disk of ours."""
+"""Debian's own virtio_pci and virtio_blk on a disk of ours: a PVH guest without QEMU, or HVM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tests.xen.stock_guest import MEMORY, WAITING, StockGuest, stock_guest
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import MiB
 from xenmapcache.devicemodel import IoreqServer, PciBus
+from xenmapcache.devicemodel.guest_type import guest_type as toolstack_type
 from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioPci
 
 pytestmark = pytest.mark.xen
@@ -27,13 +28,19 @@ BDF = "0000:00:05.0"
 LENGTH = 64 * MiB
 ROUNDS = 24
 
-Console = Callable[[str], str]
+Run = Callable[..., AbstractContextManager[StockGuest]]
 
 
-@pytest.fixture(autouse=True)
-def _lab() -> None:
+@pytest.fixture
+def run(guest_console: Callable[[str], str], guest_type: str) -> Run:
+    """Makes a guest that runs a script."""
     if reason := stock.missing():
         pytest.skip(reason)
+
+    def run(script: str, **options: str) -> AbstractContextManager[StockGuest]:
+        return stock_guest(script, guest_console, guest_type=guest_type, **options)
+
+    return run
 
 
 @pytest.fixture
@@ -62,18 +69,19 @@ class Disk:
 
 
 @contextmanager
-def served(script: str, file: Path, console: Console) -> Iterator[Disk]:
+def served(script: str, file: Path, run: Run, *, pin: int = 0, **options: str) -> Iterator[Disk]:
     """Run a guest that has the disk from its first instruction on."""
     with (
-        stock_guest(script, console) as guest,
+        run(script, **options) as guest,
         open_backend("xen", domid=guest.domid) as backend,
         MapCache(backend) as cache,
         file.open("r+b") as opened,
     ):
         server = IoreqServer(guest.domid, cache)
         with VirtioBlock(server, opened, serial="lab") as block:
-            PciBus(server).plug()
-            pci = VirtioPci(server, BDF, block)
+            if toolstack_type(guest.domid) == "pvh":
+                PciBus(server).plug()
+            pci = VirtioPci(server, BDF, block, interrupt_pin=pin)
             pci.plug()
             with server, server.serving():
                 guest.unpause()
@@ -86,7 +94,7 @@ def sum_of(path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_stock_driver_reads_and_writes(file: Path, guest_console: Console) -> None:
+def test_a_stock_driver_reads_and_writes(file: Path, run: Run) -> None:
     """64 MiB come back as they were written, through both vCPUs, and are what the file holds."""
     script = f"""{WAITING}
 echo "STOCK sectors $(cat /sys/block/vda/size) serial $(cat /sys/block/vda/serial)"
@@ -99,7 +107,7 @@ rm /tmp/r
 echo "STOCK read $(dd if=/dev/vda bs=1M count=64 iflag=direct 2>/dev/null | md5sum | cut -c1-32)"
 sync
 """
-    with served(script, file, guest_console) as disk:
+    with served(script, file, run) as disk:
         assert disk.guest.wait("sectors") == f"{LENGTH // 512} serial lab"
         made = disk.guest.wait("made")
         assert disk.guest.wait("read") == made
@@ -128,9 +136,9 @@ ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
 
 
 @pytest.mark.slow
-def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> None:
+def test_the_guest_balloons_meanwhile(file: Path, run: Run) -> None:
     """20 changes of the guest's memory: no stale lease, no failure, no lost byte."""
-    with served(WORK, file, guest_console) as disk:
+    with served(WORK, file, run) as disk:
         disk.guest.wait("round 1")
         target = f"/local/domain/{disk.guest.domid}/memory/target"
         for number in range(20):
@@ -145,7 +153,7 @@ def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> Non
         disk.check()
 
 
-def test_reset_unplug_and_rescan(file: Path, guest_console: Console) -> None:
+def test_reset_unplug_and_rescan(file: Path, run: Run) -> None:
     """The driver is unbound and bound; the device is taken out, and a rescan finds it again."""
     device = f"/sys/bus/pci/devices/{BDF}"
     script = f"""{WAITING}
@@ -161,13 +169,31 @@ echo "STOCK removed"
 until [ -b /dev/vda ]; do sleep 0.5; echo 1 > /sys/bus/pci/rescan; done
 echo "STOCK found $(pattern)"
 """
-    with served(script, file, guest_console) as disk:
+    with served(script, file, run) as disk:
         first = disk.guest.wait("first")
         assert disk.guest.wait("again") == first
         disk.guest.wait("removed")
         disk.pci.unplug()
         disk.pci.plug()
         assert disk.guest.wait("found") == first
+        disk.check()
+
+
+def test_interrupts(file: Path, run: Run, guest_type: str) -> None:
+    """Without MSI-X the driver takes INTx; with it, the guest's interrupts are ours, one by one."""
+    if guest_type != "hvm":
+        pytest.skip("only HVM guests have INTx")
+    script = f"""{WAITING}
+dd if=/dev/urandom of=/tmp/r bs=1M count=1 2>/dev/null
+echo "STOCK made $(md5sum < /tmp/r | cut -c1-32)"
+dd if=/tmp/r of=/dev/vda bs=4k oflag=direct 2>/dev/null
+echo "STOCK read $(dd if=/dev/vda bs=4k count=256 iflag=direct 2>/dev/null | md5sum | cut -c1-32)"
+echo "STOCK interrupts $(grep virtio0 /proc/interrupts)"
+"""
+    with served(script, file, run, pin=1, extra="pci=nomsi") as disk:
+        assert disk.guest.wait("read") == disk.guest.wait("made")
+        line = disk.guest.wait("interrupts")
+        assert "ioapic" in line.lower() or "IO-APIC" in line, line
         disk.check()
 
 
@@ -192,12 +218,10 @@ KILLS = 5
 
 
 @pytest.mark.slow
-def test_the_command_is_killed_under_load(
-    file: Path, tmp_path: Path, guest_console: Console
-) -> None:
+def test_the_command_is_killed_under_load(file: Path, tmp_path: Path, run: Run) -> None:
     """The guest goes on after each kill and restart; no write that was answered is lost."""
     record = tmp_path / "record"
-    with stock_guest(WORK, guest_console) as guest:
+    with run(WORK) as guest:
         for kill in range(KILLS):
             with command(file, record) as process:
                 if not kill:

@@ -1,0 +1,253 @@
+"""An HVM guest with two device models, QEMU's and ours, from its firmware's first instruction on.
+
+One guest is booted for all tests of this file. Its script ends before the first test begins.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.xen import stock_guest as stock
+from tests.xen.conftest import EXAMPLES, Recorder
+from tests.xen.control import held_still
+from tests.xen.stock_guest import MEMORY, NAME, StockGuest, stock_guest
+from xenmapcache import DmaDirection, FaultError, MapCache, open_backend
+from xenmapcache.address import KiB, MiB
+from xenmapcache.cache.lease import Lease
+from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel.pci import PciFunction
+from xenmapcache.events import Event, RequestHandled
+from xenmapcache.ioreq import RequestKind
+
+pytestmark = pytest.mark.xen
+
+BDF = "0000:00:06.0"
+VGA_WINDOW, VGA_BYTES = 0xA0000, 128 * KiB
+VIDEO_OLD, VIDEO_NEW = MEMORY * MiB, 0xF0000000
+"""Where QEMU makes the memory of the screen, and where hvmloader has it moved to."""
+WIDTH, HEIGHT = 800, 600
+MARK_AT = 12 * MiB
+"""In the memory of the screen, beyond what is shown."""
+MARK = b"drawn before the firmware ran"
+LOOKED_AT = (*range(0, 4 * MiB, MiB), *range((MEMORY - 4) * MiB, MEMORY * MiB, MiB))
+SCRIPT = f"""
+bar() {{ sed -n "$1s/ .*//p" /sys/bus/pci/devices/{BDF}/resource; }}
+echo 1 > /sys/bus/pci/devices/{BDF}/enable
+echo "STOCK ids $(cat /sys/bus/pci/devices/*/vendor | tr '\\n' ' ')"
+echo "STOCK memory $(devmem $(bar 1) 32)"
+devmem $(($(bar 1) + 8)) 32 0x89abcdef
+date -s "2031-05-05 12:00:00" > /dev/null
+hwclock -w -u
+printf '\\033[2J\\033[H\\033[?25l\\033[41m' > /dev/tty1
+for line in $(seq 50); do printf '%-100s' "$line xenmapcache" > /dev/tty1; done
+echo "STOCK screen $(cd /sys/class/graphics/fb0; cat virtual_size stride | tr '\\n' ' ')"
+"""
+
+
+@dataclass
+class Booted:
+    """The guest, and what happened while it booted."""
+
+    guest: StockGuest
+    cache: MapCache
+    server: IoreqServer
+    function: PciFunction
+    device: Recorder
+    screen: Lease
+    dma: list[Lease]
+    warnings: list[str]
+    kinds: Counter[RequestKind] = field(default_factory=Counter)
+
+
+class Warnings(logging.Handler):
+    """Keeps warnings of the cache."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def watched(booted: Booted) -> Iterator[None]:
+    """Count requests, and map some of the guest's memory again after each INVALIDATE."""
+    invalidated, ended = threading.Event(), threading.Event()
+
+    def see(event: Event) -> None:
+        if isinstance(event, RequestHandled):
+            booted.kinds[RequestKind(event.kind)] += 1
+            if event.kind == RequestKind.INVALIDATE:
+                invalidated.set()
+
+    def look() -> None:
+        while not ended.is_set():
+            for address in LOOKED_AT:
+                with suppress(FaultError):
+                    booted.cache.read(address, 8)
+            invalidated.wait()
+            invalidated.clear()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        with booted.server.observe(see):
+            yield
+    finally:
+        ended.set()
+        invalidated.set()
+        thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def booted(guest_console: Callable[[str], str], guest_type: str) -> Iterator[Booted]:
+    """The guest, whose script has ended."""
+    if guest_type != "hvm":
+        pytest.skip("a test of HVM guests, on a machine whose guests are not")
+    if reason := stock.missing():
+        pytest.skip(reason)
+    with ExitStack() as stack:
+        guest = stack.enter_context(
+            stock_guest(
+                SCRIPT,
+                guest_console,
+                guest_type="hvm",
+                extra="vga=0x343",
+                device_model_args=["-trace", "handle_ioreq"],
+            )
+        )
+        backend = stack.enter_context(open_backend("xen", domid=guest.domid))
+        cache = MapCache(backend)
+        stack.callback(cache.close, force=True)
+        warnings = Warnings()
+        logging.getLogger("xenmapcache").addHandler(warnings)
+        stack.callback(logging.getLogger("xenmapcache").removeHandler, warnings)
+        server = IoreqServer(guest.domid, cache, buffered=True)
+        device = Recorder()
+        function = PciFunction(server, BDF, vendor=0x1B36, device=0x10F0, class_code=0xFF0000)
+        function.add_bar(0, 4096, device)
+        function.plug()
+        server.claim_mmio(VGA_WINDOW, VGA_BYTES, Recorder())
+        screen = cache.map_device(VIDEO_OLD, 16 * MiB, owner="screen")
+        screen.view[MARK_AT : MARK_AT + len(MARK)] = MARK
+        dma = [
+            cache.map_dma(8 * MiB, 512, owner=f"disk{direction.value}", direction=direction)
+            for direction in DmaDirection
+        ]
+        booted = Booted(guest, cache, server, function, device, screen, dma, warnings.texts)
+        stack.enter_context(server)
+        stack.enter_context(watched(booted))
+        stack.enter_context(server.serving())
+        guest.unpause()
+        guest.wait("end")
+        yield booted
+
+
+def qemu_log(domain: str) -> dict[str, Any]:
+    """What `xenmapcache qemu-log` tells of the guest's QEMU."""
+    log = Path(f"/var/log/xen/qemu-dm-{domain}.log")
+    command = [sys.executable, "-m", "xenmapcache", "qemu-log", "--json", str(log)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    summary: dict[str, Any] = json.loads(done.stdout)
+    return summary
+
+
+def test_a_device_next_to_qemus(booted: Booted) -> None:
+    """Firmware and Linux find our PCI function on QEMU's bus, and its BAR is served by us."""
+    assert {"0x8086", "0x1234", "0x1b36"} <= set(booted.guest.wait("ids").split())
+    ((offset, size, value),) = booted.device.reads
+    assert (offset, size) == (0, 4)
+    assert int(booted.guest.wait("memory"), 16) == value
+    assert booted.device.writes == [(8, 4, 0x89ABCDEF)]
+    assert booted.kinds[RequestKind.PCI_CONFIG] > 100
+    assert (booted.server.failures, booted.server.lost_answers) == (0, 0)
+
+
+def test_buffered_requests(booted: Booted, record_property: Callable[[str, object], None]) -> None:
+    """What the firmware writes to the screen comes through the ring; so does a change of clock."""
+    assert booted.server.buffered_requests > 50
+    assert booted.kinds[RequestKind.TIMEOFFSET] == 1
+    record_property(
+        "measured",
+        f"{booted.server.buffered_requests} of {booted.server.requests} requests were buffered; "
+        f"kinds: { {kind.name: count for kind, count in booted.kinds.items()} }",
+    )
+
+
+def test_no_invalidate_is_lost(
+    booted: Booted, record_property: Callable[[str, object], None]
+) -> None:
+    """QEMU and our server get the same INVALIDATEs; what was mapped in between is not stale."""
+    asked = booted.server.invalidations
+    told = qemu_log(NAME)["invalidates"]
+    assert told == asked == booted.kinds[RequestKind.INVALIDATE]
+    assert asked > 20
+    with held_still(booted.guest.domid):
+        for address in LOOKED_AT:
+            fresh = booted.cache.backend.map(address >> 12, 256, writable=False)
+            for offset in range(0, MiB, 4096):
+                if fresh.valid(offset, 4096):
+                    now = fresh.memory[offset : offset + 4096]
+                    assert booted.cache.read(address + offset, 4096) == now, hex(address + offset)
+    record_property("measured", f"{asked} INVALIDATEs while an HVM guest boots")
+
+
+def test_dma_across_them_is_reported(booted: Booted) -> None:
+    """Each DMA lease is warned of once, at the first INVALIDATE; a device lease never."""
+    assert len(booted.warnings) == len(booted.dma)
+    for lease, warning in zip(booted.dma, booted.warnings, strict=True):
+        assert f"DMA lease of '{lease.owner}'" in warning
+        assert lease.stale
+    assert not booted.screen.stale
+
+
+def test_the_screen_moves(booted: Booted) -> None:
+    """`replace` follows the screen's memory to where hvmloader has moved it: the same pages."""
+    place = booted.screen.host_address
+    with pytest.raises(FaultError):
+        booted.cache.read(VIDEO_OLD, 8)
+    booted.cache.replace(VIDEO_OLD, VIDEO_NEW, booted.screen.length)
+    assert (booted.screen.address, booted.screen.host_address) == (VIDEO_NEW, place)
+    assert bytes(booted.screen.view[MARK_AT : MARK_AT + len(MARK)]) == MARK
+    assert booted.cache.read(VIDEO_NEW + MARK_AT, len(MARK)) == MARK
+
+
+def test_a_picture_of_the_console(booted: Booted, tmp_path: Path) -> None:
+    """examples/framebuffer.py saves what a real Linux shows: white text on red."""
+    assert booted.guest.wait("screen").split() == ["800,600", str(WIDTH * 4)]
+    picture = tmp_path / "screen.png"
+    script = EXAMPLES / "framebuffer.py"
+    command = [sys.executable, str(script), "--domid", str(booted.guest.domid)]
+    command += ["--address", hex(VIDEO_NEW), "--width", str(WIDTH), "--height", str(HEIGHT)]
+    subprocess.run([*command, "-o", str(picture)], check=True, timeout=120)
+    rows = pixels(picture)
+    colours = Counter(row[i : i + 3] for row in rows for i in range(0, len(row), 3))
+    (red, most), (white, _) = colours.most_common(2)
+    assert red == bytes([0xAA, 0, 0])
+    assert white == bytes([0xAA] * 3)
+    assert most > WIDTH * HEIGHT // 2
+
+
+def pixels(picture: Path) -> list[bytes]:
+    """The rows of a PNG as the example writes it, three bytes a pixel."""
+    data = picture.read_bytes()
+    start = data.index(b"IDAT")
+    length = int.from_bytes(data[start - 4 : start], "big")
+    raw = zlib.decompress(data[start + 4 : start + 4 + length])
+    stride = WIDTH * 3 + 1
+    return [raw[at + 1 : at + stride] for at in range(0, len(raw), stride)]
