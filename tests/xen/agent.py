@@ -284,7 +284,7 @@ class AgentGuest:
         guest_type: "pvh" or "hvm".
 
     Attributes:
-        screen: MiB of its memory, as `xl` counts it, that are no RAM.
+        screen: MiB of its memory, as `xl` counts it, that are not RAM.
     """
 
     def __init__(self, guest_type: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.xen import stock_guest as stock
-from tests.xen.conftest import EXAMPLES, Recorder
+from tests.xen.conftest import EXAMPLES, Recorder, wait_for
 from tests.xen.control import held_still
 from tests.xen.stock_guest import MEMORY, NAME, StockGuest, stock_guest
 from xenmapcache import DmaDirection, FaultError, MapCache, open_backend
@@ -53,6 +53,7 @@ date -s "2031-05-05 12:00:00" > /dev/null
 hwclock -w -u
 printf '\\033[2J\\033[H\\033[?25l\\033[41m' > /dev/tty1
 for line in $(seq 50); do printf '%-100s' "$line xenmapcache" > /dev/tty1; done
+(while true; do printf '\\033[H%s' "$(date)" > /dev/tty1; sleep 1; done) &
 echo "STOCK screen $(cd /sys/class/graphics/fb0; cat virtual_size stride | tr '\\n' ' ')"
 """
 
@@ -225,6 +226,23 @@ def test_the_screen_moves(booted: Booted) -> None:
     assert (booted.screen.address, booted.screen.host_address) == (VIDEO_NEW, place)
     assert bytes(booted.screen.view[MARK_AT : MARK_AT + len(MARK)]) == MARK
     assert booted.cache.read(VIDEO_NEW + MARK_AT, len(MARK)) == MARK
+
+
+def test_what_is_drawn_is_tracked(booted: Booted) -> None:
+    """`track_dirty_vram` tells which pages of the screen the guest has written, and no others."""
+    backend, (gfn, count) = booted.cache.backend, (VIDEO_NEW >> 12, WIDTH * HEIGHT * 4 >> 12)
+    assert backend.track_dirty_vram(gfn, count) == [(gfn, count)]
+    drawn: set[int] = set()
+
+    def has_drawn() -> bool:
+        for first, pages in backend.track_dirty_vram(gfn, count):
+            drawn.update(range(first - gfn, first - gfn + pages))
+        return len(drawn) > 4
+
+    wait_for(has_drawn, "the guest's clock was drawn")
+    rows = {page * 4096 // (WIDTH * 4) for page in drawn}
+    assert max(rows) < 32, rows
+    backend.track_dirty_vram(0, 0)
 
 
 def test_a_picture_of_the_console(booted: Booted, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def made_config(guest: str, *, memory: int, extra: str = "", **settings: Setting
 
 
 def screen(text: str) -> int:
-    """MiB that ``xl`` counts as a guest's memory, and that are no RAM."""
+    """MiB that ``xl`` counts as a guest's memory, and that are not RAM."""
     return int(_value(text, "videoram") or 0)
 
 
