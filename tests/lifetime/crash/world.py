@@ -18,7 +18,7 @@ SHIFT = 14
 BUCKET = 1 << SHIFT
 RESIDENT = 16 * BUCKET
 LARGE = 8 << 20
-"""More than Python may need of address space for itself, meanwhile."""
+"""More than Python may need of address space for itself."""
 NEEDLE = b"needle!!"
 NEEDLES = (0x2C2000, 0x310000)
 """Further apart than may be resident."""
