@@ -463,7 +463,7 @@ def test_a_paused_guest(fake: FakeXen, server: IoreqServer, flags: int, paused: 
 def test_the_state_of_no_domain(fake: FakeXen, binding: str) -> None:
     """Xen names the next domain that there is: that is not the one that was asked for."""
     with Control(binding=binding, library=fake.library) as control:
-        assert control.domain_state(DOMID) == (False, False, False)
+        assert control.domain_state(DOMID) == (False, False, False, 64)
         for other in (DOMID - 1, DOMID + 1):
             with pytest.raises(XenCallError) as caught:
                 control.domain_state(other)

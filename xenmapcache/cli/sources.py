@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from ..address import PAGE_MASK, PAGE_SHIFT, MiB
+from ..address import PAGE_MASK, PAGE_SHIFT, MiB, page_span
 from ..backend import open_backend
 from ..cache import MapCache
 from ..errors import FaultError
@@ -84,15 +84,23 @@ def address_range(start: int, length: int | None, *caches: MapCache) -> tuple[in
 
 def present(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield ``(start, end)`` of present pages in a range, in order; one may touch the next."""
-    # If only mapping shows which pages are present, what was shown is still mapped when it is read.
     indexed = cache.backend.present(0, 1) is not None
-    step = max(1, end - start) if indexed else _WINDOW_BYTES
     if not indexed and cache.memory_end is not None:
         end = min(end, cache.memory_end)  # beyond it, where another guest has memory, is nothing
     with usage_errors():
-        for window in range(start, end, step):
-            for address, length in cache.present(window, min(step, end - window)):
-                yield address, address + length
+        for first, last in [(start, end)] if indexed else _extents(cache, start, end):
+            # If only mapping shows which pages are present, what was shown is still mapped when it
+            # is read.
+            step = max(1, last - first) if indexed else _WINDOW_BYTES
+            for window in range(first, last, step):
+                for address, length in cache.present(window, min(step, last - window)):
+                    yield address, address + length
+
+
+def _extents(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, end)`` of the parts of a range in which pages may be."""
+    for gfn, pages in cache.backend.extents(*page_span(start, max(0, end - start))):
+        yield max(start, gfn << PAGE_SHIFT), min(end, gfn + pages << PAGE_SHIFT)
 
 
 def merge_adjacent(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

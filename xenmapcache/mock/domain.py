@@ -377,6 +377,12 @@ class MockDomain(RunsCode, HasInterrupts):
         """Return ``(gfn, pages)`` of each run of present pages; None if only mapping shows them."""
         if self.faults.pending or self._destroyed or self.type == "pv":
             return None
+        return self.extents(gfn, count)
+
+    def extents(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        """Return ``(gfn, pages)`` of the parts of a range in which pages may be, as Xen tells."""
+        if self._destroyed or self.type == "pv":
+            return iter([(gfn, count)])
         return ((start, pages) for start, _, pages in merged(self.p2m.runs(gfn, count)))
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
