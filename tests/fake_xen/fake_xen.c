@@ -1,6 +1,6 @@
 /*
  * A stand-in for libxenforeignmemory, for libxenctrl's legacy mapping call, and for
- * libxendevicemodel, libxenevtchn, libxengnttab and libxentoolcore.
+ * libxendevicemodel, libxenevtchn, libxengnttab and libxentoolcore; and for libatomic's fence.
  *
  * One guest, whose frame n lies at n << 12 of a memfd and is mapped with real mmap. What a call
  * returns, and how it fails, follows what a real Xen was seen to do (err[] negative, a domain that
@@ -787,6 +787,32 @@ EXPORT int xendevicemodel_set_pci_intx_level(handle *dmod, domid_t domid, uint16
     RECORD(U(dmod), domid, segment, bus, device, intx, level);
     return begin(__func__, dmod, domid) ? -1 : finish(dmod, odd ? EINVAL : 0);
 }
+
+#ifndef OLD
+EXPORT int xendevicemodel_set_irq_level(handle *dmod, domid_t domid, unsigned irq, unsigned level)
+{
+    RECORD(U(dmod), domid, irq, level);
+    return begin(__func__, dmod, domid) ? -1 : finish(dmod, irq < 32 || level > 1 ? EINVAL : 0);
+}
+
+EXPORT int xendevicemodel_nr_vcpus(handle *dmod, domid_t domid, unsigned *vcpus)
+{
+    RECORD(U(dmod), domid, U(vcpus));
+    if (begin(__func__, dmod, domid))
+        return -1;
+    *vcpus = state->vcpus;
+    return finish(dmod, 0);
+}
+#endif
+
+/* --- libatomic --- */
+
+#ifndef WRONG
+EXPORT void atomic_thread_fence(int order)
+{
+    RECORD((uint64_t)order);
+}
+#endif
 
 /* --- libxenevtchn --- */
 

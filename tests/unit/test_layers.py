@@ -15,7 +15,7 @@ PACKAGE = Path(xenmapcache.__file__).parent
 
 LAYERS = [
     {"escape", "logs"},
-    {"errors", "address", "ioreq", "events"},
+    {"errors", "address", "arch", "ioreq", "events"},
     {"stream"},
     {"binding", "extras", "formats"},
     {"mapping"},

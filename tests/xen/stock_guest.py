@@ -25,8 +25,8 @@ MEMORY: Final = 256
 PAYLOAD: Final = Path("/payload")
 IMAGE: Final = Path("/run/stock.img")
 CONFIG: Final = Path("/run/stock.cfg")
-BUS: Final = {"pvh": "pci=noacpi,noearly"}
-"""What a guest's kernel is told, so that it looks at a PCI bus of ours."""
+ARGUMENTS: Final = {"pvh": "pci=noacpi,noearly"}
+"""What makes the kernel look at our bus."""
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mkdir -p /sys /tmp
@@ -89,7 +89,7 @@ def stock_guest(
     console: Callable[[str], str],
     *programs: str,
     guest_type: str,
-    extra: str = "",
+    arguments: str | None = None,
     **settings: Setting,
 ) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
@@ -99,7 +99,7 @@ def stock_guest(
         console: returns what it has printed so far.
         programs: names of programs of tests/xen/guest, which it gets in /bin.
         guest_type: "pvh", without QEMU, or "hvm", with it.
-        extra: for its kernel's command line.
+        arguments: for its kernel; by default, what makes it look at our bus.
         settings: for its configuration.
     """
     ours = newc(
@@ -115,9 +115,8 @@ def stock_guest(
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
     IMAGE.write_bytes(b"".join(images) + ours)
     settings = {"vcpus": 2, "ramdisk": str(IMAGE), "name": NAME, **settings}
-    extra = f"{BUS.get(guest_type, '')} {extra}"
-    text = made_config(guest_type, memory=MEMORY, extra=extra, **settings)
-    CONFIG.write_text(text)
+    extra = ARGUMENTS.get(guest_type, "") if arguments is None else arguments
+    CONFIG.write_text(made_config(guest_type, memory=MEMORY, extra=extra, **settings))
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0

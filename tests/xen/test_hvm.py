@@ -128,7 +128,7 @@ def booted(guest_console: Callable[[str], str], guest_type: str) -> Iterator[Boo
                 SCRIPT,
                 guest_console,
                 guest_type="hvm",
-                extra="vga=0x343",
+                arguments="vga=0x343",
                 device_model_args=["-trace", "handle_ioreq"],
             )
         )

@@ -143,6 +143,10 @@ int xendevicemodel_set_pci_intx_level(xendevicemodel_handle *dmod, domid_t domid
 int xendevicemodel_modified_memory_bulk(xendevicemodel_handle *dmod, domid_t domid,
                                         struct xen_dm_op_modified_memory_extent extents[],
                                         uint32_t nr);
+/* VERS_1.4, Xen 4.15 */
+int xendevicemodel_set_irq_level(xendevicemodel_handle *dmod, domid_t domid, unsigned irq,
+                                 unsigned level);
+int xendevicemodel_nr_vcpus(xendevicemodel_handle *dmod, domid_t domid, unsigned *vcpus);
 """,
 )
 
