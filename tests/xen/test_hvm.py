@@ -36,8 +36,8 @@ pytestmark = pytest.mark.xen
 
 BDF = "0000:00:06.0"
 VGA_WINDOW, VGA_BYTES = 0xA0000, 128 * KiB
-VIDEO_OLD, VIDEO_NEW = MEMORY * MiB, 0xF0000000
-"""Where QEMU makes the memory of the screen, and where hvmloader has it moved to."""
+VIDEO, VIDEO_SIZE = 0xF0000000, 16 * MiB
+"""The memory of the screen. QEMU makes it after the RAM, and hvmloader has it moved to here."""
 WIDTH, HEIGHT = 800, 600
 MARK_AT = 12 * MiB
 """In the memory of the screen, beyond what is shown."""
@@ -82,7 +82,8 @@ class Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one."""
-        self.texts.append(record.getMessage())
+        if record.name == "xenmapcache":
+            self.texts.append(record.getMessage())
 
 
 @contextmanager
@@ -128,6 +129,7 @@ def booted(guest_console: Callable[[str], str], guest_type: str) -> Iterator[Boo
                 SCRIPT,
                 guest_console,
                 guest_type="hvm",
+                vcpus=1,
                 arguments="vga=0x343",
                 device_model_args=["-trace", "handle_ioreq"],
             )
@@ -144,7 +146,8 @@ def booted(guest_console: Callable[[str], str], guest_type: str) -> Iterator[Boo
         function.add_bar(0, 4096, device)
         function.plug()
         server.claim_mmio(VGA_WINDOW, VGA_BYTES, Recorder())
-        screen = cache.map_device(VIDEO_OLD, 16 * MiB, owner="screen")
+        place = next(at for at, size in cache.present(MEMORY * MiB, 32 * MiB) if size >= VIDEO_SIZE)
+        screen = cache.map_device(place, VIDEO_SIZE, owner="screen")
         screen.view[MARK_AT : MARK_AT + len(MARK)] = MARK
         dma = [
             cache.map_dma(8 * MiB, 512, owner=f"disk{direction.value}", direction=direction)
@@ -164,8 +167,8 @@ def qemu_log(domain: str) -> dict[str, Any]:
     log = Path(f"/var/log/xen/qemu-dm-{domain}.log")
     command = [sys.executable, "-m", "xenmapcache", "qemu-log", "--json", str(log)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    summary: dict[str, Any] = json.loads(done.stdout)
-    return summary
+    (file,) = json.loads(done.stdout)["files"]
+    return dict(file)
 
 
 def test_a_device_next_to_qemus(booted: Booted) -> None:
@@ -182,11 +185,11 @@ def test_a_device_next_to_qemus(booted: Booted) -> None:
 def test_buffered_requests(booted: Booted, record_property: Callable[[str, object], None]) -> None:
     """What the firmware writes to the screen comes through the ring; so does a change of clock."""
     assert booted.server.buffered_requests > 50
-    assert booted.kinds[RequestKind.TIMEOFFSET] == 1
+    assert booted.kinds[RequestKind.TIMEOFFSET] >= 1
     record_property(
         "measured",
-        f"{booted.server.buffered_requests} of {booted.server.requests} requests were buffered; "
-        f"kinds: { {kind.name: count for kind, count in booted.kinds.items()} }",
+        f"{booted.server.buffered_requests} of {booted.server.requests} requests were buffered: "
+        + ", ".join(f"{count} {kind.name}" for kind, count in booted.kinds.items()),
     )
 
 
@@ -195,7 +198,7 @@ def test_no_invalidate_is_lost(
 ) -> None:
     """QEMU and our server get the same INVALIDATEs; what was mapped in between is not stale."""
     asked = booted.server.invalidations
-    told = qemu_log(NAME)["invalidates"]
+    told = qemu_log(NAME)["invalidations"]["count"]
     assert told == asked == booted.kinds[RequestKind.INVALIDATE]
     assert asked > 20
     with held_still(booted.guest.domid):
@@ -219,18 +222,19 @@ def test_dma_across_them_is_reported(booted: Booted) -> None:
 
 def test_the_screen_moves(booted: Booted) -> None:
     """`replace` follows the screen's memory to where hvmloader has moved it: the same pages."""
-    place = booted.screen.host_address
+    screen = booted.screen
+    old, place = screen.address, screen.host_address
     with pytest.raises(FaultError):
-        booted.cache.read(VIDEO_OLD, 8)
-    booted.cache.replace(VIDEO_OLD, VIDEO_NEW, booted.screen.length)
-    assert (booted.screen.address, booted.screen.host_address) == (VIDEO_NEW, place)
-    assert bytes(booted.screen.view[MARK_AT : MARK_AT + len(MARK)]) == MARK
-    assert booted.cache.read(VIDEO_NEW + MARK_AT, len(MARK)) == MARK
+        booted.cache.read(old, 8)
+    booted.cache.replace(old, VIDEO, screen.length)
+    assert (screen.address, screen.host_address, screen.stale) == (VIDEO, place, False)
+    assert bytes(screen.view[MARK_AT : MARK_AT + len(MARK)]) == MARK
+    assert booted.cache.read(VIDEO + MARK_AT, len(MARK)) == MARK
 
 
 def test_what_is_drawn_is_tracked(booted: Booted) -> None:
     """`track_dirty_vram` tells which pages of the screen the guest has written, and no others."""
-    backend, (gfn, count) = booted.cache.backend, (VIDEO_NEW >> 12, WIDTH * HEIGHT * 4 >> 12)
+    backend, (gfn, count) = booted.cache.backend, (VIDEO >> 12, WIDTH * HEIGHT * 4 >> 12)
     assert backend.track_dirty_vram(gfn, count) == [(gfn, count)]
     drawn: set[int] = set()
 
@@ -251,7 +255,7 @@ def test_a_picture_of_the_console(booted: Booted, tmp_path: Path) -> None:
     picture = tmp_path / "screen.png"
     script = EXAMPLES / "framebuffer.py"
     command = [sys.executable, str(script), "--domid", str(booted.guest.domid)]
-    command += ["--address", hex(VIDEO_NEW), "--width", str(WIDTH), "--height", str(HEIGHT)]
+    command += ["--address", hex(VIDEO), "--width", str(WIDTH), "--height", str(HEIGHT)]
     subprocess.run([*command, "-o", str(picture)], check=True, timeout=120)
     rows = pixels(picture)
     colours = Counter(row[i : i + 3] for row in rows for i in range(0, len(row), 3))
