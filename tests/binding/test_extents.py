@@ -97,6 +97,8 @@ def test_pages_of_xens_own_are_not_counted(fake: FakeXen, backend: DomainBackend
     """Frames of the grant table amid RAM do not make a page at the end be missed."""
     fake.keep(100, 30)
     assert list(backend.extents(0, PAGES)) == [(0, 512), (1280, 256), (1792, 256), (3840, 256)]
+    survey = list(backend.survey(0, PAGES) or ())
+    assert survey == [(0, 512), (1500, 1), (2000, 1), (3840, 256)]
     fake.keep(1500)
     assert list(backend.extents(0, PAGES)) == [(0, 512), (1792, 256), (3840, 256)]
 
@@ -109,6 +111,8 @@ def test_where_xen_does_not_tell_some_pages_are_mapped(
     fake.plan(PFN_TYPES, Behaviour.FAIL, number)
     assert list(backend.extents(0, PAGES)) == [(0, PAGES)]
     assert mapped(fake, backend) == 2 * 16
+    fake.plan(PFN_TYPES, Behaviour.FAIL, number)
+    assert backend.survey(0, PAGES) is None
 
 
 def test_a_refused_page_is_looked_at(
@@ -166,6 +170,7 @@ def test_the_whole_range_without_libxenctrl(
     monkeypatch.setattr(domain_module, "Control", absent)
     with open_backend("xen", domid=DOMID, binding=binding, library=fake.library) as backend:
         assert list(backend.extents(100, 1 << 30)) == [(100, 1 << 30)]
+        assert backend.survey(100, 1 << 30) is None
     monkeypatch.undo()
     with Control(binding=binding, library=fake.library) as control:
         with pytest.raises(UnsupportedOperationError, match=f"no function {PFN_TYPES}"):
@@ -193,9 +198,13 @@ def test_searches_and_copies_map_no_holes(
     with MapCache(backend) as cache:
         assert list(GuestMemory(cache).find(b"needle")) == [(2000 << 12, b"needle")]
         assert mapped(fake, backend) == 5 * 256
+        cache.invalidate()
         ranges = sources.merge_adjacent(sources.present(cache, 0, PAGES << 12))
         assert [(first, last - first) for first, last in ranges] == found
+        assert mapped(fake, backend) == 5 * 256 + 255 + 255  # frames without a page
+        before = mapped(fake, backend)
         assert list(sources.present(cache, 100, 5000)) == [(100, 5000)]
+        assert mapped(fake, backend) - before == 256
     before = mapped(fake, backend)
     assert write_coredump(backend, tmp_path / "core") == 512 + 1 + 1 + 256
     assert mapped(fake, backend) - before == 5 * 256

@@ -14,8 +14,10 @@ from xenmapcache.backends import survey
 from xenmapcache.backends.survey import (
     MAX_FRAMES,
     WINDOW_PAGES,
+    add_others,
     by_count,
     by_ends,
+    page_runs,
     runs,
     windows_of,
 )
@@ -49,7 +51,7 @@ def test_it_ends_when_all_counted_pages_are_found() -> None:
     """Two pages of each MiB are looked at, and all of those that have pages: no others."""
     guest = Guest(*PVH)
     windows = windows_of(0, 0xFF000)
-    assert by_count(guest.look, windows, len(guest.pages)) == guest.windows
+    assert list(by_count(guest.look, windows, len(guest.pages))) == guest.windows
     assert len(guest.looked) == 2 * len(windows) + 130 * WINDOW_PAGES
 
 
@@ -57,7 +59,9 @@ def test_it_ends_when_all_counted_pages_are_found() -> None:
 def test_a_page_that_lies_alone_is_found(offset: int) -> None:
     """Pages of the remaining windows are looked at until as many are found as Xen counts."""
     guest = Guest(range(512), range(40 * WINDOW_PAGES + offset, 40 * WINDOW_PAGES + offset + 1))
-    assert by_count(guest.look, range(100), len(guest.pages)) == [0, 1, 40]
+    found = by_count(guest.look, range(100), len(guest.pages))
+    assert list(found) == [0, 1, 40]
+    assert list(page_runs(found, 0, 1 << 20)) == [(0, 512), (40 * WINDOW_PAGES + offset, 1)]
 
 
 @given(st.sets(st.integers(0, 12 * WINDOW_PAGES - 1), max_size=40), st.integers(-1, 5))
@@ -65,7 +69,11 @@ def test_no_window_with_a_page_is_missed(pages: set[int], more: int) -> None:
     """Also if Xen counts pages that have no frame number, which a guest has given up, say."""
     guest = Guest(pages)  # type: ignore[arg-type] # a set will do
     counted = len(pages) + max(0, more)
-    assert by_count(guest.look, range(12), counted) == guest.windows
+    found = by_count(guest.look, range(12), counted)
+    assert list(found) == guest.windows
+    assert pages == {
+        gfn for first, count in page_runs(found, 0, 1 << 20) for gfn in range(first, first + count)
+    }
 
 
 def test_by_mapping_ram_that_begins_at_1_gib() -> None:
@@ -89,6 +97,18 @@ def test_by_mapping_nothing_is_passed_over_if_pages_are_missing() -> None:
     guest = Guest(range(8), range(90 * WINDOW_PAGES, 90 * WINDOW_PAGES + 8))
     assert by_ends(guest.look, range(100), 2 * WINDOW_PAGES) == [0, 90]
     assert by_ends(guest.look, range(100), 2 * WINDOW_PAGES + 1) == list(range(100))
+
+
+def test_frames_that_xen_does_not_count_are_looked_at() -> None:
+    """In the windows that have pages, and nowhere else: some can be mapped."""
+    guest = Guest(range(300), range(700, 800))
+    found = by_count(guest.look, range(4), 400)
+    more = Guest(range(310, 320), range(800, 801))
+    add_others(more.look, found)
+    assert more.looked == [*range(300, 512), *range(512, 700), *range(800, 1024)]
+    assert list(page_runs(found, 0, 1024)) == [(0, 300), (310, 10), (700, 101)]
+    assert list(page_runs(found, 299, 403)) == [(299, 1), (310, 10), (700, 2)]
+    assert list(page_runs(found, 320, 300)) == []
 
 
 @pytest.mark.parametrize(
@@ -139,6 +159,7 @@ def test_by_default_pages_may_be_anywhere(monkeypatch: pytest.MonkeyPatch) -> No
     with open_backend("mock", memory="2M") as backend:
         monkeypatch.setattr(type(backend), "extents", Backend.extents)
         assert list(backend.extents(100, 1000)) == [(100, 412)]
+        assert list(backend.survey(100, 1000) or ()) == [(100, 412)]
         monkeypatch.setattr(type(backend), "present", lambda *_: None)
         assert list(backend.extents(100, 1000)) == [(100, 1000)]
 

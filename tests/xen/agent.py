@@ -19,7 +19,7 @@ from enum import IntEnum, auto
 from pathlib import Path
 from typing import Final
 
-from tests.xen.lab.guest_config import LAB, made_config, screen
+from tests.xen.lab.guest_config import LAB, made_config
 from tests.xen.lab.ramdisk import newc
 
 CONTROL: Final = 0x600
@@ -282,9 +282,6 @@ class AgentGuest:
 
     Args:
         guest_type: "pvh" or "hvm".
-
-    Attributes:
-        screen: MiB of its memory, as `xl` counts it, that are not RAM.
     """
 
     def __init__(self, guest_type: str) -> None:
@@ -299,7 +296,6 @@ class AgentGuest:
             vcpus=CPUS,
             extra="hugepages=5",
         )
-        self.screen = screen(self._text)
 
     @property
     def domid(self) -> int:

@@ -88,8 +88,9 @@ def stock_guest(
     script: str,
     console: Callable[[str], str],
     *programs: str,
-    guest_type: str,
+    guest_type: str = "pvh",
     arguments: str | None = None,
+    configuration: str = "",
     **settings: Setting,
 ) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
@@ -100,7 +101,8 @@ def stock_guest(
         programs: names of programs of tests/xen/guest, which it gets in /bin.
         guest_type: "pvh", without QEMU, or "hvm", with it.
         arguments: for its kernel; by default, what makes it look at our bus.
-        settings: for its configuration.
+        configuration: more lines of it, for xl.
+        settings: others than those of the lab's guests.
     """
     ours = newc(
         [
@@ -116,7 +118,8 @@ def stock_guest(
     IMAGE.write_bytes(b"".join(images) + ours)
     settings = {"vcpus": 2, "ramdisk": str(IMAGE), "name": NAME, **settings}
     extra = ARGUMENTS.get(guest_type, "") if arguments is None else arguments
-    CONFIG.write_text(made_config(guest_type, memory=MEMORY, extra=extra, **settings))
+    text = made_config(guest_type, memory=MEMORY, extra=extra, **settings)
+    CONFIG.write_text(text + configuration)
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0

@@ -6,7 +6,7 @@ import abc
 import errno as _errno
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..grants import MAX_MAPPED, MAX_REFS
 from ..grants.xen import XenGrants
 from ..mapping import Mapping
 from . import survey
+from .room import mapping_room
 
 logger = logging.getLogger("xenmapcache")
 
@@ -138,25 +139,49 @@ class DomainBackend(Backend):
         The whole range is returned, and the logger ``xenmapcache`` tells at INFO why, where
         libxenctrl is missing or may not be used, as after ``restrict``.
         """
+        count = self._known_part(gfn, count)
+        windows = self._windows(gfn, count)
+        return iter([(gfn, count)]) if windows is None else survey.runs(windows, gfn, count)
+
+    def survey(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
+        """Return the runs of pages in a range, on x86; see :meth:`Backend.survey`.
+
+        Follows the same functions as :meth:`extents`. Of the MiB that have a page, the frames
+        without a page of the guest are mapped, to find those of Xen's own.
+        """
+        count = self._known_part(gfn, count)
+        windows = self._windows(gfn, count)
+        if not isinstance(windows, dict):
+            return None
+        survey.add_others(self._map_frames, windows)
+        return survey.page_runs(windows, gfn, count)
+
+    def _known_part(self, gfn: int, count: int) -> int:
+        """Return how many pages of a range lie before the end of memory, if that is known."""
         if self.memory_end is None:
-            return iter([(gfn, count)])
-        count = min(count, max(0, (self.memory_end >> PAGE_SHIFT) - gfn))
+            return count
+        return min(count, max(0, (self.memory_end >> PAGE_SHIFT) - gfn))
+
+    def _windows(self, gfn: int, count: int) -> Collection[int] | None:
+        """Return which windows of a range may have pages; None if all of them may.
+
+        By Xen's word it is a dictionary, with what is known of each frame.
+        """
+        if self.memory_end is None:
+            return None
+        windows = survey.windows_of(gfn, count)
         library = self._library_with(CONTROL, GET_INFO_LIST)
         try:
             with Control(binding=self.binding, library=library) as control:
-                windows = self._windows(control, survey.windows_of(gfn, count))
+                pages = control.domain_state(self.domid).pages
+                try:
+                    look = partial(control.has_pages, self.domid)
+                    return survey.by_count(look, windows, pages)
+                except (UnsupportedOperationError, XenCallError):
+                    return survey.by_ends(self._map_frames, windows, pages)
         except (BackendUnavailableError, UnsupportedOperationError, XenCallError) as error:
             logger.info("domain %d: all of its address space is mapped: %s", self.domid, error)
-            return iter([(gfn, count)])
-        return survey.runs(windows, gfn, count)
-
-    def _windows(self, control: Control, windows: range) -> list[int]:
-        """Return which windows may have pages."""
-        pages = control.domain_state(self.domid).pages
-        try:
-            return survey.by_count(partial(control.has_pages, self.domid), windows, pages)
-        except (UnsupportedOperationError, XenCallError):
-            return survey.by_ends(self._map_frames, windows, pages)
+            return None
 
     def _map_frames(self, gfns: array[int]) -> bytes:
         """Tell of each frame whether it can be mapped, or is refused."""
@@ -169,6 +194,11 @@ class DomainBackend(Backend):
         if errors is None:
             return bytes([1]) * len(gfns)
         return bytes([not error or error in PAGE_HINTS for error in errors])
+
+    @cached_property
+    def mapping_room(self) -> int:  # type: ignore[override] # asked for when it is needed
+        """How many bytes a cache maps at most by default: less where that takes Dom0's memory."""
+        return mapping_room()
 
     def _tell_why_not(self, reason: Exception) -> None:
         logger.info(
@@ -209,7 +239,10 @@ class DomainBackend(Backend):
                 libc.unmap(address, count << PAGE_SHIFT)
             raise
         # Xen does not fail the call for a domain that is not there: it fails each page.
-        if errors is not None and errors.count(_errno.ESRCH) == count:
+        if errors is not None and (
+            errors.count(_errno.ESRCH) == count
+            or (errors.count(_errno.EPERM) == count and _is_own(self.domid))  # 4.20 on Arm
+        ):
             raise self._no_domain()
         return mapping
 

@@ -12,7 +12,8 @@
 # When all that Xen counts are found, no other window can have one. Until then, more pages of the
 # remaining windows are looked at, in the end all of them. So no page of the domain is missed. Xen's
 # own pages (the shared info page, the frames of the grant table) are not counted on either side,
-# and a window that has no other page is skipped.
+# and a window that has no other page is skipped. In the others, the few frames without a page are
+# mapped to find Xen's own pages. Then it is known of each frame whether it can be mapped.
 #
 # By mapping (Arm, where Xen does not tell). The first and the last page of each window are mapped.
 # A gap is skipped only if it is long and none of its windows shows a page. Pages are not
@@ -21,6 +22,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -42,6 +44,7 @@ _ROUNDS = (
 """Which pages of a window are looked at, in turn. RAM begins and ends where a window does."""
 _GAP_WINDOWS = (64 * MiB >> PAGE_SHIFT) // WINDOW_PAGES
 """What lies between two windows that show a page, and is shorter, may be ballooned out in parts."""
+_ONES = re.compile(rb"\x01+")
 
 
 def windows_of(gfn: int, count: int) -> range:
@@ -49,24 +52,42 @@ def windows_of(gfn: int, count: int) -> range:
     return range(gfn // WINDOW_PAGES, -(-(gfn + count) // WINDOW_PAGES))
 
 
-def by_count(look: Look, windows: range, pages: int) -> list[int]:
-    """Return which windows have pages of a domain, by Xen's word.
+def by_count(look: Look, windows: range, pages: int) -> dict[int, bytearray]:
+    """Return which windows have pages of a domain, by Xen's word, and which of their frames.
 
     Args:
         look: asks Xen.
         windows: that are of interest.
         pages: how many pages Xen counts.
+
+    Returns:
+        For each window, in ascending order, a byte for each frame: 1 if it has a page.
     """
-    found: set[int] = set()
+    found: dict[int, bytearray] = {}
     counted = 0
     for offsets in _ROUNDS:
         if counted >= pages:
             break
         remaining = [number for number in windows if number not in found]
         showing = _showing(look, remaining, offsets)
-        counted += sum(_looked(look, _frames(showing, range(WINDOW_PAGES))))
-        found.update(showing)
-    return sorted(found)
+        looked = _looked(look, _frames(showing, range(WINDOW_PAGES)))
+        for number in showing:
+            found[number] = bytearray(islice(looked, WINDOW_PAGES))
+            counted += sum(found[number])
+    return dict(sorted(found.items()))
+
+
+def add_others(look: Look, found: dict[int, bytearray]) -> None:
+    """Look at the frames of windows in which no page was found, and note those that have one."""
+    missing = [
+        number * WINDOW_PAGES + place
+        for number, frames in found.items()
+        for place, there in enumerate(frames)
+        if not there
+    ]
+    for gfn, there in zip(missing, _looked(look, iter(missing)), strict=True):
+        number, place = divmod(gfn, WINDOW_PAGES)
+        found[number][place] = there
 
 
 def by_ends(look: Look, windows: range, pages: int) -> list[int]:
@@ -87,14 +108,29 @@ def by_ends(look: Look, windows: range, pages: int) -> list[int]:
 
 def runs(windows: Iterable[int], gfn: int, count: int) -> Iterator[tuple[int, int]]:
     """Yield ``(gfn, pages)`` of each run of windows in ascending order, cut to a range of pages."""
-    first = last = gfn
-    for number in windows:
-        start = max(gfn, number * WINDOW_PAGES)
-        if start > last:
+    whole = ((number * WINDOW_PAGES, (number + 1) * WINDOW_PAGES) for number in windows)
+    return _merged(whole, gfn, gfn + count)
+
+
+def page_runs(found: dict[int, bytearray], gfn: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(gfn, pages)`` of each run of pages in windows, cut to a range of pages."""
+    pages = (
+        (number * WINDOW_PAGES + match.start(), number * WINDOW_PAGES + match.end())
+        for number, frames in found.items()
+        for match in _ONES.finditer(frames)
+    )
+    return _merged(pages, gfn, gfn + count)
+
+
+def _merged(parts: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield ``(first, length)`` of parts in ascending order that do not touch, cut to a range."""
+    first = last = start
+    for begin, stop in parts:
+        if max(start, begin) > last:
             if last > first:
                 yield first, last - first
-            first = start
-        last = min(gfn + count, (number + 1) * WINDOW_PAGES)
+            first = max(start, begin)
+        last = max(last, min(end, stop))
     if last > first:
         yield first, last - first
 

@@ -16,6 +16,8 @@ from .output import progress
 
 MAX_RESIDENT = 64 * MiB
 _WINDOW_BYTES = 16 * MiB
+_SURVEYED_BYTES = 4 * MiB
+"""A range up to that is mapped, which also shows what a survey skips."""
 _COPY_BYTES = MiB
 _WITH_ZEROS = ("elfcore", "kdump")
 
@@ -88,7 +90,16 @@ def present(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
     if not indexed and cache.memory_end is not None:
         end = min(end, cache.memory_end)  # beyond it, where another guest has memory, is nothing
     with usage_errors():
-        for first, last in [(start, end)] if indexed else _extents(cache, start, end):
+        if not indexed and end - start > _SURVEYED_BYTES:
+            span = page_span(start, end - start)
+            known = cache.backend.survey(*span)
+            if known is not None:
+                yield from _addresses(known, start, end)
+                return
+            parts = _addresses(cache.backend.extents(*span), start, end)
+        else:
+            parts = iter([(start, end)])
+        for first, last in parts:
             # If only mapping shows which pages are present, what was shown is still mapped when it
             # is read.
             step = max(1, last - first) if indexed else _WINDOW_BYTES
@@ -97,9 +108,9 @@ def present(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
                     yield address, address + length
 
 
-def _extents(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, end)`` of the parts of a range in which pages may be."""
-    for gfn, pages in cache.backend.extents(*page_span(start, max(0, end - start))):
+def _addresses(runs: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the addresses of runs of pages, cut to a range."""
+    for gfn, pages in runs:
         yield max(start, gfn << PAGE_SHIFT), min(end, gfn + pages << PAGE_SHIFT)
 
 
