@@ -5,6 +5,7 @@ Debian's own Xen for Arm has no ioreq servers, so these tests run where the lab 
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,8 +30,21 @@ DEVICE = 0x2001000
 VIRTIO, VIRTIO_IRQ = 0x2000000, 33
 """Where libxl tells a guest of its first virtio disk."""
 DISK = """
-disk = ["vdev=xvda,format=raw,access=rw,backendtype=standalone,specification=virtio,target=none"]
+disk = ["vdev=xvda,backendtype=standalone,specification=virtio,target=/lab/guest.img"]
 """
+STATES = """
+folder=/local/domain/0/backend/virtio_disk
+while sleep 0.1; do
+    for domain in $(xenstore-list $folder 2> /dev/null); do
+        state=$folder/$domain/51712/state
+        case "$(xenstore-read $state 2> /dev/null)" in
+            1) xenstore-write $state 2 ;;
+            5) xenstore-write $state 6 ;;
+        esac
+    done
+done
+"""
+"""What libxl waits for when it adds such a disk, and when it removes it."""
 Console = Callable[[str], str]
 
 
@@ -82,6 +96,14 @@ def served(
             yield Served(guest, cache, server)
 
 
+@pytest.fixture
+def _states() -> Iterator[None]:
+    """Answers libxl as a program would that serves virtio disks."""
+    with subprocess.Popen(["sh", "-c", STATES]) as process:
+        yield
+        process.kill()
+
+
 def test_a_xen_without_ioreq_servers_is_told(live_domid: int, machine: Platform) -> None:
     """The error says that this Xen has none, and not that the caller did something wrong."""
     if machine.ioreq_servers:
@@ -130,7 +152,7 @@ def test_device_memory_while_the_guest_balloons(guest_console: Console, machine:
         assert it.server.failures == 0
 
 
-@pytest.mark.usefixtures("_ioreq_servers")
+@pytest.mark.usefixtures("_ioreq_servers", "_states")
 def test_debians_virtio_driver_on_our_disk(guest_console: Console, tmp_path: Path) -> None:
     """Its virtio_mmio and virtio_blk write and read a disk, told by interrupts of ours."""
     path = tmp_path / "disk.img"
