@@ -47,13 +47,11 @@ done
 
 def test_the_disk_against_qemus(
     guest_console: Callable[[str], str],
-    guest_type: str,
+    hvm_guests: None,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
     """Requests a second and MB/s of our disk as ratios to QEMU's, with their spread."""
-    if guest_type != "hvm":
-        pytest.skip("QEMU has a disk in HVM guests only")
     if reason := stock.missing():
         pytest.skip(reason)
     files = {name: tmp_path / name for name in (OURS, QEMUS)}
@@ -67,7 +65,7 @@ def test_the_disk_against_qemus(
             both + "".join(map(script, LOADS.values())),
             guest_console,
             "load",
-            guest_type=guest_type,
+            guest_type="hvm",
             device_model_args=qemu,
         ) as guest,
         open_backend("xen", domid=guest.domid) as backend,

@@ -44,10 +44,8 @@ PACKET = struct.pack("<BxHHHQ", 16, COUNT, 0, 0x1000, READ)
 
 
 @pytest.fixture
-def guest(guest_type: str, tmp_path: Path) -> Iterator[int]:
+def guest(hvm_guests: None, tmp_path: Path) -> Iterator[int]:
     """A guest with nothing but its firmware, which has not run yet."""
-    if guest_type != "hvm":
-        pytest.skip("only HVM guests have firmware")
     config = tmp_path / "firmware.cfg"
     config.write_text(CONFIG)
     xl("create", "-q", "-p", str(config))

@@ -150,10 +150,10 @@ ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
     ],
 )
 def test_what_makes_the_kernel_look_at_the_bus(
-    file: Path, run: Run, guest_type: str, arguments: str, found: bool
+    file: Path, run: Run, machine: Platform, arguments: str, found: bool
 ) -> None:
     """No ACPI for interrupts, or a last bus to look at: a PVH guest's tables describe no bus."""
-    if guest_type != "pvh":
+    if machine.guest != "pvh":
         pytest.skip("an HVM guest has QEMU's bus")
     script = f"""
 {WAITING.replace("300", "100")}
@@ -214,9 +214,9 @@ echo "STOCK found $(pattern)"
         disk.check()
 
 
-def test_interrupts(file: Path, run: Run, guest_type: str) -> None:
+def test_interrupts(file: Path, run: Run, machine: Platform) -> None:
     """Without MSI-X the driver takes INTx; with it, the guest's interrupts are ours, one by one."""
-    if guest_type != "hvm":
+    if machine.guest != "hvm":
         pytest.skip("only HVM guests have INTx")
     script = f"""{WAITING}
 dd if=/dev/urandom of=/tmp/r bs=1M count=1 2>/dev/null
