@@ -31,12 +31,12 @@ SUM, DONE = 0x600, 0x604
 SECTOR, READ, WRITTEN, COUNT = 512, 1, 128, 64
 BOOT = bytes.fromhex(
     "31c0 8ed8 8ed0 bc007c"  #    registers and stack
-    "be007d b442 cd13 7232"  #    INT 13h, AH=42h: read, as the packet at 0x7d00 says, to 0x10000
+    "be007d b442 cd13 7234"  #    INT 13h, AH=42h: read, as the packet at 0x7d00 says, to 0x10000
     "b80010 8ec0 31ff 6631c0 b90020"
     "26660305 83c704 e2f7"  #     add up the 32-bit words
     "ba0006 66ef"  #              the sum goes to port SUM
     "66c706087d80000000"  #       in the packet: sector WRITTEN
-    "b80043 cd13 7207"  #         INT 13h, AH=43h: write
+    "b280 b80043 cd13 7207"  #    INT 13h, AH=43h: write
     "ba0406 b80d60 ef"  #         0x600d goes to port DONE
     "f4 ebfd"
 )
