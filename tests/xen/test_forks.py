@@ -1,7 +1,4 @@
-"""Forked children on a real Xen: whatever the kernel copies for them, our rules are the same.
-
-A PV Dom0 keeps foreign mappings out of a child. A PVH Dom0 and Arm give them to the child.
-"""
+"""Forked children on a real Xen: whatever the kernel copies for them, our rules are the same."""
 
 from __future__ import annotations
 
