@@ -139,38 +139,6 @@ ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "found"),
-    [
-        ("", False),
-        ("pci=conf1", False),
-        ("pci=noacpi", True),
-        ("acpi=noirq", True),
-        ("pci=lastbus=1", True),
-    ],
-)
-def test_what_makes_the_kernel_look_at_the_bus(
-    file: Path, run: Run, machine: Platform, arguments: str, found: bool
-) -> None:
-    """No ACPI for interrupts, or a last bus to look at: a PVH guest's tables describe no bus."""
-    if machine.guest != "pvh":
-        pytest.skip("an HVM guest has QEMU's bus")
-    script = f"""
-{WAITING.replace("300", "100")}
-echo "STOCK functions $(ls /sys/bus/pci/devices | wc -l)"
-echo "STOCK read $(dd if=/dev/vda bs=4k count=4 iflag=direct 2>/dev/null | wc -c)"
-echo "STOCK cpus $(nproc)"
-dmesg | grep -i -e pci -e irq -e acpi | sed 's/^/STOCK log /'
-"""
-    with served(script, file, run, arguments=arguments) as disk:
-        functions, read = disk.guest.wait("functions"), disk.guest.wait("read")
-        sys.stdout.write(f"{arguments}: {functions} {read} {disk.guest.wait('cpus')}\n")
-        disk.guest.wait("end")
-        sys.stdout.write("\n".join(line for line in disk.guest.said() if line.startswith("log")))
-        assert (functions, read) == (("2", "16384") if found else ("0", "0"))
-
-
-@pytest.mark.slow
 def test_the_guest_balloons_meanwhile(file: Path, run: Run) -> None:
     """20 changes of the guest's memory: no stale lease, no failure, no lost byte."""
     with served(WORK, file, run) as disk:
