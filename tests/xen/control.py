@@ -26,7 +26,7 @@ class Control(NamedTuple):
 @contextmanager
 def control() -> Iterator[Control]:
     """Open libxenctrl."""
-    path, *_ = sorted(Path("/usr/lib/x86_64-linux-gnu").glob("libxenctrl.so.*.*"))
+    path, *_ = sorted(Path("/usr/lib").glob("*-linux-gnu/libxenctrl.so.*.*"))
     library = ctypes.CDLL(str(path), use_errno=True)
     library.xc_interface_open.restype = ctypes.c_void_p
     handle = ctypes.c_void_p(library.xc_interface_open(None, None, 0))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.xen.lab.release import DEFAULT, RELEASES
+from tests.xen.lab.platform import DEFAULT, PLATFORMS
 from tests.xen.lab.report import Reporter
 from tests.xen.lab.run import Plan, Run
 
@@ -25,7 +25,9 @@ CONSOLE = Path("/var/log/xen/console")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options for the lab, for a real Dom0, and (the last two) between the lab and its Dom0."""
     group = parser.getgroup("xen", "tests on a live Xen")
-    group.addoption("--xen", choices=sorted(RELEASES), help=f"Xen of the lab (default {DEFAULT})")
+    group.addoption(
+        "--xen", choices=sorted(PLATFORMS), help=f"machine of the lab (default {DEFAULT})"
+    )
     group.addoption(
         "--xen-required", action="store_true", help="no lab is a failure (so is CI=true)"
     )
@@ -163,7 +165,7 @@ def _plan(config: pytest.Config) -> Plan:
     options += ["-v"] * config.option.verbose + ["-l"] * bool(config.option.showlocals)
     return Plan(
         project=config.rootpath,
-        release=RELEASES[config.getoption("xen") or DEFAULT],
+        platform=PLATFORMS[config.getoption("xen") or DEFAULT],
         options=options,
         built=config.getoption("xen_wheel"),
         timeout=config.getoption("xen_timeout"),

@@ -8,19 +8,19 @@ import time
 
 from .boot import LabError, Machine
 from .image import image
+from .platform import DEFAULT, PLATFORMS
 from .prerequisites import LabUnavailableError
-from .release import DEFAULT, RELEASES
 
 
 def main() -> int:
     """Build an image; boot it and print its console; or boot it and give its console as a shell."""
     parser = argparse.ArgumentParser(prog="python -m tests.xen.lab", description=__doc__)
     parser.add_argument("command", choices=("build", "boot", "shell"))
-    parser.add_argument("--xen", choices=sorted(RELEASES), default=DEFAULT)
+    parser.add_argument("--xen", choices=sorted(PLATFORMS), default=DEFAULT)
     arguments = parser.parse_args()
     try:
         started = time.monotonic()
-        built = image(RELEASES[arguments.xen])
+        built = image(PLATFORMS[arguments.xen])
         sys.stdout.write(f"image {built.folder} ({time.monotonic() - started:.0f} s)\n")
         sys.stdout.flush()
         if arguments.command == "shell":

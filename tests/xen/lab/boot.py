@@ -31,6 +31,9 @@ XEN: Final = (
     " bootscrub=0 spec-ctrl=no xpti=no pv-l1tf=no watchdog=0"
 )
 LINUX: Final = "console=hvc0 loglevel=4 panic=1 nokaslr mitigations=off"
+# A PVH Dom0 needs an IOMMU, and devices whose DMA goes through it: without, Linux hangs.
+IOMMU: Final = ["-machine", "q35", "-device", "amd-iommu"]
+BEHIND_IOMMU: Final = ",iommu_platform=on,disable-legacy=on,disable-modern=off"
 
 
 class LabError(Exception):
@@ -74,7 +77,7 @@ class Machine:
                 [
                     # The kernel ends the emulator when we die, however we die.
                     *(tool("setpriv"), "--pdeathsig", "KILL"),
-                    tool("qemu-system-x86_64"),
+                    tool(image.platform.architecture.emulator),
                     *_arguments(image, payload, serial, f"/dev/fd/{channel_in}", mode),
                 ],
                 stdin=None if interactive else subprocess.PIPE,
@@ -185,23 +188,28 @@ class Machine:
 def _arguments(
     image: Image, payload: Path | None, serial: str, channel: str, mode: str
 ) -> list[str]:
-    linux = f"{LINUX} lab={mode}" if mode else LINUX
+    pvh = image.platform.dom0 == "pvh"
+    xen = f"{XEN} dom0=pvh" if pvh else XEN
+    linux = f"{LINUX} lab.guest={image.platform.guest}" + (f" lab={mode}" if mode else "")
+    iommu = BEHIND_IOMMU if pvh else ""
     arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     # One processor: with two, in QEMU 7.2, guests now and then triple-faulted while they booted,
     # most with Xen's own registers in their state (8 of some 50 guests; with one, none of 54).
-    arguments += ["-m", "2048", "-smp", "1", "-accel", "tcg"]
+    arguments += ["-m", "2048", "-smp", "1", "-accel", "tcg", *(IOMMU if pvh else [])]
     # +npt: without nested paging Xen has no HAP, and Debian's Xen has no shadow paging, so there
     # would be no PVH guests.
     arguments += ["-cpu", "qemu64,+svm,+npt"]
     # Commas separate multiboot modules; QEMU wants them doubled in file names.
     kernel, initial = (str(path).replace(",", ",,") for path in (image.kernel, image.ramdisk))
-    arguments += ["-kernel", str(image.hypervisor), "-append", XEN]
+    arguments += ["-kernel", str(image.hypervisor), "-append", xen]
     arguments += ["-initrd", f"{kernel} {linux},{initial}"]
-    arguments += ["-serial", serial, "-device", "virtio-serial-pci"]
+    arguments += ["-serial", serial, "-device", f"virtio-serial-pci{iommu}"]
     arguments += ["-chardev", f"file,id=channel,path={channel}"]
     arguments += ["-device", "virtserialport,chardev=channel"]
-    for disk in (image.root, payload):  # vda, vdb
+    for name, disk in (("vda", image.root), ("vdb", payload)):
         if disk is not None:
             path = str(disk).replace(",", ",,")
-            arguments += ["-drive", f"file={path},if=virtio,format=raw,snapshot=on,cache=unsafe"]
+            options = f"id={name},if=none,format=raw,snapshot=on,cache=unsafe"
+            arguments += ["-drive", f"file={path},{options}"]
+            arguments += ["-device", f"virtio-blk-pci,drive={name}{iommu}"]
     return arguments

@@ -1,4 +1,4 @@
-"""Building a release's image, once, into a cache: Xen, a kernel, ramdisks, and Dom0's file system.
+"""Building images, once, into a cache: Xen, a kernel, ramdisks, and Dom0's file system.
 
 The cache folder is XENMAPCACHE_LAB_CACHE, else xenmapcache-lab below the user's cache folder. An
 image is named after a hash of everything we put into it: a changed script or package list builds a
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from . import ramdisk
+from .platform import Platform
 from .prerequisites import LabUnavailableError, require, tool
-from .release import Release
 
 BAKED: Final = Path(__file__).parent / "baked"
 GUESTS: Final = {"guest": 128, "victim": 96}  # MiB; 80 is too little for Debian's kernel
@@ -57,9 +57,9 @@ INCLUDED: Final = tuple(
 
 @dataclass(frozen=True)
 class Image:
-    """The files QEMU needs to boot one release. They are never written to after they were built."""
+    """The files QEMU needs to boot one machine. They are never written to after they were built."""
 
-    release: Release
+    platform: Platform
     folder: Path
 
     @property
@@ -90,25 +90,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xenmapcache-lab"
 
 
-def image(release: Release) -> Image:
-    """The image of `release`, built now unless it is there already.
+def image(platform: Platform) -> Image:
+    """The image of `platform`, built now unless it is there already.
+
+    Platforms of the same release and architecture share theirs.
 
     Raises:
         LabUnavailableError: this machine cannot build or run it, or the build failed.
     """
     cache = cache_folder()
-    folder = cache / f"{release.xen}-{_key(release)}"
+    name = f"{platform.release.xen}-{platform.architecture.name}"
+    folder = cache / f"{name}-{_key(platform)}"
     require(cache, build=not folder.exists())
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{release.xen}.lock"):
+        with _locked(cache / f"{name}.lock"):
             if not folder.exists():  # another builder may have held the lock
-                _build(release, folder)
-    return Image(release, folder)
+                _build(platform, name, folder)
+    return Image(platform, folder)
 
 
-def _key(release: Release) -> str:
-    digest = hashlib.sha256(repr((release, release.packages)).encode())
+def _key(platform: Platform) -> str:
+    digest = hashlib.sha256(repr((platform.release, platform.packages)).encode())
     for path in sorted([*BAKED.iterdir(), Path(__file__), Path(ramdisk.__file__)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -121,18 +124,18 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(release: Release, folder: Path) -> None:
+def _build(platform: Platform, name: str, folder: Path) -> None:
     # We hold the lock: a folder being built is a dead builder's. One finished image is kept, since
     # two checkouts that differ would else build in turns.
-    others = sorted(folder.parent.glob(f"{release.xen}-*"), key=lambda path: path.stat().st_mtime)
+    others = sorted(folder.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime)
     dead = [path for path in others if "-building-" in path.name]
     for old in [*dead, *[path for path in others if path not in dead][:-1]]:
         shutil.rmtree(old)
-    work = Path(tempfile.mkdtemp(prefix=f"{release.xen}-building-", dir=folder.parent))
+    work = Path(tempfile.mkdtemp(prefix=f"{name}-building-", dir=folder.parent))
     try:
         tree = work / "tree"
-        _debian(release, tree)
-        _bake(release, tree, work)
+        _debian(platform, tree)
+        _bake(platform, tree, work)
         # Journal and checksums protect a file system that outlives its session; this one does not.
         options = ["-O", "^has_journal,^metadata_csum", "-E", "lazy_itable_init=1,root_owner=0:0"]
         options += ["-d", str(tree)]
@@ -145,16 +148,16 @@ def _build(release: Release, folder: Path) -> None:
         raise
 
 
-def _debian(release: Release, tree: Path) -> None:
+def _debian(platform: Platform, tree: Path) -> None:
     options = ["--variant=minbase"]
     options += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     options += [f"--dpkgopt=path-include={pattern}" for pattern in INCLUDED]
-    options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(release.packages)}"]
+    options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(platform.packages)}"]
     if proxy := _proxy():
         options.append(f'--aptopt=Acquire::http::Proxy "{proxy}"')
     # Without a mirror named, mmdebstrap takes Debian's own.
     mirror = [url] if (url := os.environ.get("XENMAPCACHE_LAB_MIRROR")) else []
-    command = [tool("mmdebstrap"), *options, release.suite, str(tree), *mirror]
+    command = [tool("mmdebstrap"), *options, platform.release.suite, str(tree), *mirror]
     # mmdebstrap mounts /dev and /proc in the tree. In its own namespaces, these go with it however
     # it ends; else deleting the tree of a killed one would delete the machine's devices.
     alone = [tool("setpriv"), "--pdeathsig", "KILL", tool("unshare")]
@@ -171,7 +174,8 @@ def _proxy() -> str:
     return shell.stdout.partition("'")[2].rpartition("'")[0]
 
 
-def _bake(release: Release, tree: Path, work: Path) -> None:
+def _bake(platform: Platform, tree: Path, work: Path) -> None:
+    release = platform.release
     baked = {path.name: path.read_bytes() for path in BAKED.iterdir()}
     busybox = (tree / "bin/busybox").read_bytes()
     (modules,) = (tree / "usr/lib/modules").iterdir()
@@ -181,7 +185,7 @@ def _bake(release: Release, tree: Path, work: Path) -> None:
     initial = ramdisk.ramdisk(baked["ramdisk-init"], busybox, map(ramdisk.module, order))
     (work / "ramdisk").write_bytes(initial)
     (work / "vmlinux").write_bytes(ramdisk.vmlinux(kernel.read_bytes()))
-    hypervisor = tree / f"boot/xen-{release.xen}-amd64.gz"
+    hypervisor = tree / f"boot/xen-{release.xen}-{platform.architecture.name}.gz"
     (work / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
 
     lab = tree / "lab"
@@ -194,9 +198,13 @@ def _bake(release: Release, tree: Path, work: Path) -> None:
     drivers = ramdisk.load_order(modules, DRIVERS)
     (lab / "drivers.img").write_bytes(ramdisk.drivers(map(ramdisk.module, drivers)))
     shutil.copy(work / "vmlinux", lab)
-    for name, memory in GUESTS.items():
-        text = baked["guest.cfg"].decode().replace("@NAME@", name).replace("@MEMORY@", str(memory))
-        (lab / f"{name}.cfg").write_text(text)
+    shutil.copy(kernel, lab / "vmlinuz")  # packed, as QEMU's direct kernel boot wants it
+    for kind in ("pvh", "hvm"):
+        (lab / kind).mkdir()
+        for name, memory in GUESTS.items():
+            text = baked[f"{kind}.cfg"].decode()
+            text = text.replace("@NAME@", name).replace("@MEMORY@", str(memory))
+            (lab / kind / f"{name}.cfg").write_text(text)
     for unused in (modules, tree / "boot"):
         shutil.rmtree(unused)
 

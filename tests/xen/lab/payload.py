@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from .platform import Platform
 from .prerequisites import LabUnavailableError, tool
 
 GUEST: Final = Path(__file__).parents[1] / "guest"
@@ -62,11 +63,11 @@ def wheel(project: Path, folder: Path) -> Path:
     raise LabUnavailableError(f"the wheel cannot be built:\n{tail}")
 
 
-def optional_wheels(python: str, nodeids: Sequence[str], folder: Path) -> list[Path]:
+def optional_wheels(platform: Platform, nodeids: Sequence[str], folder: Path) -> list[Path]:
     """Download what some tests need and Debian does not have, for Dom0's Python.
 
     Args:
-        python: its version, such as ``3.11``.
+        platform: of the Dom0.
         nodeids: of the tests.
         folder: for the wheels.
 
@@ -76,8 +77,14 @@ def optional_wheels(python: str, nodeids: Sequence[str], folder: Path) -> list[P
     for file, package in OPTIONAL.items():
         if any(f"/{file}::" in nodeid for nodeid in nodeids):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", package]
-            command += ["--only-binary=:all:", "--python-version", python, "--dest", str(folder)]
-            command += ["--platform", "manylinux2014_x86_64"]
+            command += [
+                "--only-binary=:all:",
+                "--python-version",
+                platform.release.python,
+                "--dest",
+                str(folder),
+            ]
+            command += ["--platform", platform.architecture.wheel]
             subprocess.run(command, check=False)
     return sorted(folder.glob("*.whl"))
 

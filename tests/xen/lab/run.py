@@ -16,8 +16,8 @@ import pytest
 from .boot import LabError, Machine
 from .image import image
 from .payload import optional_wheels, payload, programs, wheel
+from .platform import Platform
 from .prerequisites import LabUnavailableError
-from .release import Release
 from .report import Event, decode, failed, skipped
 
 
@@ -27,7 +27,7 @@ class Plan:
 
     Args:
         project: root of the project under test.
-        release: the Xen to run on.
+        platform: the machine to run on.
         options: arguments for Dom0's pytest.
         built: a wheel to test instead of one built now.
         timeout: seconds for one test.
@@ -37,7 +37,7 @@ class Plan:
     """
 
     project: Path
-    release: Release
+    platform: Platform
     options: Sequence[str]
     built: Path | None
     timeout: float
@@ -101,17 +101,18 @@ class Run:
         plan, folder = self._plan, Path(self._folder.name)
         order = {
             "nodeids": [item.nodeid for item in self._items],
-            "release": plan.release.xen,
+            "platform": plan.platform.name,
+            "guest": plan.platform.guest,
             "options": list(plan.options),
             "timeout": plan.timeout,
         }
         try:
             self._phase("image")
-            files = image(plan.release)
+            files = image(plan.platform)
             built = plan.built or wheel(plan.project, folder)
             (folder / "optional").mkdir()
             nodeids = [item.nodeid for item in self._items]
-            others = optional_wheels(plan.release.python, nodeids, folder / "optional")
+            others = optional_wheels(plan.platform, nodeids, folder / "optional")
             wheels = [built, *others]
             disk = payload(plan.project, wheels, programs(folder), order, folder / "payload.tar")
             if plan.console is not None:
@@ -162,7 +163,7 @@ class Run:
 
     def _phase(self, name: str) -> None:
         elapsed = time.monotonic() - self._started
-        self._progress(f"Xen {self._plan.release.xen} lab: {elapsed:3.0f} s {name}")
+        self._progress(f"Xen {self._plan.platform.name} lab: {elapsed:3.0f} s {name}")
 
 
 def _parse(line: str) -> Event:

@@ -19,7 +19,6 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any, Final
 
-VICTIM: Final = "/lab/victim.cfg"
 FIXTURES: Final = ("victim", "agent")
 SELECTION: Final = Path("/run/lab-selection.json")
 TAIL: Final = 40
@@ -62,8 +61,11 @@ class Supervisor:
         reports, reports_in = os.pipe()
         command = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-o", "addopts="]
         command += ["-p", "no:cacheprovider", "--no-summary", "--continue-on-collection-errors"]
-        command += [f"--domid={self._domid}", f"--victim-config={VICTIM}"]
-        command += [f"--xen={self._order['release']}", f"--xen-select={SELECTION}"]
+        command += [
+            f"--domid={self._domid}",
+            f"--victim-config=/lab/{self._order['guest']}/victim.cfg",
+        ]
+        command += [f"--xen={self._order['platform']}", f"--xen-select={SELECTION}"]
         command += [f"--xen-report=/dev/fd/{reports_in}", *self._order["options"], *files]
         process = subprocess.Popen(
             command,
