@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_main import environment
+from tests.cli.process import environment
 from tests.images import linux_guest, tools
 from xenmapcache import BackendUnavailableError, MockDomain, open_backend, write_lime, write_vmcore
 from xenmapcache.adapters.mount import check_fuse
