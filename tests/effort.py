@@ -2,8 +2,8 @@
 
 A limit in calls is one that no busy machine moves. The numbers are those of ``make test``. The
 gates (``.ci/run``, ``.ci/nightly``, ``make coverage``) try more, by these variables:
-``XENMAPCACHE_MODEL``, ``XENMAPCACHE_FUZZ``, ``XENMAPCACHE_RACES``, ``XENMAPCACHE_LEAKS`` and
-``XENMAPCACHE_INTERRUPTS``.
+``XENMAPCACHE_MODEL``, ``XENMAPCACHE_FUZZ``, ``XENMAPCACHE_EXAMPLES``, ``XENMAPCACHE_RACES``,
+``XENMAPCACHE_LEAKS`` and ``XENMAPCACHE_INTERRUPTS``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ FUZZ: Final = int(os.environ.get("XENMAPCACHE_FUZZ", "60"))
 """How many damaged files of each kind are read."""
 RACES: Final = int(os.environ.get("XENMAPCACHE_RACES", "1"))
 """How many times as long threads and processes race that seldom meet; three times in the gates."""
-LEAKS: Final = int(os.environ.get("XENMAPCACHE_LEAKS", "40000"))
+LEAKS: Final = int(os.environ.get("XENMAPCACHE_LEAKS", "20000"))
 """How many operations are to leave nothing behind."""
+EXAMPLES: Final = float(os.environ.get("XENMAPCACHE_EXAMPLES", "0.25"))
+"""Which share of the usual number of examples hypothesis tries."""
+
+
+def examples(usual: int) -> int:
+    """Return how many examples a test tries that usually tries so many."""
+    return max(10, round(usual * EXAMPLES))
 
 
 @contextlib.contextmanager

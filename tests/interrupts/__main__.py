@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("point", nargs="?", type=int)
     parser.add_argument("--samples", type=int, help="about N points of each combination")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", metavar="REGEX", help="stop at the first finding that has it")
     parser.add_argument("--list", action="store_true", help="print the table")
     parser.add_argument("--json", action="store_true", help="print each report as a line of JSON")
     parser.add_argument("--folder", type=Path, help="where the injector is, or will be, built")
@@ -45,7 +46,7 @@ def main() -> int:
         except MissingError as error:
             print(error, file=sys.stderr)
             return 77
-        runner = Runner(injector, Path(name), options.samples, options.seed)
+        runner = Runner(injector, Path(name), options.samples, options.seed, options.until)
         return run_all(runner, rows, options)
 
 

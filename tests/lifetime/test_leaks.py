@@ -54,7 +54,7 @@ def test_so_do_the_bindings(binding: str, tmp_path: Path) -> None:
     """They are the code for live domains, over the stand-in."""
     need("_cffi_backend")
     library = str(build(tmp_path))
-    operations = max(LEAKS // 10, 20_000)
+    operations = max(LEAKS // 10, 10_000)
     grew, held = use(
         binding, operations, "--library", library, "--folder", str(tmp_path / "copies")
     )
@@ -65,5 +65,5 @@ def test_so_do_the_bindings(binding: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_a_leak_is_seen() -> None:
     """One object that is kept for each hundred operations is found."""
-    grew, _ = use("mock", 40_000, "--leak")
-    assert leaks(grew, 40_000) == ["blocks"], grew
+    grew, _ = use("mock", 20_000, "--leak")
+    assert leaks(grew, 20_000) == ["blocks"], grew
