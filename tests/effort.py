@@ -22,7 +22,7 @@ FUZZ: Final = int(os.environ.get("XENMAPCACHE_FUZZ", "60"))
 """How many damaged files of each kind are read."""
 RACES: Final = int(os.environ.get("XENMAPCACHE_RACES", "1"))
 """How many times as long threads and processes race that seldom meet; three times in the gates."""
-LEAKS: Final = int(os.environ.get("XENMAPCACHE_LEAKS", "20000"))
+LEAKS: Final = int(os.environ.get("XENMAPCACHE_LEAKS", "40000"))
 """How many operations are to leave nothing behind."""
 EXAMPLES: Final = float(os.environ.get("XENMAPCACHE_EXAMPLES", "0.25"))
 """Which share of the usual number of examples hypothesis tries."""
