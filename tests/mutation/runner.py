@@ -26,6 +26,7 @@ PACKAGE = Path(xenmapcache.__file__).parent
 TESTS = Path(__file__).parents[1]
 
 EFFORT = {
+    "XENMAPCACHE_BINDINGS": "both",
     "XENMAPCACHE_EXAMPLES": "1",
     "XENMAPCACHE_FUZZ": "300",
     "XENMAPCACHE_MODEL": "100",
