@@ -573,9 +573,9 @@ def test_what_is_resident_stays_bounded(run: Run, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(sources, "MapCache", Watched)
     monkeypatch.setattr(MockBackend, "map", watched)
-    for arguments in (["find", "mock:128M", "x"], ["strings", "mock:128M"]):
+    for arguments in (["find", "mock:80M", "x"], ["strings", "mock:80M"]):
         run(*arguments, status=1)
-    run("diff", "mock:128M", "mock:128M")
+    run("diff", "mock:80M", "mock:80M")
     assert 32 << 20 < most <= sources.MAX_RESIDENT
 
 
