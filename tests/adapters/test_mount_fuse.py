@@ -22,6 +22,8 @@ from xenmapcache import BackendUnavailableError, MockDomain, open_backend, write
 from xenmapcache.adapters.mount import check_fuse
 from xenmapcache.address import PAGE_SIZE, MiB
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -13,6 +13,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it i
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 from xenmapcache import *
 from xenmapcache.devicemodel import IoreqServer
+
+pytestmark = pytest.mark.slow
 guest = MockHypervisor().create_domain(memory="1M")
 cache = MapCache(open_backend("mock", domain=guest))
 server = IoreqServer(guest, cache)
