@@ -12,13 +12,16 @@ MORE := XENMAPCACHE_MODEL=$${XENMAPCACHE_MODEL:-100} XENMAPCACHE_FUZZ=$${XENMAPC
 	XENMAPCACHE_EXAMPLES=$${XENMAPCACHE_EXAMPLES:-1} \
 	XENMAPCACHE_BINDINGS=$${XENMAPCACHE_BINDINGS:-both} \
 	XENMAPCACHE_INTERRUPTS=$${XENMAPCACHE_INTERRUPTS:-1}
+# A few tests of each kind: the machine, a live guest, INVALIDATE, a device model, what Xen tells.
+XEN_QUICK := tests/xen/test_lab_smoke.py tests/xen/test_live_guest.py tests/xen/test_survey.py \
+	tests/xen/test_invalidate.py
 PEERS_VENV := .venv-peers
 PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z][a-z-]*:.*  ## / {printf "make %-20s %s\n", $$1, $$2}' Makefile
 
-.PHONY: help demo test test-quick test-bare coverage mutants test-free-threaded test-images test-xen lint types bench bench-sources bench-drgn bench-dma bench-scaling bench-window bench-xen docs man completion release-check clean
+.PHONY: help demo test test-quick test-bare coverage mutants test-free-threaded test-images test-xen test-xen-quick seen lint types bench bench-sources bench-drgn bench-dma bench-scaling bench-window bench-xen docs man completion release-check clean
 
 demo: $(VENV)/cli,timeline.stamp  ## set up, and show the main job on a mock guest
 	@mkdir -p build
@@ -45,8 +48,16 @@ test-free-threaded:  ## run the tests of threads on CPython without a GIL, which
 test-images: $(VENV)/test.stamp  ## boot a Linux guest under emulation, and read its memory in every form
 	$(BIN)/python -m pytest -v -m images $(ARGS)
 
-test-xen: $(VENV)/test.stamp  ## boot a real Xen under emulation and run the tests in its Dom0
-	set -e; for xen in $(XEN); do $(BIN)/python -m pytest -v -m xen --xen=$$xen; done
+test-xen: $(VENV)/test.stamp  ## boot a real Xen under emulation and run the tests in its Dom0; XEN= names machines
+	@mkdir -p build/xen
+	set -e; for xen in $(XEN); do \
+		$(BIN)/python -m pytest -v -m xen --xen=$$xen --junitxml=build/xen/$$xen.xml $(ARGS); done
+
+test-xen-quick: $(VENV)/test.stamp  ## the same on one machine within three minutes
+	$(BIN)/python -m pytest -v -m "xen and not slow" --xen=$(firstword $(XEN)) $(XEN_QUICK)
+
+seen: $(VENV)/test.stamp  ## print which machine has shown what, from the results of make test-xen
+	@$(BIN)/python -m tests.xen.lab.seen build/xen/*.xml $(ARGS)
 
 lint: $(VENV)/test.stamp  ## check style, format, types, and that the generated binding is up to date
 	$(BIN)/ruff check

@@ -15,7 +15,7 @@ MOCK_BANNER = (
     b"Linux version 6.1.0-18-amd64 (debian-kernel@lists.debian.org) (gcc-12 (Debian 12.2.0-14) "
     b"12.2.0) #1 SMP PREEMPT_DYNAMIC Debian 6.1.76-1 (2024-02-01)\n\0"
 )
-SEARCH_LIVE = 1 << 30
+SEARCH_LIVE = 2 << 30  # an Arm guest has nothing below 1 GiB
 BASE_MEMORY = 0x413  # in the BIOS data area: KiB below the first hole, 0 without a BIOS
 
 
@@ -31,15 +31,19 @@ def open_mock() -> Backend:
 
 def report(memory: GuestMemory, length: int) -> None:
     """Print what is found below ``length``, in bytes."""
-    print(f"base memory: {memory.read_u16(BASE_MEMORY)} KiB")
-    print(f"first 8 bytes: {memory.read_u64(0):#018x}")
-    address, _ = next(memory.find(BANNER, 0, length), (None, b""))
+    ranges = list(islice(memory.cache.present(0, length), 10))
+    first = ranges[0][0] if ranges else length
+    if first == 0:  # on a PC
+        print(f"base memory: {memory.read_u16(BASE_MEMORY)} KiB")
+    if ranges:
+        print(f"first 8 bytes, at {first:#x}: {memory.read_u64(first):#018x}")
+    address, _ = next(memory.find(BANNER, first, length - first), (None, b""))
     if address is None:
         print(f"no kernel banner below {length:#x}")
     else:
         print(f"kernel banner at {address:#x}: {memory.read_cstring(address).decode().strip()}")
     print("present, at most 10 ranges:")
-    for start, size in islice(memory.cache.present(0, length), 10):
+    for start, size in ranges:
         print(f"  {start:#011x}..{start + size:#011x}  {size >> 10:>8,} KiB")
 
 

@@ -2,7 +2,8 @@
 
 The machine is a root file system with Python, python3-venv, git and make, and nothing else: no
 compiler, no header and none of Xen's files. mmdebstrap builds it once; it is kept in
-``~/.cache/xenmapcache-bare`` (``$XDG_CACHE_HOME``). A copy gets the checkout and runs
+``~/.cache/xenmapcache-bare`` (``$XDG_CACHE_HOME``). ``XENMAPCACHE_BARE_SUITE`` names another Debian
+than 13: that of its Python is tested then. A copy gets the checkout and runs
 ``make demo`` and ``make test``, or the targets that are named. It needs root.
 
 Exit status: make's; 77 where no such root can be had, after the reason.
@@ -20,7 +21,7 @@ from typing import Final
 
 from tests.free_threaded import ROOT, UNAVAILABLE, UnavailableError, run
 
-SUITE: Final = "trixie"
+SUITE: Final = os.environ.get("XENMAPCACHE_BARE_SUITE", "trixie")
 PACKAGES: Final = ("ca-certificates", "git", "make", "python3", "python3-venv")
 ABSENT: Final = ("/usr/bin/gcc", "/usr/bin/cc", "/usr/include/stdio.h", "/usr/include/xen")
 """What the root must not have, or the run would prove nothing."""

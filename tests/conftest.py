@@ -12,12 +12,13 @@ from xenmapcache import Backend, MapCache, MockDomain, MockHypervisor, open_back
 
 pytest_plugins = ["tests.xen.plugin", "tests.images.lab.plugin"]
 
-# A shell starts what it puts into the background with Ctrl-C and Ctrl-\ ignored, and so would be
-# all that the tests start: then nothing could be interrupted.
+# A shell starts what it puts into the background with Ctrl-C and Ctrl-\ ignored, nohup with SIGHUP,
+# and so would be all that the tests start: then nothing could be interrupted.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+for ignored in (signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 def _freeze() -> None:

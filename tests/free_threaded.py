@@ -1,8 +1,9 @@
 """Runs what threads matter to on CPython without a GIL: ``python -m tests.free_threaded [TESTS]``.
 
-The interpreter is the one that ``XENMAPCACHE_FREE_THREADED`` names, or a python3.14t or python3.13t
-on the path, or else one that is built here, once, from Debian's source package: no Debian has one
-ready. It is kept in ``~/.cache/xenmapcache-free-threaded`` (``$XDG_CACHE_HOME``).
+The interpreter is the one that ``XENMAPCACHE_FREE_THREADED`` names, or a python3.13t on the path,
+or else one that is built here, once, from Debian's source package: no Debian has one ready. It is
+kept in ``~/.cache/xenmapcache-free-threaded`` (``$XDG_CACHE_HOME``). With
+``XENMAPCACHE_FREE_THREADED_PYTHON=3.14`` it is that release's.
 
 Exit status: pytest's; 77 where no such interpreter can be had, after saying why.
 """
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parent.parent
-SUITE: Final = "trixie"
-SOURCE: Final = "python3.13"
+PYTHON: Final = os.environ.get("XENMAPCACHE_FREE_THREADED_PYTHON", "3.13")
+SUITE: Final = {"3.13": "trixie", "3.14": "sid"}[PYTHON]
+SOURCE: Final = f"python{PYTHON}"
 KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 NEEDED: Final = {
     "/usr/bin/apt-get": "apt",
@@ -105,10 +107,9 @@ def interpreter(cache: Path) -> Path:
         if not free_threaded(named):
             raise UnavailableError(f"{named} does not start without a GIL")
         return Path(named)
-    for name in ("python3.14t", "python3.13t"):
-        found = shutil.which(name)
-        if found and free_threaded(found):
-            return Path(found)
+    found = shutil.which(f"{SOURCE}t")
+    if found and free_threaded(found):
+        return Path(found)
     built = cache / SOURCE
     if not free_threaded(built / "bin/python3"):
         shutil.rmtree(built, ignore_errors=True)  # half built

@@ -102,6 +102,28 @@ class Backend(abc.ABC):
         """
         return None
 
+    def extents(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        """Return where in a range pages may be: who maps to find pages need not map elsewhere.
+
+        By default what :meth:`present` tells, or the whole range. A live guest is asked about
+        (:class:`.xen.XenBackend`), which takes some calls.
+
+        Returns:
+            An iterator of ``(gfn, pages)`` in ascending order. A part may have holes.
+        """
+        known = self.present(gfn, count)
+        return iter([(gfn, count)]) if known is None else known
+
+    def survey(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
+        """Return the runs of pages that exist in a range, after some calls if need be.
+
+        By default what :meth:`present` tells, which makes no call.
+
+        Returns:
+            As :meth:`present`.
+        """
+        return self.present(gfn, count)
+
     def copies(self, gfn: int, count: int) -> bool:  # noqa: ARG002 - a contract
         """Tell whether :meth:`map` would copy a range of pages into memory of this process.
 

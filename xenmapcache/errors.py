@@ -105,6 +105,13 @@ class WrongFormatError(CorruptImageError, UnsupportedOperationError):
     """A file is of another format than was asked for; the message says which, and what to do."""
 
 
+_GRANT_BIT = 1 << 63
+_GRANT_HINT = (
+    ". An address with bit 63 names a granted page, which only read, read_into, write and map_dma "
+    "of MapCache(grants=backend.open_grants()) take"
+)
+
+
 class FaultError(XenMapCacheError):
     """No page exists at an address that was accessed.
 
@@ -124,9 +131,10 @@ class FaultError(XenMapCacheError):
         self.errno = errno
 
     def __str__(self) -> str:
+        granted = "" if self.address < _GRANT_BIT else _GRANT_HINT
         return (
             f"no page at {self.address:#x}: {errno_name(self.errno)}; the last {self.length:#x} "
-            "bytes of the access start there"
+            f"bytes of the access start there{granted}"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 SLOT_SIZE = 32
@@ -29,6 +30,7 @@ IOREQ = struct.Struct("<QQIIIHBB")
 DATA = struct.Struct("<Q")
 RING_POINTERS = struct.Struct("<II")
 """read_pointer, write_pointer."""
+RING_POINTER = struct.Struct("<I")
 RING_SLOT = struct.Struct("<II")
 """type, flags and address in 32 bits; data."""
 
@@ -36,6 +38,9 @@ _BDF = re.compile(
     r"(?:([0-9a-f]{1,4}):)?([0-9a-f]{1,2}):([01]?[0-9a-f])\.([0-7])", re.ASCII | re.IGNORECASE
 )
 _DATA_IS_POINTER, _READ, _BACKWARD = 0x10, 0x20, 0x40
+
+Fence = Callable[[], object] | None
+"""Keeps the loads and stores before it before those after it; None where the processor does."""
 
 
 class State(enum.IntEnum):
@@ -115,6 +120,11 @@ class ProtocolError(RuntimeError):
 #
 # All transitions of a slot are in this table and nowhere else. Xen makes the first and the
 # last, the device model the two between them. Xen ends a guest whose slot goes astray.
+#
+# The other side runs on another processor, which may see loads and stores out of order:
+#
+#   a state is loaded    then the fence, then what the state says is there
+#   a state is stored    after the fence, and that after what the state will say is there
 
 TRANSITIONS: dict[str, tuple[State, State]] = {
     "send": (State.NONE, State.READY),
@@ -127,17 +137,23 @@ TRANSITIONS: dict[str, tuple[State, State]] = {
 class RequestSlot:
     """A vCPU's slot in the page of synchronous requests, seen from either side.
 
+    Args:
+        page: of synchronous requests.
+        vcpu: whose slot.
+        fence: orders the slot's state and its fields.
+
     Attributes:
         vcpu: whose it is.
 
     Synchronization: a slot belongs to one side at a time, as its state says.
     """
 
-    __slots__ = ("_base", "_page", "_position", "vcpu")
+    __slots__ = ("_base", "_fence", "_page", "_position", "vcpu")
 
-    def __init__(self, page: memoryview, vcpu: int) -> None:
+    def __init__(self, page: memoryview, vcpu: int, fence: Fence = None) -> None:
         self.vcpu = vcpu
         self._page = page
+        self._fence = fence
         self._base = vcpu * SLOT_SIZE
         self._position = self._base + STATE_OFFSET
 
@@ -147,7 +163,10 @@ class RequestSlot:
     @property
     def state(self) -> int:
         """Where the request is: a :class:`State`, or a number that no protocol has."""
-        return self._page[self._position] & STATE_MASK
+        state = self._page[self._position] & STATE_MASK
+        if self._fence is not None:
+            self._fence()
+        return state
 
     @property
     def port(self) -> int:
@@ -207,7 +226,6 @@ class RequestSlot:
             ProtocolError: the request was not begun, or was answered before.
         """
         self._check("answer")
-        # Program order is enough on x86: data first, state last.
         DATA.pack_into(self._page, self._base + DATA_OFFSET, data & 0xFFFF_FFFF_FFFF_FFFF)
         self._move("answer")
 
@@ -236,6 +254,8 @@ class RequestSlot:
             raise ProtocolError(
                 f"vCPU {self.vcpu}: {step} needs state {before.name}, not {byte & STATE_MASK}"
             )
+        if self._fence is not None:
+            self._fence()
         self._page[self._position] = byte & ~STATE_MASK | after
 
 
@@ -248,13 +268,18 @@ class BufferedRing:
     A request takes one entry of the ring, and a quad-word takes two. Both pointers only ever
     grow, modulo 2**32; an entry's place is its pointer modulo :data:`RING_SLOTS`.
 
+    Args:
+        page: of buffered requests.
+        fence: orders the pointers and the entries.
+
     Synchronization: Xen appends, one thread of the device model consumes.
     """
 
-    __slots__ = ("_page",)
+    __slots__ = ("_fence", "_page")
 
-    def __init__(self, page: memoryview) -> None:
+    def __init__(self, page: memoryview, fence: Fence = None) -> None:
         self._page = page
+        self._fence = fence
 
     @property
     def read_pointer(self) -> int:
@@ -265,8 +290,7 @@ class BufferedRing:
     @property
     def write_pointer(self) -> int:
         """The number of the entry that is appended next."""
-        pointer: int = RING_POINTERS.unpack_from(self._page)[1]
-        return pointer
+        return self._pointers()[1]
 
     def peek(self) -> Request | None:
         """Return the next request and leave it in the ring; None if the ring is empty.
@@ -274,7 +298,7 @@ class BufferedRing:
         Raises:
             ProtocolError: half a quad-word, or pointers further apart than the ring is long.
         """
-        read, write = RING_POINTERS.unpack_from(self._page)
+        read, write = self._pointers()
         entries = write - read & POINTER_MASK
         if not entries:
             return None
@@ -293,18 +317,17 @@ class BufferedRing:
 
     def consume(self, request: Request) -> None:
         """Give the room of the next request back to Xen."""
-        read = self.read_pointer + _entries_of(request) & POINTER_MASK
-        struct.pack_into("<I", self._page, 0, read)
+        self._move_pointer(0, self.read_pointer + _entries_of(request) & POINTER_MASK)
 
     def discard(self) -> None:
         """Empty a ring that :meth:`peek` cannot read."""
-        struct.pack_into("<I", self._page, 0, self.write_pointer)
+        self._move_pointer(0, self.write_pointer)
 
     def append(self, request: Request) -> bool:
         """Append a request, as Xen does; False if it does not fit the ring or its form."""
         if request.address >> _RING_ADDRESS_BITS or request.data_is_ptr or request.count != 1:
             return False
-        read, write = RING_POINTERS.unpack_from(self._page)
+        read, write = self._pointers()
         entries = _entries_of(request)
         if (write - read & POINTER_MASK) + entries > RING_SLOTS:
             return False
@@ -314,8 +337,21 @@ class BufferedRing:
             data = request.data >> 32 * entry & 0xFFFFFFFF
             place = RING_START + (write + entry & POINTER_MASK) % RING_SLOTS * RING_SLOT_SIZE
             RING_SLOT.pack_into(self._page, place, head, data)
-        struct.pack_into("<I", self._page, 4, write + entries & POINTER_MASK)
+        self._move_pointer(4, write + entries & POINTER_MASK)
         return True
+
+    def _pointers(self) -> tuple[int, int]:
+        """Load both pointers, and after that nothing that is older."""
+        read, write = RING_POINTERS.unpack_from(self._page)
+        if self._fence is not None:
+            self._fence()
+        return read, write
+
+    def _move_pointer(self, position: int, pointer: int) -> None:
+        """Store a pointer, when all loads and stores of entries are done."""
+        if self._fence is not None:
+            self._fence()
+        RING_POINTER.pack_into(self._page, position, pointer)
 
     def _entry(self, number: int) -> tuple[int, int]:
         place = RING_START + number % RING_SLOTS * RING_SLOT_SIZE
@@ -325,6 +361,16 @@ class BufferedRing:
 
 def _entries_of(request: Request) -> int:
     return 2 if request.size == 8 else 1
+
+
+def is_idle(page: memoryview, ring: memoryview | None) -> bool:
+    """Return whether no request waits at a server, and no answer for its vCPU."""
+    if ring is not None and BufferedRing(ring).read_pointer != BufferedRing(ring).write_pointer:
+        return False
+    return all(
+        page[place] & STATE_MASK == State.NONE
+        for place in range(STATE_OFFSET, len(page), SLOT_SIZE)
+    )
 
 
 # --- PCI functions ------------------------------------------------------------------------

@@ -55,6 +55,8 @@ CALLS: dict[str, tuple[Callable[[DeviceModel], object], tuple[object, ...]]] = {
         (DOMID, 0xFEE0_1000, 0x4031),
     ),
     "set_isa_irq_level": (lambda model: model.set_isa_irq_level(DOMID, 15, True), (DOMID, 15, 1)),
+    "set_irq_level": (lambda model: model.set_irq_level(DOMID, 40, True), (DOMID, 40, 1)),
+    "nr_vcpus": (lambda model: model.nr_vcpus(DOMID), (DOMID, ANY)),
     "set_pci_intx_level": (
         lambda model: model.set_pci_intx_level(DOMID, 0, 0, 5, 3, True),
         (DOMID, 0, 0, 5, 3, 1),

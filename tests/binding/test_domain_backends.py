@@ -133,6 +133,27 @@ def test_no_such_domain(
     assert live_mappings() == before
 
 
+@pytest.mark.parametrize(("domid", "own"), [(0, True), (DOMID, False)])
+def test_own_domain_by_xen_4_20_on_arm(
+    name: str,
+    fake: FakeXen,
+    binding: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    domid: int,
+    own: bool,
+) -> None:
+    """There Xen refuses each page of the own domain with EPERM, which means a policy elsewhere."""
+    file = tmp_path / "capabilities"
+    file.write_text("control_d\n")
+    monkeypatch.setattr(domain_module, "_CAPABILITIES", file)
+    fake.plan({"xen": MAP2, "xenctrl": BULK}[name], Behaviour.ALL_PAGES, errno.EPERM)
+    with pytest.raises(XenCallError) as caught:
+        open_backend(name, domid=domid, binding=binding, library=fake.library)
+    assert (caught.value.errno == errno.ESRCH) == own
+    assert ("domain 0 is the one that this runs in" in str(caught.value)) == own
+
+
 def test_domain_that_vanishes(name: str, fake: FakeXen, binding: str) -> None:
     """A domain that was destroyed since is ESRCH at the next map, and not only holes."""
     call = {"xen": MAP2, "xenctrl": BULK}[name]

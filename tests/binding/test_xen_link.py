@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import platform
 import select
 import threading
 from collections.abc import Iterator
@@ -26,8 +25,7 @@ from xenmapcache import (
 )
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.binding.control import Control
-from xenmapcache.binding.eventchannel import EventChannels
-from xenmapcache.devicemodel import IoreqServer, recovery, xen
+from xenmapcache.devicemodel import IoreqServer, xen
 from xenmapcache.ioreq import BufferedRing, Request, RequestKind, RequestSlot, State
 
 PORT = 0x510
@@ -234,9 +232,11 @@ def test_a_close_that_fails(fake: FakeXen, server: IoreqServer) -> None:
     server.close()
 
 
-def abandon(fake: FakeXen, binding: str, requests: dict[int, Request]) -> int:
+def abandon(
+    fake: FakeXen, binding: str, requests: dict[int, Request], *, buffered: bool = False
+) -> int:
     """Leave a server behind, as a process does that is killed; its vCPUs wait."""
-    link = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+    link = xen.XenLink(DOMID, buffered=buffered, recover=False, binding=binding)
     link.enable()
     for vcpu, request in requests.items():
         with closing(fake.ioreq_page(link.id)) as page, memoryview(page) as view:
@@ -244,68 +244,6 @@ def abandon(fake: FakeXen, binding: str, requests: dict[int, Request]) -> int:
     for handle in (link._model, link._memory, link._channels):
         handle.close()
     return link.id
-
-
-def test_recover(
-    fake: FakeXen, cache: MapCache, binding: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Abandoned servers are answered for and destroyed; one that is served is left alone."""
-    with caplog.at_level(logging.WARNING):
-        alive = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
-        alive.enable()
-        for vcpu in range(2):
-            alive.bind(64 * alive.id + vcpu + 1)
-        dead = abandon(fake, binding, {1: read(PORT, 2)})
-        not_enabled = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
-        with IoreqServer(
-            DOMID, cache, binding=binding, recover=True, answer_timeout=0.05
-        ) as server:
-            assert fake.servers == {alive.id: True, not_enabled.id: False, server.id: True}
-            assert server.id == dead  # its number is free
-            assert [n for n in names(fake, 0) if n in (NOTIFY, DESTROY)] == [NOTIFY, DESTROY]
-    assert [record.getMessage() for record in caplog.records] == [
-        (
-            f"domain {DOMID}: cleared away ioreq server {dead} of a dead process; "
-            "vCPUs that waited: 1, answers not taken: 1"
-        )
-    ]
-    alive.close()
-    not_enabled.close()
-
-
-def test_a_server_that_is_just_being_bound_is_left_alone(
-    fake: FakeXen, cache: MapCache, binding: str
-) -> None:
-    """One channel with another owner is enough."""
-    half = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
-    half.enable()
-    half.bind(64 * half.id + 2)
-    RequestSlot(half.page, 0).send(read(PORT))
-    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
-        assert set(fake.servers) == {half.id, server.id}
-        assert answer_of(fake, half.id, 0) == (State.READY, 0)
-    half.close()
-
-
-def test_whatever_a_dead_process_left(fake: FakeXen, cache: MapCache, binding: str) -> None:
-    """The last of eight, one that nobody waits for, a request that was begun or just answered."""
-    dead = [abandon(fake, binding, {}) for _ in range(6)]
-    dead.append(abandon(fake, binding, {0: read(PORT, 1), 1: read(PORT, 1)}))
-    with closing(fake.ioreq_page(dead[-1])) as page, memoryview(page) as view:
-        put_state(view, 0, State.INPROCESS)
-        view[8:16] = (5).to_bytes(8, "little")
-        view[32 + 8 : 32 + 16] = (6).to_bytes(8, "little")
-        put_state(view, 1, State.RESPONSE_READY)
-    dead.append(abandon(fake, binding, {0: read(PORT, 4)}))
-    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
-        assert set(fake.servers) == {server.id}
-        assert names(fake, 0).count(NOTIFY) == 3
-    assert answer_of(fake, dead[6], 0) == (State.RESPONSE_READY, 0xFF)
-    assert answer_of(fake, dead[6], 1) == (State.RESPONSE_READY, 6)
-    assert answer_of(fake, dead[7], 0) == (State.RESPONSE_READY, 0xFFFFFFFF)
-    maps = [call for call in fake.calls if call.name == MAP]
-    unmaps = [call for call in fake.calls if call.name == "xenforeignmemory_unmap_resource"]
-    assert len(maps) - len(unmaps) == len(dead)  # the dead ones' own
 
 
 def test_unmask_comes_first(fake: FakeXen, server: IoreqServer) -> None:
@@ -321,19 +259,6 @@ def test_unmask_comes_first(fake: FakeXen, server: IoreqServer) -> None:
     assert order[at - 2 : at] == ["xenevtchn_pending", "xenevtchn_unmask"]
 
 
-def test_an_abandoned_answer_is_all_ones(fake: FakeXen, cache: MapCache, binding: str) -> None:
-    """What the vCPU of a dead model reads."""
-    dead = abandon(fake, binding, {0: read(PORT, 2)})
-    server = IoreqServer(
-        DOMID, cache, binding=binding, recover=True, buffered=True, answer_timeout=0.05
-    )
-    fake.plan(CREATE, Behaviour.FAIL, errno.ENOSPC)
-    with pytest.raises(XenCallError):
-        server.open()
-    assert answer_of(fake, dead, 0) == (State.RESPONSE_READY, 0xFFFF)
-    assert fake.servers == {}
-
-
 def test_an_old_library(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Xen 4.11 the pages cannot be mapped this way: it says so, and leaves no server."""
     old = make_fake("OLD")
@@ -344,13 +269,6 @@ def test_an_old_library(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) ->
         xen.XenLink(DOMID, buffered=False, recover=False, binding=None)
     assert isinstance(caught.value, UnsupportedOperationError)
     assert old.servers == {}
-
-
-def test_another_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without x86's order of stores an answer may be seen too early: it is refused."""
-    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(UnsupportedOperationError, match="serving needs x86, not aarch64"):
-        xen.XenLink(DOMID, buffered=False, recover=False, binding=None)
 
 
 def test_no_libraries(cache: MapCache, monkeypatch: pytest.MonkeyPatch, binding: str) -> None:
@@ -373,16 +291,6 @@ def test_the_page_is_the_last(fake: FakeXen, server: IoreqServer) -> None:
             page[100] = 77
         assert link.ring[100] == 77
         assert link.page[100] == 0
-
-
-def test_a_dead_one_behind_a_gap(fake: FakeXen, cache: MapCache, binding: str) -> None:
-    """A number that no server has does not end the search for those of dead processes."""
-    first = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
-    dead = abandon(fake, binding, {0: read(PORT, 4)})
-    first.close()
-    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=0.05) as server:
-        assert set(fake.servers) == {server.id}
-    assert answer_of(fake, dead, 0) == (State.RESPONSE_READY, 0xFFFFFFFF)
 
 
 # --- what the guest is, and how it does ------------------------------------------------------
@@ -463,63 +371,161 @@ def test_a_paused_guest(fake: FakeXen, server: IoreqServer, flags: int, paused: 
 def test_the_state_of_no_domain(fake: FakeXen, binding: str) -> None:
     """Xen names the next domain that there is: that is not the one that was asked for."""
     with Control(binding=binding, library=fake.library) as control:
-        assert control.domain_state(DOMID) == (False, False, False)
+        assert control.domain_state(DOMID) == (False, False, False, 64)
         for other in (DOMID - 1, DOMID + 1):
             with pytest.raises(XenCallError) as caught:
                 control.domain_state(other)
             assert caught.value.errno == errno.ESRCH
 
 
-def test_recover_disables_first(
-    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+# --- servers of dead processes ---------------------------------------------------------------
+
+
+def recovering(cache: MapCache, binding: str, *, buffered: bool = False) -> IoreqServer:
+    server = IoreqServer(
+        DOMID, cache, binding=binding, recover=True, buffered=buffered, answer_timeout=0.05
+    )
+    server.claim_ports(PORT, 8).read(lambda offset, size: 0x10 + offset)
+    return server
+
+
+def test_recover(
+    fake: FakeXen, cache: MapCache, binding: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A vCPU that is answered sends its next request to no server that is about to go."""
-    dead = abandon(fake, binding, {0: read(PORT)})
-    stuck: list[bool] = []
-    notify = EventChannels.notify
+    """What waits at a dead server is carried out; one that is served is left alone."""
+    with caplog.at_level(logging.WARNING):
+        alive = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+        alive.enable()
+        for vcpu in range(2):
+            alive.bind(64 * alive.id + vcpu + 1)
+        dead = abandon(fake, binding, {1: read(PORT + 2, 2)})
+        not_enabled = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+        with recovering(cache, binding) as server:
+            states = {alive.id: True, not_enabled.id: False, server.id: True}
+            assert fake.servers == states | {dead: True}  # a request finds one or the other
+            assert server.process_pending() == 1
+            assert fake.servers == states | {dead: False}
+            assert take(fake, dead, 1) == 0x12
+            assert server.process_pending() == 0
+            assert fake.servers == states
+        assert names(fake, 0).count(DESTROY) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"domain {DOMID}: takes over ioreq server {dead} of a dead process; vCPUs that wait: 1"
+    ]
+    alive.close()
+    not_enabled.close()
 
-    def go_on(self: EventChannels, port: int) -> None:
-        notify(self, port)
-        if dead in fake.servers:  # the vCPU takes its answer, and asks again at once
-            take(fake, dead, 0)
-            stuck.append(fake.servers[dead])
 
-    monkeypatch.setattr(EventChannels, "notify", go_on)
-    with IoreqServer(DOMID, cache, binding=binding, recover=True):
-        assert stuck == [False]
-
-
-def test_recover_answers_what_comes_late(
-    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_is_just_being_bound_is_left_alone(
+    fake: FakeXen, cache: MapCache, binding: str
 ) -> None:
-    """A request that was on its way when the server was disabled is answered as well."""
-    dead = abandon(fake, binding, {0: read(PORT)})
-    left = [read(PORT, 2), read(PORT, 1)]
-    answers: list[int] = []
-    notify = EventChannels.notify
-
-    def go_on(self: EventChannels, port: int) -> None:
-        notify(self, port)
-        if dead in fake.servers:
-            answers.append(take(fake, dead, 0))
-            if left:
-                with closing(fake.ioreq_page(dead)) as page, memoryview(page) as view:
-                    RequestSlot(view, 0).send(left.pop())
-
-    monkeypatch.setattr(EventChannels, "notify", go_on)
-    with IoreqServer(DOMID, cache, binding=binding, recover=True):
-        pass
-    assert answers == [0xFFFFFFFF, 0xFF, 0xFFFF]
+    """One channel with another owner is enough."""
+    half = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+    half.enable()
+    half.bind(64 * half.id + 2)
+    RequestSlot(half.page, 0).send(read(PORT))
+    with recovering(cache, binding) as server:
+        server.process_pending()
+        assert set(fake.servers) == {half.id, server.id}
+        assert answer_of(fake, half.id, 0) == (State.READY, 0)
+        assert half.bind(64 * half.id + 1)  # and nobody keeps its channels
+    half.close()
 
 
-def test_recover_does_not_wait_long_for_a_guest_that_runs(
-    fake: FakeXen, cache: MapCache, binding: str, monkeypatch: pytest.MonkeyPatch
+def test_whatever_a_dead_process_left(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """Beyond a gap: a request that was begun, one that was answered, and one that is new."""
+    gap = xen.XenLink(DOMID, buffered=False, recover=False, binding=binding)
+    dead = [abandon(fake, binding, {0: read(PORT), 1: read(PORT)})]
+    gap.close()
+    with closing(fake.ioreq_page(dead[0])) as page, memoryview(page) as view:
+        put_state(view, 0, State.INPROCESS)
+        view[32 + 8 : 32 + 16] = (6).to_bytes(8, "little")
+        put_state(view, 1, State.RESPONSE_READY)
+    dead.append(abandon(fake, binding, {0: read(PORT + 1)}))
+    dead.append(abandon(fake, binding, {}))
+    with recovering(cache, binding) as server:
+        assert server.process_pending() == 2
+        assert {*fake.servers} == {server.id, *dead} - {dead[2]}  # nobody waits there
+        assert [take(fake, dead[0], vcpu) for vcpu in range(2)] == [0x10, 6]
+        assert take(fake, dead[1], 0) == 0x11
+    # Not the dead processes' own; so those of `gap`, of the server, and of three predecessors.
+    assert fake.count("xenforeignmemory_unmap_resource") == 5
+
+
+def test_the_ring_of_a_dead_process(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """Its writes are carried out before what the vCPUs have asked for since, and only once."""
+    order: list[int] = []
+    dead = abandon(fake, binding, {0: read(PORT)}, buffered=True)
+    with closing(fake.ioreq_page(dead, buffered=True)) as page, memoryview(page) as view:
+        for value in (1, 2):
+            BufferedRing(view).append(Request(None, RequestKind.MMIO, False, 0xA0000, value, 4))
+    with recovering(cache, binding) as server:
+        vga = server.claim_mmio(0xA0000, 0x1000)
+        vga.write(lambda offset, size, value: order.append(value))
+        for _ in range(2):
+            server.process_pending()
+        assert (order, server.buffered_requests) == ([1, 2], 2)
+        assert take(fake, dead, 0) == 0x10
+
+
+def test_close_answers_for_a_dead_process(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """Although no round was done; the dead server goes as well."""
+    dead = abandon(fake, binding, {0: read(PORT, 2)})
+    server = recovering(cache, binding)
+    server.open()
+    server.close()
+    assert answer_of(fake, dead, 0) == (State.RESPONSE_READY, 0x10)
+    assert (fake.servers, server.lost_answers) == ({}, 1)
+
+
+def test_an_open_that_fails_leaves_the_requests(
+    fake: FakeXen, cache: MapCache, binding: str
 ) -> None:
-    """Its vCPU had time enough; only a paused guest is waited for."""
-    monkeypatch.setattr(recovery, "_TAKE_S", 0.01)
-    dead = abandon(fake, binding, {0: read(PORT)})
-    with IoreqServer(DOMID, cache, binding=binding, recover=True, answer_timeout=60.0) as server:
-        assert server.id == dead
+    """The next process carries them out."""
+    dead = abandon(fake, binding, {0: read(PORT, 2)})
+    fake.plan(CREATE, Behaviour.FAIL, errno.EPERM)
+    with pytest.raises(XenCallError):
+        recovering(cache, binding, buffered=True).open()
+    assert answer_of(fake, dead, 0)[0] == State.READY
+    assert fake.servers == {dead: True}
+    with recovering(cache, binding) as server:
+        assert server.process_pending() == 1
+        assert take(fake, dead, 0) == 0x10
+
+
+def test_eight_dead_servers(fake: FakeXen, cache: MapCache, binding: str) -> None:
+    """One at which nothing waits makes room; if all are waited for, there is none."""
+    dead = [abandon(fake, binding, {0: read(PORT)}) for _ in range(7)]
+    idle = abandon(fake, binding, {})
+    with recovering(cache, binding) as server:
+        assert server.id == idle
+        assert server.process_pending() == 7
+        assert {take(fake, each, 0) for each in dead} == {0x10}
+    dead = [abandon(fake, binding, {0: read(PORT)}) for _ in range(8)]
+    with pytest.raises(XenCallError) as caught:
+        recovering(cache, binding).open()
+    assert caught.value.errno == errno.ENOSPC
+    assert fake.servers == dict.fromkeys(dead, True)
+
+
+def test_pages_of_a_dead_process_are_kept_as_well(
+    fake: FakeXen, cache: MapCache, binding: str
+) -> None:
+    """For a handler that has not returned when the server is given up; unmapped once."""
+    abandon(fake, binding, {0: read(PORT)}, buffered=True)
+    unmap = "xenforeignmemory_unmap_resource"
+    before = fake.count(unmap)
+    link = xen.XenLink(DOMID, buffered=True, recover=True, binding=binding)
+    (predecessor,) = link.predecessors
+    predecessor.disable()
+    predecessor.disable()
+    link.close(unmap=False)
+    assert (fake.servers, fake.count(unmap), fake.count(DESTROY)) == ({}, before, 2)
+    assert RequestSlot(predecessor.page, 0).state == State.READY
+    for _ in range(2):
+        link.unmap()
+        link.close()
+    assert (fake.count(unmap), fake.count(DESTROY)) == (before + 3, 2)
 
 
 def test_pages_are_kept_for_a_handler_that_never_returns(

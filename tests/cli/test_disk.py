@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import signal
 import threading
@@ -13,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from xenmapcache import Backend, MockDomain, MockHypervisor, XenCallError, backend, open_backend
-from xenmapcache.backends.mock import MockBackend
+from xenmapcache import Backend, MockDomain, MockHypervisor, backend, open_backend
 from xenmapcache.cli import disk, main, output
-from xenmapcache.devicemodel import guest_end, guest_type
+from xenmapcache.devicemodel import guest_type, loops
 from xenmapcache.mock.pci_driver import PciDriver
 from xenmapcache.mock.virtio_driver import VirtioDriver
 
@@ -39,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def machine(guest: MockDomain, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have Dom0's guest be the mock's."""
-    monkeypatch.setattr(guest_end, "_INTERVAL_S", 0.001)
+    monkeypatch.setattr(loops, "_LOOK_S", 0.001)
 
     def open_guest(name: str) -> tuple[MockDomain, Backend]:
         assert name in ("web", "xen:web")
@@ -160,12 +158,10 @@ def test_a_signal_ends_it(
     guest: MockDomain,
     path: Path,
     use: Callable[[Callable[[], object]], list[object]],
-    monkeypatch: pytest.MonkeyPatch,
     number: int,
     status: int,
 ) -> None:
     """The disk is closed in order; 130 is Ctrl-C, as of each command."""
-    monkeypatch.setattr(MockBackend, "has_ended", lambda _: False)
 
     def stop() -> None:
         read_sector(guest)
@@ -204,31 +200,6 @@ def test_it_is_started_again(
     assert seen == [b"b" * 512 + b"\0"]
 
 
-def test_an_end_that_cannot_be_told(
-    guest: MockDomain,
-    path: Path,
-    use: Callable[[Callable[[], object]], list[object]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The log says so once, and the disk is served until a signal comes."""
-
-    def refuse(_: object) -> bool:
-        raise XenCallError("xc_domain_getinfolist", 1, 1)
-
-    monkeypatch.setattr(MockBackend, "has_ended", refuse)
-
-    def stop() -> None:
-        while not caplog.messages:
-            os.sched_yield()
-        stop_with(signal.SIGTERM)
-
-    with caplog.at_level(logging.WARNING):
-        use(stop)
-        assert main(["disk", "web", str(path)]) == 0
-    assert "domain 1: whether the guest has ended cannot be told" in caplog.messages[0]
-
-
 def test_a_file_that_is_in_use(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two guests cannot write to one disk."""
     with path.open() as other:
@@ -245,6 +216,9 @@ def test_a_file_that_is_in_use(path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--serial", "x" * 21], "serial must be at most 20 bytes of ASCII"),
         (["--bdf", "5.0"], "'5.0'"),
+        (["--bdf", "0000:00:00.0"], "give 0000:00:01.0 to 0000:00:1f.0"),
+        (["--bdf", "01:02.0"], "a PVH guest has one bus"),
+        (["--bdf", "00:02.1"], "looks at function 0"),
     ],
 )
 def test_wrong_options(

@@ -72,9 +72,11 @@ def examine(capsys: pytest.CaptureFixture[str], *options: str, status: int = 1) 
     return {finding["subject"]: finding for finding in report["findings"]}
 
 
-def open_fake(there: int, holes: Iterable[tuple[int, int]] = ()) -> Callable[[str, int], Backend]:
+def open_fake(
+    there: int, holes: Iterable[tuple[int, int]] = (), memory: str = "32M"
+) -> Callable[[str, int], Backend]:
     """Return an open_backend() that opens a mock guest, if it is asked for that domid."""
-    guest = MockHypervisor().create_domain(memory="32M", holes=holes)
+    guest = MockHypervisor().create_domain(memory=memory, holes=holes)
 
     def opener(name: str, domid: int) -> Backend:
         if domid != there:
@@ -459,8 +461,17 @@ def test_guest_without_pages_is_a_problem(
     """Where no page can be mapped the last fault is shown, with a remedy."""
     monkeypatch.setattr(guest, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
     finding = examine(capsys, "--domid", "7")["backend 'xen'"]
-    assert "no page at 0x1000000" in finding["text"]
+    assert "no page at 0x40000000" in finding["text"]
     assert finding["remedy"]
+
+
+def test_an_arm_guest_is_mapped_where_it_has_memory(
+    machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below 1 GiB it has none."""
+    monkeypatch.setattr(guest, "open_backend", open_fake(7, memory="1025M", holes=[(0, 1 << 30)]))
+    findings = examine(capsys, "--domid", "7", status=0)
+    assert findings["backend 'xen'"]["details"] == {"mapped": True, "gfn": 0x40000}
 
 
 def test_no_such_guest_is_a_problem_with_xens_hint(
@@ -596,15 +607,21 @@ def test_a_policy_is_named(
 def test_a_guest_that_shows_no_page_may_be_pv(
     machine: Machine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that is not dying is probably PV."""
+    """One that is not dying is probably PV, but not on Arm."""
     machine.install_xl(LISTING)
+    monkeypatch.setattr(guest, "HAS_PV", True)
     monkeypatch.setattr(guest, "open_backend", open_fake(7, holes=[(0, 32 << 20)]))
     finding = examine(capsys, "--domid", "7")["backend 'xen'"]
-    assert finding["text"].startswith("domain 7 shows no page: no page at 0x1000000")
+    assert finding["text"].startswith("domain 7 shows no page: no page at 0x40000000")
     assert finding["remedy"] == "a PV guest has no guest-physical memory; use a PVH or HVM guest"
     monkeypatch.setattr(guest, "guest_type", lambda _: "pvh")
     finding = examine(capsys, "--domid", "7")["backend 'xen'"]
     assert finding["text"].startswith("domain 7, which is PVH, shows no page")
+    assert "PV guest" not in finding["remedy"]
+    monkeypatch.setattr(guest, "guest_type", lambda _: None)
+    monkeypatch.setattr(guest, "HAS_PV", False)
+    finding = examine(capsys, "--domid", "7")["backend 'xen'"]
+    assert finding["text"].startswith("domain 7 shows no page where most guests have memory")
     assert "PV guest" not in finding["remedy"]
 
 

@@ -17,6 +17,7 @@ from tests.fake_xen import DOMID, FakeXen, need
 from tests.fake_xen.fixtures import MakeFake
 from tests.images import kdump_files, writers, xl_files
 from tests.xen.control import held_still
+from tests.xen.lab.platform import Platform
 from xenmapcache import Backend, MockHypervisor, open_backend
 from xenmapcache.address import PAGE_SIZE, MiB
 
@@ -27,7 +28,8 @@ PAGES = 8 * BUCKET_PAGES
 HOLES = [(0xA0, 0x20), (0x300, 8), (0x4F8, 8)]
 PRESENT = 0x500
 
-# A live guest is a Linux of 128 MiB, whose kernel lies still from 16 MiB on.
+# A live guest is a Linux of 128 MiB, whose kernel lies still from 16 MiB on: frames after the first
+# one that a machine may have.
 LIVE_SEARCH = [*range(0x1000, 0x7C00, 0x400), *range(0x400, 0x1000, 0x400)]
 LIVE_END = 0x9400
 
@@ -83,13 +85,14 @@ class Guest:
         return span.gfn + span.first
 
 
-def find_holes(errors: bytes) -> dict[str, Span]:
+def find_holes(errors: bytes, gfn: int = 0) -> dict[str, Span]:
     """Return a span with a hole at its start, one in its middle, one at its end.
 
     Args:
-        errors: one errno a page, from gfn 0 on.
+        errors: one errno a page.
+        gfn: of the first one.
     """
-    runs: list[tuple[bool, int, int]] = [(True, 0, 0)]
+    runs: list[tuple[bool, int, int]] = [(True, gfn, gfn)]
     for bad, pages in groupby(errors, bool):
         start = runs[-1][2]
         runs.append((bad, start, start + len(list(pages))))
@@ -175,25 +178,31 @@ def fake_xen(fake: FakeXen, name: str, binding: str) -> Iterator[Guest]:
 
 
 @cache
-def survey(domid: int) -> tuple[int, dict[str, Span]]:
-    """Look once, as it takes seconds under emulation, where a live guest has memory and holes."""
+def survey(domid: int, ram: int) -> tuple[int, dict[str, Span]]:
+    """Look once, as it takes seconds under emulation, where a live guest has memory and holes.
+
+    Args:
+        domid: of the guest.
+        ram: the frame at which its memory begins.
+    """
     with open_backend("xen", domid=domid) as backend:
         pages = 3 * BUCKET_PAGES
         for gfn in LIVE_SEARCH:
-            if backend.map(gfn, pages, writable=False).errors is None:
-                errors = backend.map(0, LIVE_END, writable=False).errors
-                return gfn, find_holes(errors or b"")  # a larger guest may have none so far down
+            if backend.map(ram + gfn, pages, writable=False).errors is None:
+                errors = backend.map(ram, LIVE_END, writable=False).errors
+                # A larger guest may have no holes so far down.
+                return ram + gfn, find_holes(errors or b"", ram)
     raise AssertionError(f"domain {domid} has no 3 MiB in one piece")
 
 
 @contextmanager
-def live(domid: int, name: str, binding: str) -> Iterator[Guest]:
+def live(domid: int, ram: int, name: str, binding: str) -> Iterator[Guest]:
     """A live guest, whose memory nobody may change; it stands still while a test looks."""
 
     def reopen(domid: int = domid) -> Backend:
         return open_backend(name, domid=domid, binding=binding)
 
-    present, holes = survey(domid)
+    present, holes = survey(domid, ram)
     with held_still(domid), reopen() as backend:
         yield Guest(
             backend,
@@ -306,5 +315,7 @@ def open_guest(name: str, request: pytest.FixtureRequest) -> Iterator[Guest]:
         with fake_xen(fake, source.removeprefix("fake-"), binding) as guest:
             yield guest
         return
-    with live(request.getfixturevalue("live_domid"), source, binding) as guest:
+    machine: Platform = request.getfixturevalue("machine")
+    domid, ram = request.getfixturevalue("live_domid"), machine.memory[0] // PAGE_SIZE
+    with live(domid, ram, source, binding) as guest:
         yield guest

@@ -109,6 +109,25 @@ def test_no_lease_is_held_while_mappings_are_dropped(
     assert cache.stats().stale_dma_released == 0
 
 
+def test_a_group_is_waited_for_and_cancelled_alone(server: IoreqServer) -> None:
+    """Transfers of another group go on."""
+
+    async def main() -> None:
+        one, two, work = object(), object(), Blocked()
+        async with serving(server), AsyncDmaEngine(server, concurrency=2) as engine:
+            other = engine.submit(RANGES, "from-device", work, group=two)
+            await work.begun.wait()
+            mine = engine.submit(RANGES, "from-device", none, group=one)
+            await engine.drain(20, group=one)
+            engine.cancel(group=one)
+            assert (mine.status, other.status) == (DONE, DmaStatus.RUNNING)
+            work.go.set()
+            await engine.drain(20, group=two)
+            assert other.status is DONE
+
+    asyncio.run(main())
+
+
 def test_a_reset(cache: MapCache, server: IoreqServer, caplog: pytest.LogCaptureFixture) -> None:
     """Work under way is cancelled where it awaits; what waits never begins; later ones run."""
     ended: list[int] = []

@@ -236,6 +236,24 @@ def test_a_hold_that_comes_after_the_look_finds_the_claim(
     assert transfer.status is DONE
 
 
+def test_a_group_is_waited_for_and_cancelled_alone(live: IoreqServer) -> None:
+    """Transfers of other groups, and those without one, go on."""
+    one, two = object(), object()
+    work = Blocked()
+    with DmaEngine(live, workers=2, drain_timeout=20) as engine:
+        other = engine.submit(RANGES, "from-device", work, group=two)
+        assert work.begun.wait(20)
+        mine = engine.submit(RANGES, "from-device", none, group=one)
+        engine.drain(group=one)
+        assert (mine.status, other.status) == (DONE, RUNNING)
+        engine.cancel(group=one)
+        with pytest.raises(TimeoutError, match="drain: still under way"):
+            engine.drain(0.01, group=two)
+        work.go.set()
+        engine.drain(group=two)
+        assert other.status is DONE
+
+
 def test_a_drain_waits_for_what_was_claimed_too_early(engine: DmaEngine) -> None:
     """A worker that has not seen the hold yet has a transfer that nobody has accepted."""
     table = engine._table

@@ -20,7 +20,7 @@ from xenmapcache.devicemodel.connection import Connection
 from xenmapcache.devicemodel.dispatch import Job
 from xenmapcache.devicemodel.signals import CaughtSignals
 from xenmapcache.devicemodel.watch import Watcher
-from xenmapcache.ioreq import BufferedRing, Request, RequestKind, RequestSlot, State
+from xenmapcache.ioreq import Request, RequestKind, RequestSlot, State
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 PORT, ONES = 0x510, 0xFFFFFFFF
@@ -440,8 +440,10 @@ def test_a_buffered_write_that_was_consumed_and_not_begun(
         server._dispatcher.perform = real  # type: ignore[method-assign] # as it was
         assert server.process_pending() == 1
         assert (written, server.requests) == ([1, 2], 2)
-        connection_of(server)._ring_job = Job(server_request(), -1)  # peeked and not consumed
-        connection_of(server)._ring_job.position = BufferedRing(ring_of(server)).read_pointer  # type: ignore[union-attr] # just set
+        ring = connection_of(server)._ring
+        assert ring is not None
+        peeked = Job(server_request(), ring.read_pointer)  # and not consumed
+        connection_of(server)._ring_job = (ring, peeked)
         connection_of(server)._unsettled = True
         assert server.process_pending() == 0
         assert written == [1, 2]

@@ -568,6 +568,11 @@ def test_a_bdf_without_segment(server: IoreqServer) -> None:
         new(server, "5.0")
     with pytest.raises(ValueError, match="register vendor: value 0x10000 and mask 0x0 must fit"):
         PciFunction(server, BDF, vendor=0x10000, device=0, class_code=0)
+    for code in (0xFF, 0x200, 0xFFFF):
+        with pytest.raises(ValueError, match="must have the class in bits 16 to 23"):
+            PciFunction(server, BDF, vendor=1, device=0, class_code=code)
+    for code in (0, 0x100, 0x10000, 0xFF0000):
+        PciFunction(server, BDF, vendor=1, device=0, class_code=code)
 
 
 # --- the bus --------------------------------------------------------------------------------------

@@ -67,9 +67,9 @@ def test_the_next_process_goes_on(guest: MockDomain, cache: MapCache) -> None:
         assert [driver.read(offset) for offset in range(0, 0x100, 4)] == config
         assert guest.mmio_read(LOW + 0x1090, 8) == 1 << 8
         second.set_interrupt(True)
-        assert raised(guest) == []
+        assert raised(guest) == [(0, False)]  # the guest has disabled the pin; it may be high
         guest.mmio_write(LOW + 0x108C, 0)
-        assert raised(guest) == [(0xFEE0_0000, 0x41)]
+        assert raised(guest)[1:] == [(0xFEE0_0000, 0x41)]
         assert len(claims_of(guest)) == 3
 
 

@@ -319,6 +319,7 @@ def test_an_interrupt_that_fails(
 
         def interrupt_config(self) -> None: ...
         def needs_reset(self) -> None: ...
+        def set_line(self) -> None: ...
 
     failures.clear()
     slow.transport = Broken()
@@ -403,6 +404,26 @@ def test_transfers_of_a_reset_that_timed_out_fill_the_engine(
             slow.reset()
         slow._queues = {}  # a transport that does not wait
     raise AssertionError("it took all of them")
+
+
+def test_a_queue_does_not_wait_for_another_one(
+    guest: MockDomain, slow: Blocking, driver: MmioDriver
+) -> None:
+    """The only worker is busy with a request of queue 1; one of queue 0 is never begun."""
+    rings = [Ring(guest, RING + 0x1000 * number, 8) for number in range(2)]
+    driver.start(*rings)
+    for index in (1, 0):
+        rings[index].offer(rings[index].chain(writable=[(DATA, 16)]))
+        driver.kick(index)
+    assert slow.begun.acquire(timeout=20)
+    slow._engine._table.drain_timeout = 0.01
+    slow.stop_queue(0)
+    with pytest.raises(TimeoutError, match="cancel: still under way"):
+        slow.stop_queue(1)
+    slow.go.set()
+    slow.stop_queue(1)
+    slow._engine.drain(20)
+    assert (slow.order, [ring.used() for ring in rings]) == ([0], [[], []])
 
 
 def test_a_queue_is_stopped(guest: MockDomain, slow: Blocking, driver: MmioDriver) -> None:

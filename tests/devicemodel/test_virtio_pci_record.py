@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 from tests.devicemodel.pcidriver import BDF
 from tests.devicemodel.virtio_kit import ALL_FEATURES, EVENT_IDX, Ring
 from tests.devicemodel.virtio_pci_kit import DATA, RING, Slow, VirtioPciDriver
-from tests.kit import link_of
+from tests.kit import in_thread, link_of, put_state
 from xenmapcache import CorruptImageError, MapCache, MockDomain, open_backend
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioPci
+from xenmapcache.ioreq import RequestSlot, State
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 
@@ -26,6 +28,7 @@ class Dead:
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
+    def set_line(self) -> None: ...
 
 
 @pytest.fixture
@@ -103,6 +106,29 @@ def test_the_next_process_goes_on(guest: MockDomain, path: Path) -> None:
             assert server.failures == 0
 
 
+@pytest.mark.parametrize("state", [State.READY, State.INPROCESS], ids=["new", "begun"])
+def test_a_reset_while_no_process_serves(guest: MockDomain, path: Path, state: State) -> None:
+    """The next process carries it out; otherwise the driver would wait for ever."""
+    driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
+    with killed(guest, path, driver, ring):
+        (dead,) = guest.ioreq_servers.values()
+        thread, seen = in_thread(lambda: driver.put(0x14, 0, 1))
+        while RequestSlot(dead.page, 0).state != State.READY:
+            os.sched_yield()
+        put_state(dead.page, 0, state)
+        with serving(guest, path, driver) as (server, device):
+            device.go.set()
+            thread.join()
+            assert seen == [None]
+            assert (driver.status, server.failures) == (0, 0)
+            driver.start(ring := Ring(guest, RING, 8))
+            ring.offer(ring.chain(writable=[(DATA, 1)]))
+            driver.kick()
+            while not (used := ring.used()):  # the first messages may be older
+                assert driver.message() == 1
+            assert used == [(0, 1)]
+
+
 def test_a_process_that_ends_in_order(guest: MockDomain, path: Path) -> None:
     """The record stays, and the next process goes on; before the driver begins, too."""
     driver, ring = VirtioPciDriver(guest), Ring(guest, RING, 8)
@@ -119,6 +145,33 @@ def test_a_process_that_ends_in_order(guest: MockDomain, path: Path) -> None:
         ring.offer(ring.chain(writable=[(DATA, 1)]))
         driver.kick()
         assert driver.message() == 1
+
+
+def test_a_line_that_was_left_high(guest: MockDomain, path: Path) -> None:
+    """A driver that has not set DRIVER_OK yet would otherwise get an interrupt without end."""
+    driver = VirtioPciDriver(guest)
+    with serving(guest, path, driver) as (_, device):
+        driver.find(msix=False)
+        assert driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        device.transport.interrupt_config()
+        assert guest.line_level("intx", BDF, 0)
+    assert guest.line_level("intx", BDF, 0)
+    with serving(guest, path, driver):
+        assert not guest.line_level("intx", BDF, 0)
+
+
+def test_taken_away_after_the_end(guest: MockDomain, cache: MapCache, path: Path) -> None:
+    """A device that was closed has no record any longer; to unplug it does no harm."""
+    server = IoreqServer(guest, cache)
+    with Slow(server, record=path) as device:
+        transport = VirtioPci(server, BDF, device)
+        transport.plug()
+        with server:
+            pass
+    assert device.record is None
+    device.close()
+    transport.unplug()
+    assert transport.function.config.read(4, 2) == 0
 
 
 def test_killed_amid_a_reset(guest: MockDomain, path: Path) -> None:

@@ -157,10 +157,7 @@ def test_a_request_that_comes_while_the_device_asks_is_found(
     ring = Ring(guest, RING, SIZE, events=events)
     queue = queue_of(cache, ring)
     assert queue.pop() is None
-    monkeypatch.setattr(
-        "xenmapcache.devicemodel.virtio.queue._fence",
-        lambda: ring.offer(ring.chain(writable=[(0x1000, 8)])),
-    )
+    monkeypatch.setattr(queue, "_flush", lambda: ring.offer(ring.chain(writable=[(0x1000, 8)])))
     assert queue.pop() is not None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.devicemodel.virtio_kit import ALL_FEATURES, EVENT_IDX, Line, MmioDriver, Ring
-from tests.kit import link_of
+from tests.kit import in_thread, link_of, put_state
 from xenmapcache import CorruptImageError, MapCache, MockDomain, open_backend
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import (
@@ -25,6 +25,7 @@ from xenmapcache.devicemodel.virtio import (
 )
 from xenmapcache.devicemodel.virtio.record import DeviceRecord, QueueRecord
 from xenmapcache.guest import Segments
+from xenmapcache.ioreq import RequestSlot, State
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 BASE, RING, DATA, SIZE = 0xFE00_0000, 0x10000, 0x40000, 4
@@ -334,6 +335,7 @@ class VirtioMmioOfADeadProcess:
     def interrupt_queue(self, index: int) -> None: ...
     def interrupt_config(self) -> None: ...
     def needs_reset(self) -> None: ...
+    def set_line(self) -> None: ...
 
 
 @pytest.mark.parametrize("events", [False, True], ids=["flags", "event index"])
@@ -375,6 +377,26 @@ def test_the_next_process_goes_on(
                     driver.send(ring, ring.chain(writable=[(DATA, 16)]))
                     assert driver.collect(ring, 1) == [(0, 1)]
     assert (server.failures, cache.leases()) == (0, ())
+
+
+@pytest.mark.parametrize("state", [State.READY, State.INPROCESS], ids=["new", "begun"])
+def test_a_reset_while_no_process_serves(
+    guest: MockDomain, cache: MapCache, path: Path, driver: MmioDriver, state: State
+) -> None:
+    """The next process carries it out; otherwise the driver would wait for ever."""
+    with killed(guest, driver, path, begin(driver, Ring(guest, RING, 8))):
+        (dead,) = guest.ioreq_servers.values()
+        thread, seen = in_thread(lambda: driver.write(0x70, 0))
+        while RequestSlot(dead.page, 0).state != State.READY:
+            os.sched_yield()
+        put_state(dead.page, 0, state)
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"2") as device, server:
+            device.resume()
+            with server.serving():
+                thread.join()
+                assert seen == [None]
+                assert (driver.read(0x70), server.failures) == (0, 0)
 
 
 def test_an_orderly_end_is_no_other(
@@ -498,6 +520,23 @@ def test_a_kill_amid_a_reset(
         with make(server, driver, path, b"2") as device, server, server.serving():
             device.resume()
             assert driver.read(0x70) == 0
+
+
+def test_a_line_that_was_left_high(
+    guest: MockDomain, cache: MapCache, path: Path, driver: MmioDriver
+) -> None:
+    """A driver that has not set DRIVER_OK yet would otherwise get an interrupt without end."""
+
+    def prepare(device: Slow) -> None:
+        driver.begin(ALL_FEATURES & ~EVENT_IDX)
+        device.transport.interrupt_config()
+
+    with killed(guest, driver, path, prepare):
+        assert driver.line.level
+        server = IoreqServer(guest, cache, recover=True)
+        with make(server, driver, path, b"2") as device, server:
+            device.resume()
+            assert not driver.line.level
 
 
 def test_a_kill_amid_the_set_up(

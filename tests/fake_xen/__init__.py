@@ -167,6 +167,8 @@ class _State(ctypes.Structure):
         ("log", _Call * 1024),
         ("errors", ctypes.c_int32 * 4096),
         ("dirty", ctypes.c_uint8 * 4096),
+        ("xens", ctypes.c_uint8 * 4096),
+        ("nowhere", ctypes.c_int64),
         ("grants", _Grant * 128),
         ("maps", _GrantMap * 32),
     )
@@ -229,6 +231,14 @@ class FakeXen:
     def set_error(self, errno: int, gfn: int, count: int = 1) -> None:
         """Let pages fail to map with a positive errno, or with 0 be there."""
         self._state.errors[gfn : gfn + count] = [errno] * count
+
+    def keep(self, gfn: int, count: int = 1) -> None:
+        """Let pages be Xen's own, such as frames of the grant table: they can be mapped."""
+        self._state.xens[gfn : gfn + count] = [1] * count
+
+    def count_nowhere(self, pages: int) -> None:
+        """Let Xen count pages as the guest's that have no frame number."""
+        self._state.nowhere = pages
 
     def read(self, address: int, length: int) -> bytes:
         """Return what the guest sees."""

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Callable
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run something in a forked child.
+def in_child(work: Callable[[], object], timeout: int = 30) -> int:
+    """Run something in a forked child, for at most ``timeout`` seconds.
 
     Returns:
         0 if it returned True, 1 if anything else, 2 if it raised, negative if a signal killed it.
@@ -22,7 +22,7 @@ def in_child(work: Callable[[], object]) -> int:
         status = 2
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(30)
+            signal.alarm(timeout)
             status = 0 if work() is True else 1
         except BaseException:
             traceback.print_exc()

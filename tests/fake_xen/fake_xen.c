@@ -1,6 +1,6 @@
 /*
  * A stand-in for libxenforeignmemory, for libxenctrl's legacy mapping call, and for
- * libxendevicemodel, libxenevtchn, libxengnttab and libxentoolcore.
+ * libxendevicemodel, libxenevtchn, libxengnttab and libxentoolcore; and for libatomic's fence.
  *
  * One guest, whose frame n lies at n << 12 of a memfd and is mapped with real mmap. What a call
  * returns, and how it fails, follows what a real Xen was seen to do (err[] negative, a domain that
@@ -116,6 +116,8 @@ struct state {
     struct call log[1024];
     int32_t errors[4096]; /* of each page, positive; 0: present */
     uint8_t dirty[4096];  /* pages that were reported as written */
+    uint8_t xens[4096];   /* pages that can be mapped, and are Xen's own */
+    int64_t nowhere;      /* how many more pages Xen counts as the guest's than it has gfns for */
     struct grant grants[128];
     struct grant_map maps[32];
 };
@@ -452,12 +454,18 @@ EXPORT int xc_interface_close(handle *xch)
 }
 
 #ifndef ALONE
-/* The head of struct xen_domctl_getdomaininfo: domain, pad, flags. The plan's value is flags. */
+/* Whether it is a page of the guest's memory, and not Xen's own. */
+static int has_page(xen_pfn_t gfn)
+{
+    return gfn < state->pages && !state->errors[gfn] && !state->xens[gfn];
+}
+
+/* The head of struct xen_domctl_getdomaininfo: domain, pad, flags, tot_pages. The plan's value is flags. */
 EXPORT int xc_domain_getinfolist(handle *xch, uint32_t first_domain, unsigned max_domains,
                                  void *info)
 {
     struct plan plan = planned(__func__);
-    struct { uint16_t domain, pad; uint32_t flags; } *head = info;
+    struct { uint16_t domain, pad; uint32_t flags; uint64_t pages; } *head = info;
 
     RECORD(U(xch), first_domain, max_domains, U(info));
     if (plan.behaviour == FAIL && plan.value >= 0) {
@@ -468,7 +476,26 @@ EXPORT int xc_domain_getinfolist(handle *xch, uint32_t first_domain, unsigned ma
         return 0;
     head->domain = state->domid;
     head->flags = plan.behaviour == FAIL ? -plan.value : 0;
+    head->pages = (uint64_t)state->nowhere;
+    for (xen_pfn_t gfn = 0; gfn < state->pages; gfn++)
+        head->pages += has_page(gfn);
     return 1;
+}
+
+EXPORT int xc_get_pfn_type_batch(handle *xch, uint32_t dom, unsigned num, xen_pfn_t *arr)
+{
+    struct plan plan = planned(__func__);
+
+    RECORD_PAGES(arr, num, U(xch), dom, num, U(arr));
+    if (fails(&plan))
+        return -1;
+    if (dom != state->domid || num > 1024) {
+        errno = num > 1024 ? E2BIG : ESRCH;
+        return -1;
+    }
+    for (unsigned i = 0; i < num; i++)
+        arr[i] = has_page(arr[i]) ? 0 : 0xfu << 28; /* NOTAB, XTAB */
+    return 0;
 }
 
 EXPORT int xc_domain_maximum_gpfn(handle *xch, uint32_t domid, xen_pfn_t *gpfns)
@@ -745,6 +772,32 @@ EXPORT int xendevicemodel_set_pci_intx_level(handle *dmod, domid_t domid, uint16
     RECORD(U(dmod), domid, segment, bus, device, intx, level);
     return begin(__func__, dmod, domid) ? -1 : finish(dmod, odd ? EINVAL : 0);
 }
+
+#ifndef OLD
+EXPORT int xendevicemodel_set_irq_level(handle *dmod, domid_t domid, unsigned irq, unsigned level)
+{
+    RECORD(U(dmod), domid, irq, level);
+    return begin(__func__, dmod, domid) ? -1 : finish(dmod, irq < 32 || level > 1 ? EINVAL : 0);
+}
+
+EXPORT int xendevicemodel_nr_vcpus(handle *dmod, domid_t domid, unsigned *vcpus)
+{
+    RECORD(U(dmod), domid, U(vcpus));
+    if (begin(__func__, dmod, domid))
+        return -1;
+    *vcpus = state->vcpus;
+    return finish(dmod, 0);
+}
+#endif
+
+/* --- libatomic --- */
+
+#ifndef WRONG
+EXPORT void atomic_thread_fence(int order)
+{
+    RECORD((uint64_t)order);
+}
+#endif
 
 /* --- libxenevtchn --- */
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,23 @@ def test_parts_stay_in_their_pages(offset: int, length: int) -> None:
     assert [part.ref for part in found] == [*range(7, 7 + len(found))]
     assert all(part.offset + part.length <= PAGE_SIZE for part in found)
     assert [part.offset for part in found[1:]] == [0] * (len(found) - 1)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache, address: cache.map_device(address, 8, owner="vga"),
+        lambda cache, address: [*cache.views(address, 8)],
+        lambda cache, address: cache.window(address, 8),
+    ],
+    ids=["map_device", "views", "window"],
+)
+def test_who_takes_no_grants_says_who_does(
+    cache: MapCache, use: Callable[[MapCache, int], object]
+) -> None:
+    """No page has an address with bit 63, and the message says which calls take it."""
+    with pytest.raises(FaultError, match=r"only read, read_into, write and map_dma of MapCache"):
+        use(cache, grant_address(8))
 
 
 # --- leases --------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import gc
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from threading import Thread
 
 import pytest
 
@@ -21,7 +21,6 @@ from xenmapcache import (
     XenCallError,
     open_backend,
 )
-from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.errors import UnsupportedOperationError
 from xenmapcache.ioreq import Request, RequestKind, RequestSlot, State
 from xenmapcache.mock.ioreq_server import MockIoreqServer
@@ -156,94 +155,65 @@ def test_a_domain_that_stays_paused(guest: MockDomain, link: MockIoreqServer) ->
 # --- killed -----------------------------------------------------------------------------
 
 
-def test_a_request_that_is_lost_with_its_server(
-    guest: MockDomain, link: MockIoreqServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The vCPU waits until another device model recovers the server, and reads all ones."""
+def test_a_killed_server_is_handed_over(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Its vCPU waits until the successor has answered in the old page and told it."""
     thread, seen = in_thread(lambda: guest.port_in(PORT, 2))
     until(lambda: RequestSlot(link.page, 0).state == State.READY)
-    link.kill()
-    assert link.enabled
-    assert guest.ioreq_servers == {0: link}
-    with caplog.at_level(logging.WARNING, logger="xenmapcache"):
-        second = serve(guest, recover=True)
-    assert "cleared away ioreq server 0 of a dead process; 1 vCPUs waited" in caplog.text
-    assert link.destroyed
-    assert guest.ioreq_servers == {0: second}
-    thread.join()
-    assert seen == [0xFFFF]
-    thread, seen = in_thread(lambda: guest.port_in(PORT, 2))
-    answer(second, 0x1234)
-    thread.join()
-    assert seen == [0x1234]
-    second.close()
-
-
-def test_a_request_that_comes_after_the_kill(guest: MockDomain, link: MockIoreqServer) -> None:
-    """Xen sends it to the dead server all the same."""
-    link.kill()
-    thread, seen = in_thread(lambda: guest.port_in(PORT, 1))
-    until(lambda: RequestSlot(link.page, 0).state == State.READY)
-    serve(guest, recover=True).close()
-    thread.join()
-    assert seen == [0xFF]
-
-
-def test_recover_disables_first(guest: MockDomain, link: MockIoreqServer) -> None:
-    """Or a vCPU that goes on would send its next request to the server that is destroyed."""
-    thread, seen = in_thread(lambda: [guest.port_in(PORT, 1) for _ in range(200)])
-    until(lambda: RequestSlot(link.page, 0).state == State.READY)
-    link.kill()
-    guest.open_ioreq_server(buffered=False, recover=True).close()
-    thread.join()
-    assert seen == [[0xFF] * 200]
-
-
-def test_recover_waits_for_a_paused_vcpu(guest: MockDomain, link: MockIoreqServer) -> None:
-    """An answer that was given before the kill is not lost either."""
-    thread, seen = in_thread(lambda: guest.port_in(PORT))
-    until(lambda: RequestSlot(link.page, 0).state == State.READY)
-    guest.pause()
-    answer(link, 0x11)
-    link.kill()
-    helper, _ = in_thread(lambda: serve(guest, recover=True).close())
-    until(lambda: not link.enabled)
-    guest.unpause()
-    thread.join()
-    helper.join()
-    assert seen == [0x11]
-
-
-def test_recover_does_not_wait_for_ever(guest: MockDomain, link: MockIoreqServer) -> None:
-    """A domain that stays paused loses the answer, after the time that a vCPU may take."""
-    thread, seen = in_thread(lambda: guest.port_in(PORT))
-    until(lambda: RequestSlot(link.page, 0).state == State.READY)
-    guest.pause()
-    link.kill()
-    link.recover(0.01)
-    guest.unpause()
-    thread.join()
-    assert seen == [0]
-
-
-def test_a_server_clears_away_what_was_killed(guest: MockDomain, link: MockIoreqServer) -> None:
-    """`IoreqServer(recover=True)` does what it does on a real Xen; without it nothing goes."""
     assert repr(link) == "<MockIoreqServer 0 of mock domain 1, enabled>"
     link.kill()
     assert repr(link) == "<MockIoreqServer 0 of mock domain 1, killed>"
-    cache = MapCache(open_backend("mock", domain=guest))
-    with IoreqServer(guest, cache):
-        assert guest.ioreq_servers[0] is link
-    with IoreqServer(guest, cache, recover=True):
-        assert link not in guest.ioreq_servers.values()
-    assert repr(link) == "<MockIoreqServer 0 of mock domain 1, destroyed>"
-
-
-def test_recover_leaves_living_servers_alone(guest: MockDomain, link: MockIoreqServer) -> None:
-    """Only a server whose process has died is cleared away."""
-    second = guest.open_ioreq_server(buffered=False, recover=True)
+    assert link.enabled
+    second = serve(guest, recover=True)
+    (old,) = second.predecessors
+    assert (old.id, old.page, old.ring, old.ports) == (0, link.page, None, {0: 0, 1: 1})
     assert guest.ioreq_servers == {0: link, 1: second}
+    old.disable()
+    slot = RequestSlot(old.page, 0)
+    slot.begin()
+    slot.answer(0x1234)
+    old.notify(old.ports[0])
+    thread.join()
+    assert seen == [0x1234]
+    old.close()
+    assert repr(link) == "<MockIoreqServer 0 of mock domain 1, destroyed>"
     second.close()
+    assert guest.ioreq_servers == {}
+
+
+def test_a_request_that_comes_after_the_kill(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Xen sends it to the dead server all the same; a disabled one gets none."""
+    link.kill()
+    thread, seen = in_thread(lambda: guest.port_in(PORT, 1))
+    until(lambda: RequestSlot(link.page, 0).state == State.READY)
+    second = guest.open_ioreq_server(buffered=False, recover=True)
+    second.predecessors[0].disable()
+    assert guest.port_in(PORT, 1, vcpu=1) == 0xFF
+    second.close()
+    thread_ends(link, thread)
+    assert seen == [0]  # its server has gone: what stood in the request
+
+
+def thread_ends(link: MockIoreqServer, thread: Thread) -> None:
+    """Have a vCPU look at a server that was destroyed without an answer."""
+    link.ring_bell(0)
+    thread.join()
+
+
+def test_who_is_found_by_the_next_one(guest: MockDomain, link: MockIoreqServer) -> None:
+    """Only killed servers; those that a living successor has taken over are not found again."""
+    second = guest.open_ioreq_server(buffered=True, recover=True)
+    assert second.predecessors == []
+    link.kill()
+    second.kill()  # never enabled: it has no event channels
+    third = serve(guest, recover=True)
+    assert [each.id for each in third.predecessors] == [0]
+    assert guest.open_ioreq_server(buffered=False, recover=True).predecessors == []
+    third.kill()
+    fourth = serve(guest, recover=True)
+    assert [each.id for each in fourth.predecessors] == [0, 2]
+    fourth.close()  # which has disabled none of them
+    assert [each.id for each in serve(guest, recover=True).predecessors] == [0, 2]
+    assert link.enabled
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,23 @@ def test_numbers_of_a_hostile_guest(symbol: str, base: str) -> None:
     assert not VmcoreInfo(0, text).describes(read)
 
 
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [("0xffff7fffc8000000", True), ("0xffff7fffc7fff000", False), ("", False), ("arm", False)],
+)
+def test_an_arm64_kernel(offset: str, expected: bool) -> None:
+    """It says how far its image's virtual addresses are from the physical ones."""
+    text = (
+        "OSRELEASE=6.1\nPAGESIZE=4096\nSYMBOL(init_uts_ns)=ffff800009f01000\n"
+        f"NUMBER(kimage_voffset)={offset}\n"
+    )
+
+    def read(address: int, length: int) -> bytes:
+        return b"Linux\0web\0006.1\0" if address == 0x41F01000 else b"another one"
+
+    assert VmcoreInfo(0, text).describes(read) is expected
+
+
 def test_a_text_without_a_release() -> None:
     """An empty release would be found in any memory of zeros."""
     text = "OSRELEASE=\nSYMBOL(init_uts_ns)=ffffffff80000000\nNUMBER(phys_base)=0\n"

@@ -17,24 +17,29 @@ from xenmapcache import Backend, MapCache, XenCallError, open_backend
 from xenmapcache.devicemodel import IoreqServer
 
 PORT: Final = 0x740
-COUNT, STUCK, OWN, OTHER = range(0, 16, 4)
-"""Ports: a number that counts INVALIDATEs; one that never answers; whether memory of the guest can
-be read, and of another one (0, or the errno)."""
+COUNT, STUCK, OWN, OTHER, STORED = range(0, 20, 4)
+"""Ports: a number that counts INVALIDATEs; one that never answers, unless the model recovers;
+whether memory of the guest can be read, and of another one (0, or the errno); and what was written
+there, with the number of writes in its upper half."""
 GREETING: Final = 0x5A5A0000
 
 
 class Model:
     """The device."""
 
-    def __init__(self, server: IoreqServer, other: Backend | None) -> None:
+    def __init__(self, server: IoreqServer, other: Backend | None, *, recovers: bool) -> None:
         self._server = server
         self._other = other
+        self._recovers = recovers
+        self._stored = 0
 
     def read(self, offset: int, size: int) -> int:
         """Answer, or not."""
         match offset:
             case 0:
                 return GREETING + self._server.invalidations
+            case 4 if self._recovers:
+                return GREETING - 1
             case 4:
                 say("asked")
                 threading.Event().wait()
@@ -46,10 +51,15 @@ class Model:
                 except XenCallError as error:
                     return error.errno
                 return 0
+            case 16:
+                return self._stored
         raise LookupError(f"nothing at {offset}")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Refuse."""
+        """Store a number, or refuse."""
+        if offset == STORED:
+            self._stored = (self._stored + 0x10000) & ~0xFFFF | value
+            return
         raise LookupError(f"nothing at {offset}")
 
 
@@ -77,7 +87,7 @@ def main() -> None:
         server = IoreqServer(
             options.domid, cache, restrict=options.restrict, recover=options.recover
         )
-        server.claim_ports(PORT, 16, Model(server, other))
+        server.claim_ports(PORT, 20, Model(server, other, recovers=options.recover))
         stack.enter_context(server)
         signal.signal(signal.SIGUSR1, lambda *_: say(f"requests {server.requests}"))
         say("ready")

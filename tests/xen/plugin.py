@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.xen.lab.platform import DEFAULT, PLATFORMS
-from tests.xen.lab.report import Reporter
+from tests.xen.lab.platform import DEFAULT, PLATFORMS, Platform, native
+from tests.xen.lab.report import Reporter, on_machine
 from tests.xen.lab.run import Plan, Run
 
 CONSOLE = Path("/var/log/xen/console")
@@ -59,12 +59,14 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     plugin = config.pluginmanager.get_plugin(__name__)
     others = config.pluginmanager.subset_hook_caller("pytest_runtestloop", [plugin])
     others(session=session)
-    run = Run(_plan(config), remote, _progress(config))
+    plan = _plan(config)
+    run = Run(plan, remote, _progress(config))
     try:
         for item in remote:
             hook = item.ihook
             hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
             for report in run.reports(item):
+                on_machine(report, plan.platform.name)
                 hook.pytest_runtest_logreport(report=report)
             hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
             if session.shouldfail:
@@ -98,6 +100,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         for nodeid, value in measured:
             terminalreporter.write_line(f"{nodeid.rpartition('::')[2]}: {value}")
+
+
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> Platform:
+    """What a test has to know of the machine that it runs on."""
+    name = request.config.getoption("xen")
+    return native() if name is None else PLATFORMS[name]
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +171,7 @@ def _required(config: pytest.Config) -> bool:
 def _plan(config: pytest.Config) -> Plan:
     # What shapes a failure's text must be the same on both sides.
     options = [f"--tb={config.option.tbstyle}", "--color=no"]
+    options += [f"--xen-timeout={config.getoption('xen_timeout')}"]
     options += ["-v"] * config.option.verbose + ["-l"] * bool(config.option.showlocals)
     return Plan(
         project=config.rootpath,

@@ -29,13 +29,15 @@ name = "{NAME}"
 type = "pvh"
 kernel = "{LAB}/vmlinux"
 ramdisk = "{IMAGE}"
-extra = "console=hvc0 nokaslr mitigations=off panic=-1 pci=noacpi,noearly"
+extra = "console=hvc0 nokaslr mitigations=off panic=-1 ARGUMENTS"
 memory = {MEMORY}
 maxmem = {MEMORY}
 vcpus = 2
 on_crash = "destroy"
 on_reboot = "destroy"
 """
+ARGUMENTS: Final = "pci=noacpi,noearly"
+"""What makes the kernel look at the bus."""
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mkdir -p /sys /tmp
@@ -93,13 +95,16 @@ class StockGuest:
 
 
 @contextmanager
-def stock_guest(script: str, console: Callable[[str], str], *programs: str) -> Iterator[StockGuest]:
+def stock_guest(
+    script: str, console: Callable[[str], str], *programs: str, arguments: str = ARGUMENTS
+) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
 
     Args:
         script: for its shell.
         console: returns what it has printed so far.
         programs: names of programs of tests/xen/guest, which it gets in /bin.
+        arguments: for its kernel.
     """
     ours = newc(
         [
@@ -113,7 +118,7 @@ def stock_guest(script: str, console: Callable[[str], str], *programs: str) -> I
     )
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
     IMAGE.write_bytes(b"".join(images) + ours)
-    CONFIG.write_text(TEXT)
+    CONFIG.write_text(TEXT.replace("ARGUMENTS", arguments))
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0

@@ -17,7 +17,16 @@ from typing import NamedTuple
 import pytest
 
 from tests.xen.agent import MEMORY, NAME, Agent, AgentGuest, Operation
-from tests.xen.conftest import EXAMPLES, Serve, Served, balloon, load_example, wait_for, xl
+from tests.xen.conftest import (
+    EXAMPLES,
+    Serve,
+    Served,
+    balloon,
+    load_example,
+    set_memory,
+    wait_for,
+    xl,
+)
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE, MiB
 
@@ -62,7 +71,7 @@ def test_it_serves_while_the_guest_balloons(served: Served, disk: Path) -> None:
     server, full = served.server, served.agent.total()
     with load_example("block_device").BlockDevice(server, served.cache, disk):
         transfers = served.agent.start(Operation.DISK, PORT, LENGTH // 2, 256, 5)
-        xl("mem-set", NAME, str(MEMORY - 20))
+        set_memory(served.machine, NAME, MEMORY - 20)
         written, read, _, _ = transfers.result(120)
         amid = server.invalidations
         balloon(served, MEMORY - 20, full=full)

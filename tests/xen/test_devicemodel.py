@@ -353,7 +353,7 @@ def test_sigterm(served: Served, run_model: Models) -> None:
 def test_killed_while_a_vcpu_waits(
     served: Served, run_model: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model that is killed while it owes an answer is started again, and the guest goes on."""
+    """The next model carries out the read that the killed one had begun."""
     agent = served.agent.on(1)
     with run_model() as process:
         answer = agent.start(Operation.IN, model.PORT + model.STUCK, 4)
@@ -362,7 +362,7 @@ def test_killed_while_a_vcpu_waits(
         process.wait(60)
     assert not answer.done()
     with run_model("--recover") as process:
-        assert answer.result(60) == [ONES]
+        assert answer.result(60) == [model.GREETING - 1]
         assert agent.port_in(model.PORT) == model.GREETING
         agent.renew(0)
         assert agent.port_in(model.PORT) == model.GREETING + 1
@@ -370,6 +370,20 @@ def test_killed_while_a_vcpu_waits(
     for cpu in (0, 1):
         agent.on(cpu).renew(cpu)
     assert served.server.invalidations == 3
+
+
+def test_written_while_no_process_serves(served: Served, run_model: Models) -> None:
+    """The next model carries the write out, and once."""
+    agent = served.agent.on(1)
+    with run_model() as process:
+        assert agent.port_in(model.PORT) == model.GREETING
+        process.kill()
+        process.wait(60)
+    written = agent.start(Operation.OUT, model.PORT + model.STORED, 4, 0x1234)
+    with run_model("--recover") as process:
+        written.result(60)
+        assert agent.port_in(model.PORT + model.STORED) == 0x11234
+        end(process)
 
 
 RESTARTS = 6

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.xen.lab.platform import Platform
 from xenmapcache import GuestMemory, MapCache, find_vmcoreinfo, open_backend
 from xenmapcache.adapters.drgn import program
 from xenmapcache.address import MiB
@@ -19,8 +20,6 @@ drgn: Any = pytest.importorskip("drgn", reason="drgn is not installed")
 
 pytestmark = pytest.mark.xen
 
-RAM = 128 * MiB
-"""How far the lab's guest reaches."""
 KERNEL_MAP = 0xFFFFFFFF80000000
 
 
@@ -31,34 +30,48 @@ def cache(live_domid: int) -> Iterator[MapCache]:
 
 
 @pytest.fixture
-def info(cache: MapCache) -> VmcoreInfo:
+def end(machine: Platform) -> int:
+    """Where the guest's memory ends."""
+    return sum(machine.memory)
+
+
+@pytest.fixture
+def info(cache: MapCache, machine: Platform) -> VmcoreInfo:
     """What the guest's kernel says of itself."""
-    found = find_vmcoreinfo(cache, 0, RAM)
+    found = find_vmcoreinfo(cache, *machine.memory)
     if found is None:
         pytest.skip("this guest's kernel has no VMCOREINFO")
     return found
 
 
-def test_it_is_a_live_linux_kernel(cache: MapCache, info: VmcoreInfo) -> None:
+def test_it_is_a_live_linux_kernel(cache: MapCache, info: VmcoreInfo, end: int) -> None:
     """With the release that the guest's memory has."""
-    made = program(cache, length=RAM)
+    made = program(cache, length=end)
     assert made.flags & drgn.ProgramFlags.IS_LINUX_KERNEL
     assert made.flags & drgn.ProgramFlags.IS_LIVE
     assert made["UTS_RELEASE"].string_().decode() == info.value("OSRELEASE")
 
 
-def test_page_tables_lead_to_the_banner(cache: MapCache, info: VmcoreInfo) -> None:
+def image_offset(info: VmcoreInfo) -> int:
+    """From a physical address in the kernel's image to the virtual one."""
+    offset = info.value("NUMBER(kimage_voffset)")  # arm64 kernels have it
+    return int(offset, 16) if offset else KERNEL_MAP - int(info.value("NUMBER(phys_base)") or "")
+
+
+def test_page_tables_lead_to_the_banner(
+    cache: MapCache, info: VmcoreInfo, machine: Platform, end: int
+) -> None:
     """The banner's virtual address, and the kernel's name for itself, through page tables."""
-    made = program(cache, length=RAM)
+    made = program(cache, length=end)
     release = (info.value("OSRELEASE") or "").encode()
     uts = made.read(int(info.value("SYMBOL(init_uts_ns)") or "", 16), 390)
     assert release + b"\0" in uts
-    offset = KERNEL_MAP - int(info.value("NUMBER(phys_base)") or "")
+    offset = image_offset(info)
     text = int(info.value("SYMBOL(_stext)") or "", 16)
     banner = b"Linux version " + release + b" ("
     place = next(
         address
-        for address, _ in GuestMemory(cache).find(banner, 0, RAM)
+        for address, _ in GuestMemory(cache).find(banner, *machine.memory)
         if address + offset > text  # other copies are in the kernel's log
     )
     assert made.read(place + offset, len(banner)) == banner
@@ -67,10 +80,10 @@ def test_page_tables_lead_to_the_banner(cache: MapCache, info: VmcoreInfo) -> No
         made.read(0x1000, 8)  # no kernel maps it
 
 
-def test_all_pages_and_holes(cache: MapCache) -> None:
+def test_all_pages_and_holes(cache: MapCache, machine: Platform) -> None:
     """Each present MiB is read as mapping shows it, while nothing writes there; a hole faults."""
     made = program(cache, vmcoreinfo="")
-    ranges = list(cache.present(0, RAM))
+    ranges = list(cache.present(*machine.memory))
     assert sum(length for _, length in ranges) > 32 * MiB
     for start, length in ranges:
         for address in range(start, start + length, MiB):
@@ -83,11 +96,11 @@ def test_all_pages_and_holes(cache: MapCache) -> None:
     assert error.value.address == hole
 
 
-def test_the_command(live_domid: int, info: VmcoreInfo, tmp_path: Path) -> None:
+def test_the_command(live_domid: int, info: VmcoreInfo, end: int, tmp_path: Path) -> None:
     """``xenmapcache drgn xen:DOMID script`` prints what the script prints."""
     script = tmp_path / "release.py"
     script.write_text('print(prog["UTS_RELEASE"].string_().decode())\n')
-    command = [sys.executable, "-m", "xenmapcache", "drgn", "--length", str(RAM)]
+    command = [sys.executable, "-m", "xenmapcache", "drgn", "--length", str(end)]
     command += [f"xen:{live_domid}", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == info.value("OSRELEASE")

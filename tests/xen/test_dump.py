@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.xen.control import held_still
+from tests.xen.lab.platform import Platform
 from xenmapcache import MapCache, find_vmcoreinfo, open_backend, open_source, write_vmcore
 from xenmapcache.address import MiB
 from xenmapcache.binding.control import Control
@@ -18,8 +19,7 @@ from xenmapcache.binding.control import Control
 pytestmark = pytest.mark.xen
 
 LENGTH = 16 * MiB
-RAM = 128 * MiB
-"""How far the lab's guest reaches."""
+"""Of memory that is looked at."""
 
 
 def is_paused(domid: int) -> bool:
@@ -46,13 +46,15 @@ def test_xen_counts_pauses(live_domid: int, name: str) -> None:
     assert not is_paused(live_domid)
 
 
-def test_a_paused_dump_is_of_one_moment(live_domid: int, tmp_path: Path) -> None:
+def test_a_paused_dump_is_of_one_moment(live_domid: int, machine: Platform, tmp_path: Path) -> None:
     """While the guest is held still, a file of each form has the memory that mapping shows."""
+    length = machine.memory[0] + LENGTH
     command = [sys.executable, "-m", "xenmapcache", "dump", f"xen:{live_domid}", "--pause"]
+    command += ["--length", str(length)]
     with held_still(live_domid):
         for form in ("vmcore", "lime"):
             path = tmp_path / form
-            options = ["-o", str(path), "--format", form, "--length", str(LENGTH), "--json"]
+            options = ["-o", str(path), "--format", form, "--json"]
             done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
             assert json.loads(done.stdout)["paused"] is True
             with (
@@ -61,11 +63,11 @@ def test_a_paused_dump_is_of_one_moment(live_domid: int, tmp_path: Path) -> None
                 MapCache(live) as expected,
                 MapCache(dump) as found,
             ):
-                ranges = list(expected.present(0, LENGTH))
-                assert list(found.present(0, LENGTH)) == ranges
-                for start, length in ranges:
-                    for address in range(start, start + length, MiB):
-                        size = min(MiB, start + length - address)
+                ranges = list(expected.present(0, length))
+                assert list(found.present(0, length)) == ranges
+                for start, run in ranges:
+                    for address in range(start, start + run, MiB):
+                        size = min(MiB, start + run - address)
                         assert found.read(address, size) == expected.read(address, size)
             path.unlink()  # Dom0's files lie in its memory
     assert not is_paused(live_domid)
@@ -96,20 +98,21 @@ def test_a_dump_that_is_ended_unpauses(live_domid: int, tmp_path: Path) -> None:
     assert not is_paused(live_domid)
 
 
-def test_a_vmcore_of_the_running_guest(live_domid: int, tmp_path: Path) -> None:
+def test_a_vmcore_of_the_running_guest(live_domid: int, machine: Platform, tmp_path: Path) -> None:
     """Also without a pause every page that was there is in the file."""
+    length = machine.memory[0] + LENGTH
     path = tmp_path / "vmcore"
     with open_backend("xen", domid=live_domid) as live:
-        pages = write_vmcore(live, path, length=LENGTH)
+        pages = write_vmcore(live, path, length=length)
     with open_source(path) as dump, MapCache(dump) as cache:
-        present = sum(length for _, length in cache.present(0, LENGTH))
+        present = sum(size for _, size in cache.present(0, length))
     assert present >> 12 == pages > 0
 
 
-def test_a_live_linux_guest_describes_itself(live_domid: int) -> None:
+def test_a_live_linux_guest_describes_itself(live_domid: int, machine: Platform) -> None:
     """VMCOREINFO is found in the guest's memory, and its kernel is where the text says."""
     with open_backend("xen", domid=live_domid) as live, MapCache(live) as cache:
-        found = find_vmcoreinfo(cache, 0, RAM)
+        found = find_vmcoreinfo(cache, *machine.memory)
         if found is None:
             pytest.skip("this guest's kernel has no VMCOREINFO")
         assert found.describes(cache.read)

@@ -7,19 +7,19 @@ import os
 
 import pytest
 
+from tests.xen.lab.platform import Platform
 from xenmapcache import MapCache, open_backend
-from xenmapcache.address import MiB
 from xenmapcache.cli import main
 
 pytestmark = pytest.mark.xen
 
 
 def test_a_process_that_maps_the_guest_is_listed(
-    live_domid: int, capsys: pytest.CaptureFixture[str]
+    live_domid: int, machine: Platform, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """This process, with at least the bucket that it has mapped and the node that it has open."""
     with open_backend("xen", domid=live_domid) as live, MapCache(live) as cache:
-        address, _ = next(cache.present(0, 128 * MiB))
+        address, _ = next(cache.present(*machine.memory))
         cache.read(address, 8)
         assert main(["holders", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.xen.lab.platform import Platform
 
 pytestmark = pytest.mark.xen
 HYPERVISOR = Path("/sys/hypervisor")
@@ -24,13 +27,13 @@ def test_this_is_a_dom0() -> None:
     assert "control_d" in Path("/proc/xen/capabilities").read_text()
 
 
-def test_xen_is_the_release_asked_for(pytestconfig: pytest.Config) -> None:
-    """Otherwise two runs on two releases could be one run twice."""
-    asked = pytestconfig.getoption("xen")
-    if asked is None:
-        pytest.skip("no release named with --xen")
+def test_xen_is_the_release_asked_for(pytestconfig: pytest.Config, machine: Platform) -> None:
+    """Otherwise two runs on two machines could be one run twice."""
+    if pytestconfig.getoption("xen") is None:
+        pytest.skip("no machine named with --xen")
     parts = [(HYPERVISOR / "version" / part).read_text().strip() for part in ("major", "minor")]
-    assert ".".join(parts) == asked
+    assert ".".join(parts) == machine.release.xen
+    assert os.uname().machine == machine.architecture.machine
 
 
 def test_guest_runs_and_talks(live_domid: int, guest_console: Callable[[str], str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.xen.lab.platform import Platform
 from xenmapcache import (
     ClosedError,
     DmaDirection,
@@ -28,8 +29,6 @@ from xenmapcache.address import MiB
 pytestmark = pytest.mark.xen
 
 SOURCES = [(name, binding) for name in ("xen", "xenctrl") for binding in ("cffi", "ctypes")]
-RAM = 128 * MiB
-"""How far the lab's guest reaches; in another Dom0 its first 128 MiB are looked at."""
 MARKER = re.compile(rb"XENMAPCACHE-MARKER-[0-9a-f]{16}")
 PATIENCE = 60.0
 
@@ -58,15 +57,16 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-def test_the_kernels_banner_is_read(cache: MapCache) -> None:
+def test_the_kernels_banner_is_read(cache: MapCache, machine: Platform) -> None:
     """A live Linux guest's banner is found in its memory."""
-    found = GuestMemory(cache).find(re.compile(rb"Linux version \d+\.\d+[^\n\0]{10,}"), 0, RAM)
-    _, banner = next(found)
-    assert b"gcc" in banner or b"clang" in banner
+    banner = re.compile(rb"Linux version \d+\.\d+[^\n\0]{10,}")
+    found = GuestMemory(cache).find(banner, *machine.memory)
+    _, text = next(found)
+    assert b"gcc" in text or b"clang" in text
 
 
 def test_the_guest_sees_what_is_written(
-    one_cache: MapCache, live_domid: int, guest_console: Callable[[str], str]
+    one_cache: MapCache, live_domid: int, machine: Platform, guest_console: Callable[[str], str]
 ) -> None:
     """Text that the guest prints from its memory changes on its console when we change it."""
     name = subprocess.check_output(["xl", "domname", str(live_domid)], text=True).strip()
@@ -75,7 +75,7 @@ def test_the_guest_sees_what_is_written(
     new = b"XENMAPCACHE-MARKER-" + os.urandom(8).hex().encode()
     memory = GuestMemory(one_cache)
     changed = 0
-    for address, old in list(memory.find(MARKER, 0, RAM)):
+    for address, old in list(memory.find(MARKER, *machine.memory)):
         if one_cache.read(address, len(old)) == old:
             one_cache.write(address, new)
             changed += 1
@@ -83,9 +83,12 @@ def test_the_guest_sees_what_is_written(
     wait_for(lambda: new.decode() in guest_console(name), f"{new!r} on the guest's console")
 
 
-def test_a_dma_lease_is_the_guests_memory(one_cache: MapCache, live_domid: int) -> None:
+def test_a_dma_lease_is_the_guests_memory(
+    one_cache: MapCache, live_domid: int, machine: Platform
+) -> None:
     """What is written through a lease is read through a mapping of the other library."""
-    address, _ = next(iter(one_cache.present(16 * MiB, RAM - 16 * MiB)))
+    start, length = machine.memory
+    address, _ = next(iter(one_cache.present(start + 16 * MiB, length - 16 * MiB)))
     address = next(
         page
         for page in range(address, address + 64 * MiB, 0x1000)
@@ -100,12 +103,13 @@ def test_a_dma_lease_is_the_guests_memory(one_cache: MapCache, live_domid: int) 
             lease.view[:] = bytes(8)
 
 
-def test_what_is_not_there_is_a_fault(cache: MapCache) -> None:
+def test_what_is_not_there_is_a_fault(cache: MapCache, machine: Platform) -> None:
     """Far beyond the end of RAM there is no page; the neighbourhood of the end is half-open."""
     with pytest.raises(FaultError) as caught:
         cache.read(1 << 40, 8)
     assert (caught.value.address, caught.value.errno) == (1 << 40, errno.EINVAL)
-    *_, (address, length) = cache.present(0, 4 * RAM)
+    ram, size = machine.memory
+    *_, (address, length) = cache.present(ram, 4 * size)
     end = address + length
     assert cache.read(end - 8, 8) is not None
     for call in (lambda: cache.read(end - 8, 16), lambda: cache.map_dma(end - 8, 16, owner="t")):
@@ -124,11 +128,14 @@ def test_no_such_domain(name: str, binding: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "binding"), SOURCES)
-def test_a_mapping_survives_its_domain(name: str, binding: str, victim: int) -> None:
+def test_a_mapping_survives_its_domain(
+    name: str, binding: str, victim: int, machine: Platform
+) -> None:
     """A destroyed domain's memory stays as it was where it is mapped, and nowhere else."""
     with open_backend(name, domid=victim, binding=binding) as backend:
         cache = MapCache(backend)
-        address, length = max(cache.present(0, 64 * MiB), key=lambda run: run[1])
+        start, _ = machine.memory
+        address, length = max(cache.present(start, 64 * MiB), key=lambda run: run[1])
         wait_for(lambda: any(cache.read(address, length)), "the victim's first byte")
         lease = cache.map_dma(address, MiB - address % MiB, owner="test")
         kept = address - address % MiB + MiB
@@ -146,7 +153,7 @@ def test_a_mapping_survives_its_domain(name: str, binding: str, victim: int) -> 
 
         def is_gone() -> bool:
             try:
-                backend.map(0, 1, writable=False)
+                backend.map(start >> 12, 1, writable=False)
             except XenCallError as error:
                 return error.errno == errno.ESRCH
             return False
@@ -154,9 +161,9 @@ def test_a_mapping_survives_its_domain(name: str, binding: str, victim: int) -> 
         wait_for(is_gone, "the end of the domain")
 
 
-def test_a_forked_child_is_kept_out(cache: MapCache) -> None:
+def test_a_forked_child_is_kept_out(cache: MapCache, machine: Platform) -> None:
     """The child's view is zeros, its cache refuses; the parent's goes on."""
-    address, _ = next(iter(cache.present(0, RAM)))
+    address, _ = next(iter(cache.present(*machine.memory)))
     view = cache.map_dma(address, 64, owner="test", direction=DmaDirection.TO_DEVICE).view
     before = bytes(view)
     pid = os.fork()
@@ -174,10 +181,10 @@ def test_a_forked_child_is_kept_out(cache: MapCache) -> None:
 
 
 def test_a_read_of_a_resident_bucket_makes_no_call(
-    cache: MapCache, live_domid: int, record_property: Callable[[str, object], None]
+    cache: MapCache, machine: Platform, record_property: Callable[[str, object], None]
 ) -> None:
     """Thousands of reads are one map call; the ratio to map, read, unmap is reported."""
-    address, _ = max(cache.present(0, RAM), key=lambda run: run[1])
+    address, _ = max(cache.present(*machine.memory), key=lambda run: run[1])
     address += MiB - address % MiB
     cache.invalidate()
     maps = cache.stats().maps

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.xen.control import held_still
+from tests.xen.lab.platform import Platform
 from xenmapcache import BackendUnavailableError, MapCache, open_backend
 from xenmapcache.adapters.mount import check_fuse
 from xenmapcache.adapters.virtual_files import virtual_files
@@ -20,7 +21,6 @@ from xenmapcache.address import PAGE_SIZE, MiB
 
 pytestmark = pytest.mark.xen
 
-LENGTH = 16 * MiB
 FILES = ["memory.elf", "memory.lime", "memory.raw"]
 
 
@@ -36,12 +36,19 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def length(machine: Platform) -> int:
+    """How far the files reach: to some memory."""
+    ram, _ = machine.memory
+    return ram + 16 * MiB
+
+
 @contextmanager
-def mounted(domid: int, folder: Path) -> Iterator[subprocess.Popen[str]]:
+def mounted(domid: int, folder: Path, length: int) -> Iterator[subprocess.Popen[str]]:
     """Run the command until the folder is mounted."""
     command = [sys.executable, "-m", "xenmapcache", "mount", f"xen:{domid}", str(folder)]
     with subprocess.Popen(
-        [*command, "--length", str(LENGTH)],
+        [*command, "--length", str(length)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -66,12 +73,12 @@ def assert_ended(process: subprocess.Popen[str], folder: Path) -> str:
     return complaint
 
 
-def test_the_files_show_the_guest(live_domid: int, folder: Path) -> None:
+def test_the_files_show_the_guest(live_domid: int, folder: Path, length: int) -> None:
     """While it is held still, they have what mapping shows; SIGTERM unmounts them."""
-    with held_still(live_domid), mounted(live_domid, folder) as process:
+    with held_still(live_domid), mounted(live_domid, folder, length) as process:
         assert sorted(os.listdir(folder)) == FILES
         with open_backend("xen", domid=live_domid) as live, MapCache(live) as cache:
-            for file in virtual_files(cache, LENGTH):
+            for file in virtual_files(cache, length):
                 with open(folder / file.name, "rb") as shown:
                     assert os.fstat(shown.fileno()).st_size == file.size
                     for offset in range(0, file.size, MiB):
@@ -80,11 +87,11 @@ def test_the_files_show_the_guest(live_domid: int, folder: Path) -> None:
         assert_ended(process, folder)
 
 
-def test_it_ends_with_the_guest(victim: int, folder: Path) -> None:
+def test_it_ends_with_the_guest(victim: int, folder: Path, length: int) -> None:
     """A guest that is destroyed is gone a little later, although its memory was mapped."""
-    with mounted(victim, folder) as process:
+    with mounted(victim, folder, length) as process:
         with open(folder / "memory.raw", "rb", buffering=0) as file:
-            assert len(os.pread(file.fileno(), PAGE_SIZE, MiB)) == PAGE_SIZE
+            assert len(os.pread(file.fileno(), PAGE_SIZE, length - PAGE_SIZE)) == PAGE_SIZE
         subprocess.run(["xl", "destroy", str(victim)], check=True, timeout=120)
         assert "the guest has ended" in assert_ended(process, folder)
     listed = subprocess.run(

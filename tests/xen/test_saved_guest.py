@@ -18,6 +18,7 @@ import pytest
 from tests.xen import agent as agents
 from tests.xen.conftest import wait_for, xl
 from tests.xen.control import control
+from tests.xen.lab.platform import Platform
 from xenmapcache import Backend, MapCache, open_source, write_coredump
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE, MiB
 
@@ -29,6 +30,12 @@ RAM = "96MiB"
 """Of the victim. From there to 4 GiB there is no memory, so one pass over that is enough."""
 PAGES = {0, 1, 2, 5, *range(0x10, 0x98), *range(0xC0, 0x310), *range(0x400, 0x1000)}
 """Of the guest that is made by hand: page 0, holes, and nothing where a PC has none."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _saves(machine: Platform) -> None:
+    if not machine.architecture.saves:
+        pytest.skip("libxl saves no guests on this machine")
 
 
 class Saved(NamedTuple):

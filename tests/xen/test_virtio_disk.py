@@ -15,6 +15,7 @@ import pytest
 
 from tests.xen import stock_guest as stock
 from tests.xen.conftest import wait_for, xl
+from tests.xen.lab.platform import Platform
 from tests.xen.stock_guest import MEMORY, WAITING, StockGuest, stock_guest
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import MiB
@@ -31,7 +32,9 @@ Console = Callable[[str], str]
 
 
 @pytest.fixture(autouse=True)
-def _lab() -> None:
+def _lab(machine: Platform) -> None:
+    if not machine.architecture.ports:
+        pytest.skip("a guest looks for PCI devices by I/O ports, and this machine has none")
     if reason := stock.missing():
         pytest.skip(reason)
 
@@ -62,10 +65,12 @@ class Disk:
 
 
 @contextmanager
-def served(script: str, file: Path, console: Console) -> Iterator[Disk]:
+def served(
+    script: str, file: Path, console: Console, arguments: str = stock.ARGUMENTS
+) -> Iterator[Disk]:
     """Run a guest that has the disk from its first instruction on."""
     with (
-        stock_guest(script, console) as guest,
+        stock_guest(script, console, arguments=arguments) as guest,
         open_backend("xen", domid=guest.domid) as backend,
         MapCache(backend) as cache,
         file.open("r+b") as opened,
@@ -125,6 +130,36 @@ def rounds_of(guest: StockGuest) -> list[str]:
 
 
 ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ("", False),
+        ("pci=conf1", False),
+        ("pci=noacpi", True),
+        ("acpi=noirq", True),
+        ("pci=lastbus=1", True),
+    ],
+)
+def test_what_makes_the_kernel_look_at_the_bus(
+    file: Path, guest_console: Console, arguments: str, found: bool
+) -> None:
+    """No ACPI for interrupts, or a last bus to look at: a PVH guest's tables describe no bus."""
+    script = f"""
+{WAITING.replace("300", "100")}
+echo "STOCK functions $(ls /sys/bus/pci/devices | wc -l)"
+echo "STOCK read $(dd if=/dev/vda bs=4k count=4 iflag=direct 2>/dev/null | wc -c)"
+echo "STOCK cpus $(nproc)"
+dmesg | grep -i -e pci -e irq -e acpi | sed 's/^/STOCK log /'
+"""
+    with served(script, file, guest_console, arguments) as disk:
+        functions, read = disk.guest.wait("functions"), disk.guest.wait("read")
+        sys.stdout.write(f"{arguments}: {functions} {read} {disk.guest.wait('cpus')}\n")
+        disk.guest.wait("end")
+        sys.stdout.write("\n".join(line for line in disk.guest.said() if line.startswith("log")))
+        assert (functions, read) == (("2", "16384") if found else ("0", "0"))
 
 
 @pytest.mark.slow

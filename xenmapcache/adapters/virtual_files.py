@@ -263,7 +263,9 @@ def _runs(cache: MapCache, guest: Guest) -> Iterator[tuple[int, int]]:
     if known is not None:
         yield from known
         return
-    for window in range(0, guest.end, _WINDOW_BYTES):
-        for address, size in cache.present(window, min(_WINDOW_BYTES, guest.end - window)):
-            first = address >> PAGE_SHIFT
-            yield first, (address + size + PAGE_MASK >> PAGE_SHIFT) - first
+    for gfn, pages in guest.extents():
+        end = min(gfn + pages << PAGE_SHIFT, guest.end)
+        for window in range(gfn << PAGE_SHIFT, end, _WINDOW_BYTES):
+            for address, size in cache.present(window, min(_WINDOW_BYTES, end - window)):
+                first = address >> PAGE_SHIFT
+                yield first, (address + size + PAGE_MASK >> PAGE_SHIFT) - first

@@ -6,7 +6,8 @@ import abc
 import errno as _errno
 import logging
 from array import array
-from functools import cached_property
+from collections.abc import Collection, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 
 from ..address import PAGE_MASK, PAGE_SHIFT, as_int
@@ -16,12 +17,13 @@ from ..binding.control import GET_INFO_LIST, MAXIMUM_GPFN, PAUSE, Control
 from ..binding.declarations import CONTROL, DEVICE_MODEL, GRANT_TABLE, Library
 from ..binding.devicemodel import DeviceModel
 from ..binding.handle import Handle
-from ..binding.hints import HINTS
+from ..binding.hints import HINTS, PAGE_HINTS
 from ..binding.loader import get_loader
 from ..errors import BackendUnavailableError, UnsupportedOperationError, XenCallError
 from ..grants import MAX_MAPPED, MAX_REFS
 from ..grants.xen import XenGrants
 from ..mapping import Mapping
+from . import survey
 
 logger = logging.getLogger("xenmapcache")
 
@@ -125,6 +127,73 @@ class DomainBackend(Backend):
             logger.info("domain %d: the end of its memory is not known: %s", self.domid, error)
             return None
 
+    def extents(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        """Return where in a range pages may be; see :meth:`Backend.extents`.
+
+        Follows ``xc_domain_getinfolist`` and ``xc_get_pfn_type_batch`` of libxenctrl; on Arm, where
+        Xen does not have the second one, some pages are mapped in its place. Parts are whole MiB.
+        On x86 no page of the guest's memory is skipped; pages of Xen's own may be. On Arm a
+        single page in a hole of 64 MiB is skipped if it is at neither end of a MiB.
+
+        The whole range is returned, and the logger ``xenmapcache`` tells at INFO why, where
+        libxenctrl is missing or may not be used, as after ``restrict``.
+        """
+        count = self._known_part(gfn, count)
+        windows = self._windows(gfn, count)
+        return iter([(gfn, count)]) if windows is None else survey.runs(windows, gfn, count)
+
+    def survey(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:
+        """Return the runs of pages in a range, on x86; see :meth:`Backend.survey`.
+
+        Follows the same functions as :meth:`extents`. Of the MiB that have a page, the frames
+        without a page of the guest are mapped, to find those of Xen's own.
+        """
+        count = self._known_part(gfn, count)
+        windows = self._windows(gfn, count)
+        if not isinstance(windows, dict):
+            return None
+        survey.add_others(self._map_frames, windows)
+        return survey.page_runs(windows, gfn, count)
+
+    def _known_part(self, gfn: int, count: int) -> int:
+        """Return how many pages of a range lie before the end of memory, if that is known."""
+        if self.memory_end is None:
+            return count
+        return min(count, max(0, (self.memory_end >> PAGE_SHIFT) - gfn))
+
+    def _windows(self, gfn: int, count: int) -> Collection[int] | None:
+        """Return which windows of a range may have pages; None if all of them may.
+
+        By Xen's word it is a dictionary, with what is known of each frame.
+        """
+        if self.memory_end is None:
+            return None
+        windows = survey.windows_of(gfn, count)
+        library = self._library_with(CONTROL, GET_INFO_LIST)
+        try:
+            with Control(binding=self.binding, library=library) as control:
+                pages = control.domain_state(self.domid).pages
+                try:
+                    look = partial(control.has_pages, self.domid)
+                    return survey.by_count(look, windows, pages)
+                except (UnsupportedOperationError, XenCallError):
+                    return survey.by_ends(self._map_frames, windows, pages)
+        except (BackendUnavailableError, UnsupportedOperationError, XenCallError) as error:
+            logger.info("domain %d: all of its address space is mapped: %s", self.domid, error)
+            return None
+
+    def _map_frames(self, gfns: array[int]) -> bytes:
+        """Tell of each frame whether it can be mapped, or is refused."""
+        result_out: list[int] = []
+        try:
+            _, errors = self._map_pages(libc.PROT_READ, gfns, result_out)
+        finally:
+            for address in filter(None, result_out):
+                libc.unmap(address, len(gfns) << PAGE_SHIFT)
+        if errors is None:
+            return bytes([1]) * len(gfns)
+        return bytes([not error or error in PAGE_HINTS for error in errors])
+
     def _tell_why_not(self, reason: Exception) -> None:
         logger.info(
             "domain %d: written pages are not reported to Xen, so a migration may miss them: %s",
@@ -164,7 +233,10 @@ class DomainBackend(Backend):
                 libc.unmap(address, count << PAGE_SHIFT)
             raise
         # Xen does not fail the call for a domain that is not there: it fails each page.
-        if errors is not None and errors.count(_errno.ESRCH) == count:
+        if errors is not None and (
+            errors.count(_errno.ESRCH) == count
+            or (errors.count(_errno.EPERM) == count and _is_own(self.domid))  # 4.20 on Arm
+        ):
             raise self._no_domain()
         return mapping
 

@@ -68,6 +68,11 @@ class MockBackend(Backend):
         self._check_open()
         return self.domain.present(gfn, count)
 
+    def extents(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        """Return where in a range pages may be, also while faults are injected; see `Backend`."""
+        self._check_open()
+        return self.domain.extents(gfn, count)
+
     def map(self, gfn: int, count: int, *, writable: bool) -> Mapping:
         """Map guest pages; see :meth:`Backend.map`."""
         self._check_open()

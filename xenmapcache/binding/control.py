@@ -17,12 +17,15 @@ MAP_BULK = "xc_map_foreign_bulk"
 MAXIMUM_GPFN = "xc_domain_maximum_gpfn"
 GET_INFO_LIST = "xc_domain_getinfolist"
 PAUSE, UNPAUSE = "xc_domain_pause", "xc_domain_unpause"
+PFN_TYPES = "xc_get_pfn_type_batch"
 
 # The head of struct xen_domctl_getdomaininfo, which is the same in every release: domid_t
-# domain, uint16_t pad1, uint32_t flags. What follows differs, and is smaller than the buffer.
-_INFO_HEAD = struct.Struct("=HHI")
+# domain, uint16_t pad1, uint32_t flags, uint64_t tot_pages. What follows differs, and is smaller
+# than the buffer.
+_INFO_HEAD = struct.Struct("=HHIQ")
 _INFO_BYTES = 4096
 _DYING, _SHUTDOWN, _PAUSED = 1 << 0, 1 << 2, 1 << 3
+_FIRST_BAD_TYPE = 0xD << 28  # XEN_DOMCTL_PFINFO_BROKEN; above are XALLOC and XTAB
 
 
 class DomainState(NamedTuple):
@@ -32,11 +35,13 @@ class DomainState(NamedTuple):
         dying: it was destroyed, and lives until its last page is unmapped.
         shut_down: it has shut down, suspended or crashed.
         paused: the toolstack has paused it.
+        pages: how many it has.
     """
 
     dying: bool
     shut_down: bool
     paused: bool
+    pages: int
 
 
 class Control(Handle):
@@ -97,10 +102,32 @@ class Control(Handle):
         """
         info = bytearray(_INFO_BYTES)
         found = self.check(GET_INFO_LIST, domid, domid, 1, info)
-        number, _, flags = _INFO_HEAD.unpack_from(info)
+        number, _, flags, pages = _INFO_HEAD.unpack_from(info)
         if not found or number != domid:  # the next higher one that exists
             raise self.fail(GET_INFO_LIST, domid, _errno.ESRCH)
-        return DomainState(bool(flags & _DYING), bool(flags & _SHUTDOWN), bool(flags & _PAUSED))
+        dying, shut_down, paused = (bool(flags & bit) for bit in (_DYING, _SHUTDOWN, _PAUSED))
+        return DomainState(dying, shut_down, paused, pages)
+
+    def has_pages(self, domid: int, gfns: array[int]) -> bytes:
+        """Tell which frames have a page of the domain's memory.
+
+        Xen's own pages in a domain's address space do not belong to its memory: the shared info
+        page and the frames of the grant table. :attr:`DomainState.pages` does not count them.
+
+        Args:
+            domid: the domain.
+            gfns: an ``array("Q")`` of at most 1024 frame numbers, in any order.
+
+        Returns:
+            A byte for each frame, 1 or 0.
+
+        Raises:
+            XenCallError: the call failed; ENOSYS or EOPNOTSUPP: this Xen cannot tell (on Arm).
+            UnsupportedOperationError: this build of the library does not have it.
+        """
+        types = array("Q", gfns)
+        self.check(PFN_TYPES, domid, domid, len(types), types)
+        return bytes([kind < _FIRST_BAD_TYPE for kind in types])
 
     def pause(self, domid: int, *, result_out: list[int]) -> None:
         """Stop a domain's vCPUs. Xen counts pauses: each needs an :meth:`unpause`.

@@ -75,7 +75,9 @@ CONTROL = Library(
     name="libxenctrl",
     soname="libxenctrl.so.*",
     package="libxenmisc4.17, where 4.17 is Xen's release",
-    includes="#define XC_WANT_COMPAT_MAP_FOREIGN_API\n#include <xenctrl.h>",
+    # The last function is for Xen's other libraries: exported, and in no header that is installed.
+    includes="#define XC_WANT_COMPAT_MAP_FOREIGN_API\n#include <xenctrl.h>\n"
+    "int xc_get_pfn_type_batch(xc_interface *, uint32_t, unsigned, xen_pfn_t *);",
     source="""
 typedef struct xc_interface_core xc_interface;
 xc_interface *xc_interface_open(xentoollog_logger *logger, xentoollog_logger *dombuild_logger,
@@ -89,6 +91,7 @@ int xc_domain_getinfolist(xc_interface *xch, uint32_t first_domain, unsigned max
                           xc_domaininfo_t *info);
 int xc_domain_pause(xc_interface *xch, uint32_t domid);
 int xc_domain_unpause(xc_interface *xch, uint32_t domid);
+int xc_get_pfn_type_batch(xc_interface *xch, uint32_t dom, unsigned num, xen_pfn_t *arr);
 """,
 )
 
@@ -137,6 +140,10 @@ int xendevicemodel_set_pci_intx_level(xendevicemodel_handle *dmod, domid_t domid
 int xendevicemodel_modified_memory_bulk(xendevicemodel_handle *dmod, domid_t domid,
                                         struct xen_dm_op_modified_memory_extent extents[],
                                         uint32_t nr);
+/* VERS_1.4, Xen 4.15 */
+int xendevicemodel_set_irq_level(xendevicemodel_handle *dmod, domid_t domid, unsigned irq,
+                                 unsigned level);
+int xendevicemodel_nr_vcpus(xendevicemodel_handle *dmod, domid_t domid, unsigned *vcpus);
 """,
 )
 

@@ -1,13 +1,15 @@
 """libxendevicemodel, checked: ioreq servers, interrupts, and pages that were written.
 
-Follows ``xendevicemodel.h``, VERS_1.0 and 1.3, and ``xen/hvm/dm_op.h``.
+Follows ``xendevicemodel.h``, VERS_1.0, 1.3 and 1.4, and ``xen/hvm/dm_op.h``.
 """
 
 from __future__ import annotations
 
+import errno as _errno
 import struct
 from array import array
 
+from ..errors import XenCallError
 from .declarations import DEVICE_MODEL
 from .handle import Handle
 
@@ -81,6 +83,31 @@ class DeviceModel(Handle):
         name = "xendevicemodel_get_ioreq_server_info"
         self.check(name, domid, domid, server, None, None, port)
         return port[0]
+
+    def has_ioreq_server(self, domid: int, server: int) -> bool:
+        """Tell whether an ioreq server exists. Xen destroys it when its domain ends.
+
+        Raises:
+            XenCallError: it failed, and not because the server or the domain is gone.
+        """
+        try:
+            self.buffered_port(domid, server)
+        except XenCallError as error:
+            if error.errno not in (_errno.ENOENT, _errno.ESRCH):
+                raise
+            return False
+        return True
+
+    def nr_vcpus(self, domid: int) -> int:
+        """Return how many vCPUs a domain can have, those that are offline included.
+
+        Raises:
+            XenCallError: it failed.
+            UnsupportedOperationError: the library is of before Xen 4.15.
+        """
+        vcpus = array("I", [0])
+        self.check("xendevicemodel_nr_vcpus", domid, domid, vcpus)
+        return vcpus[0]
 
     def map_io_range(self, domid: int, server: int, is_mmio: bool, first: int, last: int) -> None:
         """Claim I/O ports or guest addresses for an ioreq server.
@@ -192,3 +219,17 @@ class DeviceModel(Handle):
         """
         name = "xendevicemodel_set_pci_intx_level"
         self.check(name, domid, domid, segment, bus, device, pin, int(level))
+
+    def set_irq_level(self, domid: int, irq: int, level: bool) -> None:
+        """Raise or lower an interrupt line of an Arm guest: a shared peripheral interrupt (SPI).
+
+        Args:
+            domid: the guest.
+            irq: the interrupt's number, 32 or more; not one of a device that was passed through.
+            level: asserted or not.
+
+        Raises:
+            XenCallError: it failed.
+            UnsupportedOperationError: the library is of before Xen 4.15.
+        """
+        self.check("xendevicemodel_set_irq_level", domid, domid, irq, int(level))

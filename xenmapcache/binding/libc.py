@@ -22,6 +22,7 @@ from .loader import get_loader
 PROT_NONE = 0
 PROT_READ = _mmap.PROT_READ
 PROT_WRITE = _mmap.PROT_WRITE
+PROT_EXEC = _mmap.PROT_EXEC
 MAP_SHARED = _mmap.MAP_SHARED
 MAP_FIXED = 0x10
 MAP_FIXED_NOREPLACE = 0x100000
@@ -113,6 +114,15 @@ def map_file(
     """
     flags = MAP_SHARED if address is None else MAP_SHARED | MAP_FIXED
     return _map(address, length, protection(writable), flags, fd, offset, result_out)
+
+
+def map_code(fd: int, length: int) -> int:
+    """Map the beginning of a file so that it can be executed, and not written.
+
+    Raises:
+        XenCallError: mmap failed.
+    """
+    return _map(None, length, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0)
 
 
 def allocate(length: int, *, at_once: bool = False, result_out: list[int] | None = None) -> int:

@@ -77,7 +77,6 @@ def run(options: argparse.Namespace) -> int:
     """Serve the disk until the guest ends. Returns the exit status."""
     from ..cache import MapCache
     from ..devicemodel import IoreqServer
-    from ..devicemodel.guest_end import GuestEnd
     from ..devicemodel.virtio import VirtioBlock
 
     with contextlib.ExitStack() as stack:
@@ -96,15 +95,13 @@ def run(options: argparse.Namespace) -> int:
                 record=options.record,
             )
             stack.enter_context(disk)
-            bdf = options.bdf or _SLOTS[kind]
+            bdf = _place(options.bdf, kind)
             _plug(server, disk, kind, bdf)
             stack.enter_context(server)
             disk.resume()
-        end = stack.enter_context(GuestEnd(server))
         _show(options, server.domid, disk, kind, bdf)
-        number = server.serve_forever()
-    if end.ended:
-        print_note(f"domain {server.domid} has ended")
+        note = f"domain {server.domid} has ended"
+        number = server.serve_forever(on_end=lambda: print_note(note))
     return 128 + number if number == signal.SIGINT else 0
 
 
@@ -147,6 +144,21 @@ def _kind(options: argparse.Namespace, domain: int | IoreqDomain) -> str:
     if kind not in _SLOTS:
         raise CommandError(f"domain {domain} is a PV guest; only PVH and HVM guests have a PCI bus")
     return str(kind)
+
+
+def _place(wanted: str | None, kind: str) -> str:
+    """Return where the disk is on the guest's bus."""
+    from ..ioreq import parse_bdf
+
+    if wanted is None:
+        return _SLOTS[kind]
+    segment, bus, device, function = parse_bdf(wanted)
+    if kind == "pvh" and (segment or bus or not device or function):
+        raise CommandError(
+            f"--bdf {wanted}: a PVH guest has one bus, with the host bridge at 0000:00:00.0, and "
+            f"looks at function 0 of each device; give 0000:00:01.0 to 0000:00:1f.0"
+        )
+    return wanted
 
 
 def _plug(server: IoreqServer, disk: VirtioBlock, kind: str, bdf: str) -> None:

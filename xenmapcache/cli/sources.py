@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from ..address import PAGE_MASK, PAGE_SHIFT, MiB
+from ..address import PAGE_MASK, PAGE_SHIFT, MiB, page_span
 from ..backend import open_backend
 from ..cache import MapCache
 from ..errors import FaultError
@@ -16,6 +16,8 @@ from .output import progress
 
 MAX_RESIDENT = 64 * MiB
 _WINDOW_BYTES = 16 * MiB
+_SURVEYED_BYTES = 4 * MiB
+"""A range up to that is mapped, which also shows what a survey skips."""
 _COPY_BYTES = MiB
 _WITH_ZEROS = ("elfcore", "kdump")
 
@@ -84,15 +86,32 @@ def address_range(start: int, length: int | None, *caches: MapCache) -> tuple[in
 
 def present(cache: MapCache, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield ``(start, end)`` of present pages in a range, in order; one may touch the next."""
-    # If only mapping shows which pages are present, what was shown is still mapped when it is read.
     indexed = cache.backend.present(0, 1) is not None
-    step = max(1, end - start) if indexed else _WINDOW_BYTES
     if not indexed and cache.memory_end is not None:
         end = min(end, cache.memory_end)  # beyond it, where another guest has memory, is nothing
     with usage_errors():
-        for window in range(start, end, step):
-            for address, length in cache.present(window, min(step, end - window)):
-                yield address, address + length
+        if not indexed and end - start > _SURVEYED_BYTES:
+            span = page_span(start, end - start)
+            known = cache.backend.survey(*span)
+            if known is not None:
+                yield from _addresses(known, start, end)
+                return
+            parts = _addresses(cache.backend.extents(*span), start, end)
+        else:
+            parts = iter([(start, end)])
+        for first, last in parts:
+            # If only mapping shows which pages are present, what was shown is still mapped when it
+            # is read.
+            step = max(1, last - first) if indexed else _WINDOW_BYTES
+            for window in range(first, last, step):
+                for address, length in cache.present(window, min(step, last - window)):
+                    yield address, address + length
+
+
+def _addresses(runs: Iterable[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the addresses of runs of pages, cut to a range."""
+    for gfn, pages in runs:
+        yield max(start, gfn << PAGE_SHIFT), min(end, gfn + pages << PAGE_SHIFT)
 
 
 def merge_adjacent(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -12,15 +12,30 @@ from __future__ import annotations
 import contextlib
 
 from ..address import PAGE_SHIFT, as_int, check_range, page_span
+from ..arch import Architecture
 from ..cache import MapCache
-from ..errors import ClosedError, XenCallError
-from ..ioreq import BUS_OFFSET, bdf_number
+from ..errors import ClosedError, UnsupportedOperationError, XenCallError
+from ..ioreq import BUS_OFFSET, RequestKind, bdf_number
 from .connection import Connection
 from .regions import Region, RegionTable
 from .runtime import Runtime
 
 _PORTS = 1 << 16
 _PCI_CONFIG_SIZE = 4096
+_NAMES = {RequestKind.PORT: "ports", RequestKind.PCI_CONFIG: "PCI configuration space"}
+
+
+def check_kind(domid: int, architecture: Architecture, kind: RequestKind) -> None:
+    """Refuse a claim of what no vCPU of the guest can access by way of Xen.
+
+    Raises:
+        UnsupportedOperationError: Xen sends this guest's device memory only.
+    """
+    if architecture.mmio_only and kind is not RequestKind.MMIO:
+        raise UnsupportedOperationError(
+            f"domain {domid}: {_NAMES[kind]} cannot be claimed for an {architecture.name} guest: "
+            "Xen sends a device model its device memory only; use claim_mmio"
+        )
 
 
 def ports(first: int, count: int) -> tuple[int, int]:

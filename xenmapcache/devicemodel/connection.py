@@ -35,6 +35,10 @@
 # calls it while a handler that never returns holds the lock. Who answers a begun request is
 # decided by one `dict.setdefault` on the job. Pages stay mapped until that handler returns.
 #
+# Predecessors. After `recover`, the slots and rings of dead processes' servers are served as well
+# (`recovery.py`). No event comes from them once they are disabled, so each round looks at all of
+# them until they are destroyed.
+#
 # Processes. A child that a handler has forked shares the pages. It answers nothing.
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ from .calls import CallChain
 from .channel import Channel
 from .dispatch import Dispatcher, GuestError, Job
 from .link import HypervisorLink
+from .recovery import Inheritance
 from .report import Tally
 
 _MAX_ATTEMPTS = 3
@@ -86,6 +91,7 @@ class Connection:
         closer: the thread that closes it, or None.
         calls: the handlers and callbacks that run.
         channels: the vCPUs', by the port at this end.
+        inheritance: what was taken over from dead processes.
         kept_pages: the pages are mapped although the server was destroyed.
         deferred: an INVALIDATE that :meth:`finish_deferred` will answer.
     """
@@ -109,9 +115,10 @@ class Connection:
         self.calls = CallChain(domid, cache, dispatcher, tally, give_up)
         self.dispatcher = dispatcher
         self.tally = tally
-        self._ring = BufferedRing(link.ring) if link.ring is not None else None
+        self.inheritance = Inheritance(link)
+        self._ring = BufferedRing(link.ring, link.fence) if link.ring is not None else None
         self._ring_port = -1
-        self._ring_job: Job | None = None
+        self._ring_job: tuple[BufferedRing, Job] | None = None
         self._unsettled = False
         self._pid = os.getpid()
 
@@ -126,15 +133,26 @@ class Connection:
         """Bind the event channels that are not bound yet, the ring's too."""
         bound = {channel.slot.vcpu for channel in self.channels.values()}
         for vcpu in range(len(self.link.page) // SLOT_SIZE):
-            slot = RequestSlot(self.link.page, vcpu)
+            slot = RequestSlot(self.link.page, vcpu, self.link.fence)
             if vcpu not in bound and slot.port:
                 port = self.link.bind(slot.port)
-                self.channels[port] = Channel(slot, port)
+                self.channels[port] = Channel(slot, port, self.link)
 
     def bind_ring(self) -> None:
         """Bind the ring's event channel, if there is a ring."""
         if self._ring is not None:
             self._ring_port = self.link.bind(self.link.buffered_port())
+
+    def all_channels(self) -> list[Channel]:
+        """Return the vCPUs of the server, and of those that it has taken over."""
+        return [*self.channels.values(), *self.inheritance.channels]
+
+    def disable(self) -> None:
+        """Get no further requests, here and at the servers of dead processes."""
+        try:
+            self.link.disable()
+        finally:
+            self.inheritance.disable()
 
     def is_busy(self, thread: int) -> bool:
         """Return whether another thread than this runs foreign code, or ends the connection."""
@@ -166,13 +184,19 @@ class Connection:
         self._unsettled = True
         try:
             self.calls.thread = threading.get_ident()
+            self.inheritance.disable()
             looked, ring_due = self._read_events(everything=unsettled)
             waiting = [c for c in looked if self._is_waiting(c, everything=unsettled)]
+            if inherited := self.inheritance.channels:
+                waiting += [c for c in inherited if self._is_waiting(c, everything=True)]
+                ring_due = True
             if ring_due or waiting:
                 self._drain()
             errors = self._serve_all(waiting, defer=defer)
             if errors:
                 raise errors[0]
+            if inherited and outer is None:  # or the outer round would look at unmapped pages
+                self.inheritance.retire()
             if self.deferred is None:
                 self._unsettled = outer is not None
         finally:
@@ -243,7 +267,7 @@ class Connection:
             channel.job = Job(slot.request())
             slot.begin()
         elif state == State.RESPONSE_READY:
-            self.link.notify(channel.port)
+            channel.notify()
             return
         elif state != State.INPROCESS or self.calls.is_running(channel.job):
             return
@@ -293,15 +317,18 @@ class Connection:
                 job.counted = True
                 self.tally.requests += 1
             channel.slot.answer(self.dispatcher.result(job))
-        self.link.notify(channel.port)
+        channel.notify()
 
     # --- the ring ---------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Carry out the buffered requests that are in the ring now, and no later ones."""
-        ring = self._ring
-        if ring is None:
-            return
+        """Carry out the buffered requests that are in the rings now, and no later ones."""
+        for ring in self.inheritance.rings:
+            self._drain_ring(ring)
+        if self._ring is not None:
+            self._drain_ring(self._ring)
+
+    def _drain_ring(self, ring: BufferedRing) -> None:
         end = ring.write_pointer
         self._redo(ring)
         while self._may_go_on():
@@ -315,7 +342,7 @@ class Connection:
                 self.calls.log.note(Job(None), GuestError(str(error)))
                 return
             job = Job(request, start)
-            self._ring_job = job
+            self._ring_job = (ring, job)
             ring.consume(cast(Request, request))  # there is one: the ring is not empty
             self._run_buffered(job)
 
@@ -328,8 +355,10 @@ class Connection:
 
     def _redo(self, ring: BufferedRing) -> None:
         """Carry out the request that an interrupted drain has consumed and not begun."""
-        job = self._ring_job
-        if job is None or job.calls or job.error or job.attempts >= _MAX_ATTEMPTS:
+        known, job = self._ring_job or (None, None)
+        if job is None or known is not ring:
+            return
+        if job.calls or job.error or job.attempts >= _MAX_ATTEMPTS:
             return
         if ring.read_pointer != job.position and not self.calls.is_running(job):
             self._run_buffered(job)
@@ -355,7 +384,7 @@ class Connection:
         try:
             self.calls.thread = threading.get_ident()
             self._drain()
-            channels = [c for c in self.channels.values() if c.slot.state != State.NONE]
+            channels = [c for c in self.all_channels() if c.slot.state != State.NONE]
             errors = self._serve_all(channels)
             self._drain()
             if errors:

@@ -64,6 +64,7 @@ class Job:
         answerer: who answers the vCPU, decided once by ``setdefault``.
         position: of a buffered request: the ring's read pointer.
         error: why it failed, or None.
+        half_done: a process that died has begun it, and nobody knows how far it came.
     """
 
     __slots__ = (
@@ -73,6 +74,7 @@ class Job:
         "calls",
         "counted",
         "error",
+        "half_done",
         "invalidated",
         "outer",
         "position",
@@ -84,8 +86,11 @@ class Job:
         "values",
     )
 
-    def __init__(self, request: Request | None, position: int = -1) -> None:
+    def __init__(
+        self, request: Request | None, position: int = -1, *, half_done: bool = False
+    ) -> None:
         self.request = request
+        self.half_done = half_done
         self.outer: Job | None = None
         self.calls = 0
         self.values: list[object] = []
@@ -216,6 +221,11 @@ class Dispatcher:
         job.region = region
         offset = address - region.start
         if not request.is_read:
+            if job.half_done and not region.repeatable:
+                raise GuestError(
+                    "a process that died had begun it; it counts as done, because writes to "
+                    f"{region!r} are not repeatable"
+                )
             if region.write_handler is not None:
                 job.call(region.write_handler, offset, size, data)
             return

@@ -135,6 +135,7 @@ class DmaEngine:
         work: Callable[[Segments], Result],
         *,
         on_end: Callable[[DmaTransfer], object] | None = None,
+        group: object = None,
     ) -> DmaTransfer:
         """Accept a transfer, without waiting.
 
@@ -149,6 +150,8 @@ class DmaEngine:
                 if all may have been written. It must leave no view in use.
             on_end: is called with the transfer once its leases are released, DONE or FAILED: tell
                 the guest, and raise the interrupt. It is not called for CANCELLED.
+            group: what the transfer belongs to, such as a queue, for :meth:`drain` and
+                :meth:`cancel`.
 
         Raises:
             QueueFullError: ``limit`` transfers are under way.
@@ -157,7 +160,7 @@ class DmaEngine:
             TypeError, ValueError: an argument is wrong.
         """
         table = self._table
-        record = table.make(ranges, direction, work, on_end)
+        record = table.make(ranges, direction, work, on_end, group)
         accepted = self._accept(record)
         if not accepted and len(self._idle) == self._workers and record.claim():
             table.finish(record)
@@ -246,7 +249,7 @@ class DmaEngine:
 
     # --- waiting --------------------------------------------------------------------------------
 
-    def drain(self, timeout: float | None = None) -> None:
+    def drain(self, timeout: float | None = None, *, group: object = None) -> None:
         """Wait until the transfers that were accepted have ended. Can be repeated.
 
         While the server is suspended it waits only for those that have leases. A transfer's own
@@ -254,13 +257,14 @@ class DmaEngine:
 
         Args:
             timeout: in seconds; by default ``drain_timeout``.
+            group: wait only for the transfers that were submitted with this object.
 
         Raises:
             TimeoutError: some are still under way; the message names them.
         """
-        self._wait("drain", timeout, [*self._table.live.values()])
+        self._wait("drain", timeout, [*self._table.live.values()], group)
 
-    def cancel(self, timeout: float | None = None) -> None:
+    def cancel(self, timeout: float | None = None, *, group: object = None) -> None:
         """Cancel all transfers, for a reset of the device. Can be repeated.
 
         Those that have not begun never begin. Those under way end, because Python cannot interrupt
@@ -269,12 +273,13 @@ class DmaEngine:
 
         Args:
             timeout: in seconds; by default ``drain_timeout``.
+            group: cancel only the transfers that were submitted with this object.
 
         Raises:
             TimeoutError: some are still under way; the message names them. They are cancelled, but
                 an ``on_end`` may be running.
         """
-        self._wait("cancel", timeout, self._table.cancel())
+        self._wait("cancel", timeout, self._table.cancel(group), group)
 
     def close(self) -> None:
         """Accept no further transfers, and wait until those under way have ended. Can be repeated.
@@ -308,10 +313,17 @@ class DmaEngine:
         """Have no lease from here until the mappings are dropped: the server's callback."""
         self._wait("INVALIDATE", None, self._table.hold())
 
-    def _wait(self, purpose: str, timeout: float | None, accepted: list[DmaRecord]) -> None:
+    def _wait(
+        self,
+        purpose: str,
+        timeout: float | None,
+        accepted: list[DmaRecord],
+        group: object = None,
+    ) -> None:
         changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         wake = partial(_put_once, changed)
-        wait = Wait(self._table, purpose, timeout, accepted, threading.get_ident(), wake)
+        me = threading.get_ident()
+        wait = Wait(self._table, purpose, timeout, accepted, me, wake, group)
         try:
             self._table.waits.append(wait)
             while pause := wait.pause():

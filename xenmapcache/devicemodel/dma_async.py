@@ -82,6 +82,7 @@ class AsyncDmaEngine:
         work: Callable[[Segments], Result | Awaitable[Result]],
         *,
         on_end: Callable[[DmaTransfer], object] | None = None,
+        group: object = None,
     ) -> DmaTransfer:
         """Accept a transfer, without waiting; see :meth:`DmaEngine.submit`.
 
@@ -92,13 +93,14 @@ class AsyncDmaEngine:
                 leases end with it, also if it is cancelled: a thread that it started must have
                 ended by then.
             on_end: as there; a plain function.
+            group: as there.
 
         Raises:
             QueueFullError, ClosedError, TypeError, ValueError: as there.
             RuntimeError: no event loop runs in this thread.
         """
         loop = asyncio.get_running_loop()
-        record = self._table.make(ranges, direction, work, on_end)
+        record = self._table.make(ranges, direction, work, on_end, group)
         self._table.live[record.number] = record
         if len(self._runners) < self._concurrency:
             runner = loop.create_task(self._run())
@@ -151,21 +153,24 @@ class AsyncDmaEngine:
                 self._table.settle(record)
                 raise
 
-    async def drain(self, timeout: float | None = None) -> None:
+    async def drain(self, timeout: float | None = None, *, group: object = None) -> None:
         """Wait until the transfers that were accepted have ended; see :meth:`DmaEngine.drain`.
 
         Raises:
             TimeoutError: some are still under way; the message names them.
         """
-        await self._wait("drain", timeout, [*self._table.live.values()])
+        await self._wait("drain", timeout, [*self._table.live.values()], group)
 
-    def cancel(self) -> None:
+    def cancel(self, *, group: object = None) -> None:
         """Cancel all transfers, for a reset of the device. Can be repeated; does not wait.
 
         Those that have not begun never begin. The work of those under way gets CancelledError
         where it awaits, before any other of its code runs. No ``on_end`` of theirs is called.
+
+        Args:
+            group: cancel only the transfers that were submitted with this object.
         """
-        self._interrupt(self._table.cancel())
+        self._interrupt(self._table.cancel(group))
 
     @staticmethod
     def _interrupt(records: list[DmaRecord]) -> None:
@@ -202,10 +207,16 @@ class AsyncDmaEngine:
         """Have no lease from here until the mappings are dropped: the server's callback."""
         await self._wait("INVALIDATE", None, self._table.hold())
 
-    async def _wait(self, purpose: str, timeout: float | None, accepted: list[DmaRecord]) -> None:
+    async def _wait(
+        self,
+        purpose: str,
+        timeout: float | None,
+        accepted: list[DmaRecord],
+        group: object = None,
+    ) -> None:
         changed = asyncio.Event()
         task = asyncio.current_task()
-        wait = Wait(self._table, purpose, timeout, accepted, task, changed.set)
+        wait = Wait(self._table, purpose, timeout, accepted, task, changed.set, group)
         self._table.waits.append(wait)
         try:
             while pause := wait.pause():

@@ -107,6 +107,7 @@ class TransferTable:
         direction: DmaDirection | str,
         work: Callable[[Segments], Result | Awaitable[Result]],
         on_end: Callable[[DmaTransfer], object] | None,
+        group: object = None,
     ) -> DmaRecord:
         """Return a transfer that may be accepted. It is not in :attr:`live` yet."""
         if not callable(work):
@@ -124,7 +125,7 @@ class TransferTable:
                 f"{self._limit}; tell the guest that the device is busy, or raise the limit: "
                 f"{self.describe(self.live.values())}"
             )
-        return DmaRecord(self._next_number(), self.name, pairs, way, work, on_end)
+        return DmaRecord(self._next_number(), self.name, pairs, way, work, on_end, group)
 
     # --- what may begin -------------------------------------------------------------------------
 
@@ -169,9 +170,13 @@ class TransferTable:
         self._hold = Hold(frozenset(record.number for record in records), sequence)
         return records
 
-    def cancel(self) -> list[DmaRecord]:
-        """Have no transfer begin, and none tell its end; return all that have not ended."""
-        records = [*self.live.values()]
+    def cancel(self, group: object = None) -> list[DmaRecord]:
+        """Have no transfer begin, and none tell its end; return all that have not ended.
+
+        Args:
+            group: if not None, only its transfers.
+        """
+        records = [each for each in [*self.live.values()] if group in (None, each.group)]
         for record in records:
             record.cancelled = True
         return records
@@ -185,12 +190,15 @@ class TransferTable:
 
     # --- what is waited for ---------------------------------------------------------------------
 
-    def busy(self, accepted: list[DmaRecord], carrier: object) -> list[DmaRecord]:
+    def busy(
+        self, accepted: list[DmaRecord], carrier: object, group: object = None
+    ) -> list[DmaRecord]:
         """Return the transfers that have to end before mappings may be dropped.
 
         Args:
             accepted: those that have to end although they have not begun.
             carrier: the thread or task that waits.
+            group: if not None, only its transfers.
         """
         if os.getpid() != self._pid:
             return []  # they are the parent's
@@ -200,6 +208,8 @@ class TransferTable:
         for record in [*self.live.values()]:
             if record.carrier is not None and record.carrier == carrier:
                 continue  # its work, or its end, waits for itself
+            if group is not None and not record.is_wanted(group):
+                continue
             begun = record.is_inside if suspended else not record.unclaimed
             if begun or (record.number in wanted and not suspended):
                 found.append(record)
@@ -290,6 +300,7 @@ class Wait:
         accepted: transfers that have to end although they have not begun.
         carrier: the thread or task that waits; its own transfer does not wait for itself.
         wake: ends the pause of who waits.
+        group: if not None, only its transfers are waited for.
     """
 
     def __init__(
@@ -300,7 +311,9 @@ class Wait:
         accepted: list[DmaRecord],
         carrier: object,
         wake: Callable[[], object],
+        group: object = None,
     ) -> None:
+        self._group = group
         self._table = table
         self._purpose = purpose
         self._timeout = table.drain_timeout if timeout is None else timeout
@@ -325,7 +338,7 @@ class Wait:
         """
         # First all, then fewer: a transfer that ends from here on is found in one or the other.
         self._wanted = wanted = set(self._table.live)
-        busy = self._table.busy(self._accepted, self._carrier)
+        busy = self._table.busy(self._accepted, self._carrier, self._group)
         if not busy:
             return 0.0
         wanted.intersection_update([record.number for record in busy])

@@ -37,6 +37,7 @@ class DmaRecord:
         number, name, ranges, direction, error, result, segments: see DmaTransfer.
         work: what moves the data.
         on_end: is called at the end, or None.
+        group: what it belongs to, or None.
         status: set only by the thread or task that has claimed it.
         since: when it was accepted or begun, as :func:`time.monotonic` counts.
         cancelled: it is not to be begun, and its end is not to be told.
@@ -51,6 +52,7 @@ class DmaRecord:
         "carrier",
         "direction",
         "error",
+        "group",
         "name",
         "number",
         "on_end",
@@ -73,7 +75,9 @@ class DmaRecord:
         direction: DmaDirection,
         work: Callable[[Segments], Result | Awaitable[Result]],
         on_end: Callable[[DmaTransfer], object] | None,
+        group: object = None,
     ) -> None:
+        self.group = group
         self.number = number
         self.name = name
         self.ranges = ranges
@@ -98,6 +102,14 @@ class DmaRecord:
         except IndexError:
             return False
         return True
+
+    def is_wanted(self, group: object) -> bool:
+        """Return whether a wait for a group has to wait for it.
+
+        If it was cancelled and nobody has claimed it, it never begins. Its turn may come late,
+        because the workers may be busy with transfers of other groups.
+        """
+        return self.group is group and not (self.cancelled and self.unclaimed)
 
     def begin(self) -> None:
         """Note that its leases are about to be taken."""

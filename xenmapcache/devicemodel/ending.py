@@ -69,7 +69,7 @@ class Ending:
 
     def _close(self, connection: Connection, errors: list[BaseException]) -> None:
         for step in (
-            connection.link.disable,
+            connection.disable,
             connection.bind,
             connection.settle,
             connection.calls.quiesce,
@@ -94,7 +94,7 @@ class Ending:
     def _answer_all(self, connection: Connection) -> None:
         """Answer each vCPU that still waits: its own handler may have called ``close``."""
         errors: list[Exception] = []
-        for channel in connection.channels.values():
+        for channel in connection.all_channels():
             try:
                 self._answer_abandoned(connection, channel)
             except Exception as error:
@@ -112,7 +112,7 @@ class Ending:
             channel.slot.begin()
             state = channel.slot.state
         if state != State.INPROCESS:
-            connection.link.notify(channel.port)
+            channel.notify()
             return
         job = channel.job
         if job is None:
@@ -166,9 +166,9 @@ class Ending:
         job = connection.current
         connection.closed = True
         errors: list[Exception] = []
-        channels = connection.channels.values()
+        channels = connection.all_channels()
         steps: list[Callable[[], object]] = [
-            connection.link.disable,
+            connection.disable,
             self._cache.invalidate,
             *(partial(self._give_up_on, connection, channel) for channel in channels),
             partial(self._wait_until_taken, connection),
@@ -210,11 +210,11 @@ class Ending:
                 connection.tally.failures += 1
                 slot.answer(default_answer(slot.request()))
         if slot.state != State.NONE:
-            connection.link.notify(channel.port)
+            channel.notify()
 
 
 def _untaken(connection: Connection) -> int:
-    channels = connection.channels.values()
+    channels = connection.all_channels()
     return sum(channel.slot.state == State.RESPONSE_READY for channel in channels)
 
 

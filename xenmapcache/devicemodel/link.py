@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from ..ioreq import RequestKind
+from ..ioreq import Fence, RequestKind
+
+
+class Predecessor(Protocol):
+    """An ioreq server whose process has died, seen from the server that takes over."""
+
+    @property
+    def id(self) -> int:
+        """Its number in the domain."""
+
+    @property
+    def page(self) -> memoryview:
+        """The synchronous requests."""
+
+    @property
+    def ring(self) -> memoryview | None:
+        """The page of buffered requests, or None."""
+
+    @property
+    def ports(self) -> dict[int, int]:
+        """The event channels at this end, by vCPU."""
+
+    def disable(self) -> None:
+        """Have it get no further requests. Can be repeated."""
+
+    def notify(self, port: int) -> None:
+        """Tell a vCPU to look."""
+
+    def close(self, *, unmap: bool = True) -> None:
+        """Release its channels, and its pages unless told otherwise; if disabled, destroy it.
+
+        If it is still enabled, the next process finds it as it was. Can be repeated.
+        """
 
 
 class HypervisorLink(Protocol):
@@ -16,6 +49,10 @@ class HypervisorLink(Protocol):
     @property
     def id(self) -> int:
         """Its number in the domain."""
+
+    @property
+    def predecessors(self) -> Sequence[Predecessor]:
+        """The servers whose process has died, if it was to recover them."""
 
     @property
     def guest_type(self) -> str | None:
@@ -32,6 +69,16 @@ class HypervisorLink(Protocol):
     @property
     def ring(self) -> memoryview | None:
         """The page of buffered requests, or None."""
+
+    @property
+    def fence(self) -> Fence:
+        """Orders loads and stores of the pages; None if the processors do."""
+
+    def has_ended(self) -> bool:
+        """Return whether Xen has destroyed the server, because its domain has ended."""
+
+    def nr_vcpus(self) -> int:
+        """Return how many vCPUs the domain can have."""
 
     def enable(self) -> None:
         """Get requests from now on; after it each vCPU's slot has its event channel."""
@@ -75,8 +122,13 @@ class HypervisorLink(Protocol):
     def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
         """Set the level of a PCI function's interrupt pin."""
 
+    def set_irq_level(self, irq: int, level: bool) -> None:
+        """Set the level of an SPI of an Arm guest."""
+
     def close(self, *, unmap: bool = True) -> None:
         """Destroy the server and release its channels, and its pages unless told otherwise.
+
+        It closes the predecessors, too.
 
         Without ``unmap`` the pages stay readable and writable, for a thread that may still
         look at them, until :meth:`unmap` is called.
@@ -93,6 +145,10 @@ class IoreqDomain(Protocol):
     @property
     def domid(self) -> int:
         """Its number."""
+
+    @property
+    def machine(self) -> str:
+        """The name of its :class:`.Architecture`."""
 
     def open_ioreq_server(self, *, buffered: bool, recover: bool) -> HypervisorLink:
         """Create one."""

@@ -1,6 +1,7 @@
 """The three loops: in this thread, in a thread of its own, and in an asyncio event loop.
 
-They use a server's rounds, its descriptor and its wake-up, and nothing else of it.
+They use a server's rounds, its descriptor, its wake-up and the end of its guest, and nothing else
+of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -24,42 +26,56 @@ _TURN_S = 0.002
 """How long rounds may follow each other before the event loop gets its turn."""
 _LINGER_MS = 0
 """How long a round of the event loop waits for the next event."""
-_LOOK_MS = 1000
-"""How long the system may sleep before the interpreter looks for signals again."""
+_LOOK_S = 1.0
+"""How long the system may sleep before the interpreter looks for signals again.
+
+The loops then also ask whether the guest has ended: no event tells of that.
+"""
+
+OnEnd = Callable[[], object] | None
+"""What a program does when its guest has ended."""
 
 
-def serve_forever(server: Runtime) -> int | None:
+def serve_forever(server: Runtime, on_end: OnEnd) -> int | None:
     """Serve in this thread; see :meth:`IoreqServer.serve_forever`."""
 
     def end() -> None:
         server.give_up_later()
         server.wake()
 
+    guest_has_ended = False
     with CaughtSignals(end) as signals:
         try:
             poller = select.poll()
             poller.register(server.wake_fileno(), select.POLLIN)
             poller.register(server.fileno(), select.POLLIN)
-            while True:
+            while not guest_has_ended:
                 # A signal does not end this call if it comes just before it, or in another thread.
-                events = poller.poll(_LOOK_MS)
+                events = poller.poll(_LOOK_S * 1000)
                 if not events:
+                    guest_has_ended = server.has_guest_ended()
                     continue
                 woken = any(fd == server.wake_fileno() for fd, _ in events)
                 if woken:
                     server.clear_wakeup()
                 if woken or server.round() is None:
-                    return signals.caught[0] if signals.caught else None
+                    break
         finally:
             server.keep_on()
+    if signals.caught:
+        return signals.caught[0]
+    if guest_has_ended and on_end is not None:
+        on_end()
+    return None
 
 
 class ServingThread(Generic[ServerT]):
     """Serves in a thread of its own for a ``with`` block; see :meth:`IoreqServer.serving`."""
 
-    def __init__(self, server: ServerT, runtime: Runtime) -> None:
+    def __init__(self, server: ServerT, runtime: Runtime, on_end: OnEnd) -> None:
         self._server = server
         self._runtime = runtime
+        self._on_end = on_end
         self._errors: list[BaseException] = []
         # A daemon: a handler that never returns must not keep the program from its end.
         self._thread = threading.Thread(
@@ -68,7 +84,7 @@ class ServingThread(Generic[ServerT]):
 
     def _serve(self) -> None:
         try:
-            serve_forever(self._runtime)
+            serve_forever(self._runtime, self._on_end)
         except BaseException as error:
             self._errors.append(error)
 
@@ -93,7 +109,7 @@ class ServingThread(Generic[ServerT]):
             raise self._errors[0]
 
 
-async def serve_async(server: Runtime) -> int | None:
+async def serve_async(server: Runtime, on_end: OnEnd) -> int | None:
     """Serve in the running event loop; see :meth:`IoreqServer.serve_async`."""
     loop = asyncio.get_running_loop()
     caught: list[int] = []
@@ -103,6 +119,7 @@ async def serve_async(server: Runtime) -> int | None:
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, fd)
         stack.callback(turn.stop)
+        stack.callback(turn.cancel)
         loop.add_reader(server.wake_fileno(), turn.woken)
         stack.callback(loop.remove_reader, server.wake_fileno())
 
@@ -115,11 +132,17 @@ async def serve_async(server: Runtime) -> int | None:
             await turn.run()
         finally:
             await server.quiesce_async()
+    if turn.guest_has_ended and on_end is not None:
+        on_end()
     return caught[0] if caught else None
 
 
 class _Turn:
-    """What one event loop does for one server."""
+    """What one event loop does for one server.
+
+    Attributes:
+        guest_has_ended: that is why the loop has ended.
+    """
 
     def __init__(self, server: Runtime, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         self._server = server
@@ -129,6 +152,8 @@ class _Turn:
         self._poll.register(fd, select.POLLIN)
         self._turn: asyncio.Future[None] = loop.create_future()
         self._ended = False
+        self.guest_has_ended = False
+        self._timer = loop.call_later(_LOOK_S, self._look)
 
     async def run(self) -> None:
         """Serve until the end; callbacks of on_quiesce are awaited here, and only here."""
@@ -143,6 +168,21 @@ class _Turn:
     def stop(self) -> None:
         """Read no further events."""
         self._loop.remove_reader(self._fd)
+
+    def cancel(self) -> None:
+        """Stop asking whether the guest has ended."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        """End the loop if the guest has ended, or look again later."""
+        try:
+            if self._server.has_guest_ended():
+                self.guest_has_ended = True
+                self.end()
+            else:
+                self._timer = self._loop.call_later(_LOOK_S, self._look)
+        except Exception as error:
+            self._fail(error)
 
     def end(self) -> None:
         """Have :meth:`run` return."""
@@ -170,7 +210,11 @@ class _Turn:
                 if self._ended or monotonic() > end or not self._poll.poll(_LINGER_MS):
                     return
             self.end()
-        except BaseException as error:
-            if self._turn.done() or not isinstance(error, Exception):
-                raise
-            self._turn.set_exception(error)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """Have :meth:`run` raise an error, or the event loop report it if there was one before."""
+        if self._turn.done():
+            raise error
+        self._turn.set_exception(error)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from ..arch import ARCHITECTURES, Architecture
+from ..binding.fence import host_architecture
 from ..cache import MapCache
+from ..errors import UnsupportedOperationError
 from .guest_type import GUEST_TYPES
 from .link import HypervisorLink, IoreqDomain
 
@@ -34,17 +37,31 @@ def check_pair(domain: int | IoreqDomain, cache: MapCache) -> None:
     )
 
 
+def architecture_of(domain: int | IoreqDomain, *, buffered: bool) -> Architecture:
+    """Return a guest's architecture: a live guest has its host's.
+
+    Raises:
+        UnsupportedOperationError: guests of this architecture cannot be served, or have no
+            buffered requests, and a server of them is to take some.
+    """
+    architecture = host_architecture() if isinstance(domain, int) else ARCHITECTURES[domain.machine]
+    if buffered and architecture.mmio_only:
+        raise UnsupportedOperationError(
+            f"IoreqServer(buffered=True): Xen sends no buffered requests of an {architecture.name} "
+            "guest, but all its requests one by one; leave buffered= out"
+        )
+    return architecture
+
+
 def connect(
-    domain: int | IoreqDomain, buffered: bool, *, recover: bool, binding: str | None, timeout: float
+    domain: int | IoreqDomain, buffered: bool, *, recover: bool, binding: str | None
 ) -> HypervisorLink:
     """Create the server at its hypervisor."""
     if not isinstance(domain, int):
         return domain.open_ioreq_server(buffered=buffered, recover=recover)
     from .xen import XenLink
 
-    return XenLink(
-        domain, buffered=buffered, recover=recover, binding=binding, answer_timeout=timeout
-    )
+    return XenLink(domain, buffered=buffered, recover=recover, binding=binding)
 
 
 def check_options(guest_type: str | None, quiesce_timeout: float, answer_timeout: float) -> None:

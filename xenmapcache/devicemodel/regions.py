@@ -60,11 +60,21 @@ class Region:
         kind: PORT, MMIO or PCI_CONFIG.
         start: of the range: a port, an address, or ``bdf << 32``.
         length: in ports or bytes; the range is half-open.
+        repeatable: a write that a process had begun when it was killed is carried out again by the
+            next one. False, unless the device has an attribute of that name that is true.
 
     Synchronization: handlers run one at a time, in the thread that serves.
     """
 
-    __slots__ = ("_release", "kind", "length", "read_handler", "start", "write_handler")
+    __slots__ = (
+        "_release",
+        "kind",
+        "length",
+        "read_handler",
+        "repeatable",
+        "start",
+        "write_handler",
+    )
 
     def __init__(
         self,
@@ -80,6 +90,7 @@ class Region:
         self.start = start
         self.length = length
         self._release = release
+        self.repeatable = bool(getattr(device, "repeatable", False))
         self.read_handler: Read | None = getattr(device, "read", None)
         self.write_handler: Write | None = getattr(device, "write", None)
         if device is not None and self.read_handler is None and self.write_handler is None:

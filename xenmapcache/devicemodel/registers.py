@@ -89,6 +89,8 @@ class RegisterBank:
         unaligned: whether an access may begin at an offset that is not a multiple of its size.
         gaps: whether bytes without a register read as 0 and ignore writes; otherwise an access
             to them is not allowed.
+        repeatable: whether a write that was begun by a process that died may be carried out again;
+            see :class:`.Region`.
 
     Synchronization: handlers run one at a time, and so do the hooks. The bank has no lock.
     """
@@ -101,6 +103,7 @@ class RegisterBank:
         sizes: tuple[int, ...] = _ACCESS_SIZES,
         unaligned: bool = False,
         gaps: bool = False,
+        repeatable: bool = False,
     ) -> None:
         if as_int("length", length) < 1:
             raise ValueError(f"{name}: length must be at least 1 byte, not {length}")
@@ -108,6 +111,7 @@ class RegisterBank:
             raise ValueError(f"{name}: sizes {sizes} must be some of {_ACCESS_SIZES}")
         self.name = name
         self.length = length
+        self.repeatable = repeatable
         self._sizes = sizes
         self._unaligned = unaligned
         self._gaps = gaps

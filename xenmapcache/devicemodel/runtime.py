@@ -130,6 +130,14 @@ class Runtime:
                 # By a signal handler, while this looked at what has gone since.
                 raise ClosedError(f"{self!r}: it was closed in the middle of a round") from error
 
+    def has_guest_ended(self) -> bool:
+        """Return whether Xen has destroyed the server because its guest has ended."""
+        with self.lock:
+            connection = self.connection
+            if connection is None or connection.closed:
+                return False
+            return connection.link.has_ended()
+
     def deliver(self) -> None:
         """Let the server's and the cache's observers see what happened under the lock."""
         for stream in self.streams:

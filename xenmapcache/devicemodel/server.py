@@ -12,16 +12,16 @@ from typing import Self, TypeVar
 from ..cache import MapCache
 from ..errors import ClosedError
 from ..events import Event, ServerClosed, ServerOpened
-from ..ioreq import RequestKind
+from ..ioreq import Fence, RequestKind
 from ..stream import Observation, Observer, announce, now
 from . import claims, loops, saving
 from .connection import Connection
 from .dispatch import Dispatcher
 from .ending import Ending
 from .gate import Gate, Transfer
-from .interrupts import Interrupts
+from .interrupts import RaisesInterrupts
 from .link import HypervisorLink, IoreqDomain
-from .opening import agreed_type, check_options, check_pair, connect
+from .opening import agreed_type, architecture_of, check_options, check_pair, connect
 from .regions import Device, Region, RegionTable
 from .report import Tally
 from .runtime import Runtime
@@ -29,7 +29,7 @@ from .runtime import Runtime
 Callback = TypeVar("Callback", bound=Callable[[], object])
 
 
-class IoreqServer:
+class IoreqServer(RaisesInterrupts):
     """An ioreq server of a domain, and the devices that it serves. Also a context manager.
 
     The constructor only describes the server. It goes live with ``with server:`` (or
@@ -43,19 +43,20 @@ class IoreqServer:
     Follows ``xendevicemodel.h`` and ``hvm/ioreq.h``.
 
     Args:
-        domain: a domid, for root in Dom0 on x86; or a :class:`MockDomain`.
+        domain: a domid, for root in Dom0; or a :class:`MockDomain`.
         cache: of that domain's memory. It stays yours to close, after the server.
-        buffered: take buffered requests too (Xen sends some for a standard VGA).
+        buffered: take buffered requests too (Xen sends some for a standard VGA). An Arm guest has
+            none.
         restrict: once it is open, give up this process's rights to all other domains
             permanently (``xentoolcore_restrict_all``). Open everything else before.
-        recover: first clear away ioreq servers of the domain whose process has died without
-            destroying them. Their vCPUs continue and read all ones. Use it only where no other
-            device model of this domain starts at the same moment.
+        recover: take over ioreq servers of the domain whose process has died without destroying
+            them. The first round carries out the requests that wait there. Use it only where no
+            other device model of this domain starts at the same moment.
         guest_type: ``"hvm"``, ``"pvh"`` or ``"pv"``, if Xen's toolstack does not tell.
         quiesce_timeout: how long :meth:`close`, or a signal, waits for a handler or callback that
             runs, in seconds. Then the server is closed without it.
-        answer_timeout: how long :meth:`close` and ``recover`` wait until the vCPUs of a paused
-            domain have taken their answers, in seconds.
+        answer_timeout: how long :meth:`close` waits until the vCPUs of a paused domain have taken
+            their answers, in seconds.
         binding: ``"cffi"`` or ``"ctypes"``; None takes cffi if it is installed.
 
     Attributes:
@@ -81,24 +82,23 @@ class IoreqServer:
     ) -> None:
         check_pair(domain, cache)
         check_options(guest_type, quiesce_timeout, answer_timeout)
-        self.domid = domain if isinstance(domain, int) else domain.domid
+        architecture = architecture_of(domain, buffered=buffered)
+        domid = domain if isinstance(domain, int) else domain.domid
         self.cache = cache
         self._restrict = restrict
         self._stated_type = guest_type
-        self._connect = partial(
-            connect, domain, buffered, recover=recover, binding=binding, timeout=answer_timeout
-        )
+        self._connect = partial(connect, domain, buffered, recover=recover, binding=binding)
         self._tally = Tally()
         self._dispatcher = Dispatcher(RegionTable(), cache)
         self._gate = Gate()
-        self._runtime = Runtime(
-            f"IoreqServer of domain {self.domid}",
+        runtime = Runtime(
+            f"IoreqServer of domain {domid}",
             self._dispatcher,
             quiesce_timeout,
-            partial(Ending, self.domid, cache, answer_timeout),
+            partial(Ending, domid, cache, answer_timeout),
             cache.stream,
         )
-        self._interrupts = Interrupts(self._runtime, self.domid)
+        super().__init__(domid, runtime, architecture)
         announce(self.observe)
 
     def __repr__(self) -> str:
@@ -110,6 +110,23 @@ class IoreqServer:
     def id(self) -> int:
         """Xen's number of the server; ClosedError if it is not open."""
         return self._runtime.open_connection().link.id
+
+    @property
+    def nr_vcpus(self) -> int:
+        """How many vCPUs the guest can have, those that are offline included.
+
+        ClosedError if the server is not open; UnsupportedOperationError if Xen's libraries are
+        older than 4.15.
+        """
+        return self._runtime.open_connection().link.nr_vcpus()
+
+    @property
+    def fence(self) -> Fence:
+        """A full memory fence for rings in guest memory; None where the processors keep the order.
+
+        ClosedError if the server is not open.
+        """
+        return self._runtime.open_connection().link.fence
 
     @property
     def requests(self) -> int:
@@ -160,7 +177,8 @@ class IoreqServer:
 
         Raises:
             BackendUnavailableError: no library, no Xen, or no permission.
-            UnsupportedOperationError: not on x86, or Xen's libraries are older than 4.11.
+            UnsupportedOperationError: Xen has no ioreq servers, its libraries are older than
+                4.11, or an Arm host gives no memory fence.
             XenCallError: Xen refused; for example the domain has eight servers, or is a PV guest.
             ClosedError: it was opened before.
             ValueError: the toolstack contradicts ``guest_type``.
@@ -189,10 +207,11 @@ class IoreqServer:
             link, self._dispatcher, self._tally, self.domid, self.cache, runtime.give_up
         )
         runtime.connection = connection
+        connection.inheritance.report(self.domid)
         # Without it an unplanned exit would leave vCPUs blocked for ever.
         atexit.register(runtime.close)
         stated = self._stated_type
-        self._interrupts.guest_type = agreed_type(self.domid, link.guest_type, stated)
+        self._guest_type = agreed_type(self.domid, link.guest_type, stated)
         link.enable()
         # Until now nobody has told the cache what the guest gave up.
         self.cache.invalidate()
@@ -244,6 +263,7 @@ class IoreqServer:
         Raises:
             ValueError: ports outside of 0..0xffff, or some are claimed by this server.
             TypeError: a device without either method, or a class.
+            UnsupportedOperationError: the guest is an Arm guest, which has device memory only.
             XenCallError: Xen refused.
         """
         return self._claim(RequestKind.PORT, *claims.ports(first, count), device)
@@ -270,11 +290,13 @@ class IoreqServer:
             device: as for :meth:`claim_ports`; offsets are in configuration space.
 
         Raises:
-            TypeError, ValueError, XenCallError: as :meth:`claim_ports`.
+            TypeError, ValueError, UnsupportedOperationError, XenCallError: as
+                :meth:`claim_ports`.
         """
         return self._claim(RequestKind.PCI_CONFIG, *claims.pci_function(bdf), device)
 
     def _claim(self, kind: RequestKind, start: int, length: int, device: object) -> Region:
+        claims.check_kind(self.domid, self._architecture, kind)
         region = Region(kind, start, length, device, self._release)
         claims.claim(self._runtime, self._dispatcher.regions, region)
         return region
@@ -338,37 +360,6 @@ class IoreqServer:
         """
         return Transfer(self._gate)
 
-    # --- interrupts -------------------------------------------------------------------
-
-    def inject_msi(self, address: int, data: int) -> None:
-        """Raise a message-signalled interrupt, as the guest has programmed it.
-
-        Raises:
-            ValueError: the address does not fit 64 bits, or the data 32 bits.
-            XenCallError: Xen refused.
-            ClosedError: the server is not open.
-        """
-        self._interrupts.inject_msi(address, data)
-
-    def set_isa_irq(self, irq: int, level: bool) -> None:
-        """Set the level of an ISA interrupt line, 0 to 15, of an HVM guest.
-
-        Raises:
-            ValueError: there is no such line.
-            UnsupportedOperationError: the guest is not HVM, or nobody says what it is.
-            XenCallError, ClosedError: as :meth:`inject_msi`.
-        """
-        self._interrupts.set_isa_irq(irq, level)
-
-    def set_pci_intx(self, bdf: str, pin: int, level: bool) -> None:
-        """Set a PCI function's interrupt pin, 0 (INTA) to 3, of an HVM guest.
-
-        Raises:
-            ValueError: there is no such pin, or ``bdf`` names no PCI function.
-            UnsupportedOperationError, XenCallError, ClosedError: as :meth:`set_isa_irq`.
-        """
-        self._interrupts.set_pci_intx(bdf, pin, level)
-
     # --- serving ----------------------------------------------------------------------
 
     def fileno(self) -> int:
@@ -396,12 +387,18 @@ class IoreqServer:
             self._runtime.open_connection()
         return answered or 0
 
-    def serve_forever(self) -> int | None:
-        """Answer requests until :meth:`stop` or :meth:`close`, or SIGINT or SIGTERM.
+    def serve_forever(self, *, on_end: Callable[[], object] | None = None) -> int | None:
+        """Answer requests until the guest ends, :meth:`stop`, :meth:`close`, SIGINT or SIGTERM.
+
+        The end of the guest is noticed in about a second. A guest that reboots ends as well: its
+        successor is another domain.
 
         In the main thread the two signals end it between two rounds. A second one interrupts
         a handler that does not return. If that does not help either, the server is closed
         after ``quiesce_timeout`` seconds, as :meth:`close` does.
+
+        Args:
+            on_end: is called in this thread if the guest has ended; what it raises is passed on.
 
         Returns:
             The signal's number, or None if no signal ended it.
@@ -410,10 +407,15 @@ class IoreqServer:
             XenMapCacheError, TypeError: as :meth:`process_pending`.
         """
         self._runtime.check_sync("serve_forever")
-        return loops.serve_forever(self._runtime)
+        return loops.serve_forever(self._runtime, on_end)
 
-    def serving(self) -> AbstractContextManager[Self]:
+    def serving(
+        self, *, on_end: Callable[[], object] | None = None
+    ) -> AbstractContextManager[Self]:
         """Serve in a thread of its own for a ``with`` block.
+
+        Args:
+            on_end: as for :meth:`serve_forever`; it is called in that thread.
 
         Raises:
             ClosedError: at the start, the server is not open.
@@ -421,16 +423,17 @@ class IoreqServer:
             TypeError: as :meth:`process_pending`.
         """
         self._runtime.check_sync("serving")
-        return loops.ServingThread(self, self._runtime)
+        return loops.ServingThread(self, self._runtime, on_end)
 
-    async def serve_async(self) -> int | None:
-        """Answer requests in the running event loop until :meth:`stop`, SIGTERM, or cancelled.
+    async def serve_async(self, *, on_end: Callable[[], object] | None = None) -> int | None:
+        """Answer requests in the running event loop, as :meth:`serve_forever`, or until cancelled.
 
-        Handlers run in the loop's thread, between other callbacks.
+        Handlers and ``on_end`` run in the loop's thread, between other callbacks. SIGINT is left to
+        asyncio.
 
-        Returns, raises: as :meth:`serve_forever`.
+        Args, returns, raises: as :meth:`serve_forever`.
         """
-        return await loops.serve_async(self._runtime)
+        return await loops.serve_async(self._runtime, on_end)
 
     def stop(self) -> None:
         """End :meth:`serve_forever` or :meth:`serve_async`, or the next one. From any thread."""

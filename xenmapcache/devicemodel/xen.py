@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno as _errno
-import logging
-import platform
 import select
 from collections.abc import Callable
 from functools import partial
@@ -17,19 +15,18 @@ from ..binding import libc
 from ..binding.control import Control
 from ..binding.devicemodel import DeviceModel
 from ..binding.eventchannel import EventChannels
+from ..binding.fence import find_fence, host_architecture
 from ..binding.foreignmemory import ForeignMemory
 from ..binding.toolcore import restrict_all
 from ..errors import UnsupportedOperationError, XenCallError, XenMapCacheError
-from ..ioreq import RequestKind
+from ..ioreq import RequestKind, is_idle
 from .guest_type import guest_type
-from .recovery import release_vcpus
-
-logger = logging.getLogger("xenmapcache.devicemodel")
+from .link import Predecessor
+from .recovery import XenPredecessor, bind_all
 
 _RESOURCE_IOREQ_SERVER = 0
 _RING_FRAME, _PAGE_FRAME = 0, 1
 _MAX_IOREQ_SERVERS = 8
-_ORDERED = ("x86_64", "i386", "i686")
 
 
 class XenLink:
@@ -40,7 +37,8 @@ class XenLink:
 
     Raises:
         BackendUnavailableError: a library, Xen or the permission is missing.
-        UnsupportedOperationError: not on x86, or the libraries are too old.
+        UnsupportedOperationError: the libraries are too old, Xen has no ioreq servers, or no
+            fence can be had for this processor.
         XenCallError: Xen refused.
     """
 
@@ -51,27 +49,25 @@ class XenLink:
         buffered: bool,
         recover: bool,
         binding: str | None,
-        answer_timeout: float = 5.0,
     ) -> None:
-        if platform.machine() not in _ORDERED:
-            raise UnsupportedOperationError(
-                f"serving needs x86, not {platform.machine()}: answers must reach the guest in "
-                "program order, and Python has no fence for other processors"
-            )
+        self.fence = find_fence(host_architecture())
         self._domid = check_domid(domid)
         self._binding = binding
         self._keeps_pages = self._destroyed = False
+        self.predecessors: list[Predecessor] = []
         self.guest_type = guest_type(domid)  # before `restrict`, which may close the way
         with contextlib.ExitStack() as stack:
             self._model = stack.enter_context(DeviceModel(binding=binding))
             self._memory = ForeignMemory(binding=binding)
             stack.callback(self._close_memory)
             self._channels = stack.enter_context(EventChannels(binding=binding))
+            stack.callback(self._close_predecessors)
             if recover:
-                self._recover(answer_timeout)
-            self.id = self._model.create_ioreq_server(domid, buffered)
+                self._find_predecessors()
+            self.id = self._create(buffered)
             stack.callback(self._ignoring_its_end, self._model.destroy_ioreq_server, self.id)
-            pages, unmap = self._map(self.id, _RING_FRAME if buffered else _PAGE_FRAME)
+            first = _RING_FRAME if buffered else _PAGE_FRAME
+            pages, unmap = self._map(self.id, first, _PAGE_FRAME + 1 - first)
             self._unmap_pages = [unmap]
             stack.callback(self._close_pages)
             self.ring = pages[:PAGE_SIZE] if buffered else None
@@ -80,9 +76,8 @@ class XenLink:
             self._events.register(self._channels.fileno(), select.POLLIN)
             stack.pop_all()  # from here on it is for close()
 
-    def _map(self, server: int, first: int) -> tuple[memoryview, Callable[[], None]]:
+    def _map(self, server: int, first: int, count: int) -> tuple[memoryview, Callable[[], None]]:
         """Map a server's pages from ``first`` on; return them, and what unmaps them."""
-        count = _PAGE_FRAME + 1 - first
         resource, address = self._memory.map_resource(
             self._domid, _RESOURCE_IOREQ_SERVER, server, first, count, libc.protection(True)
         )
@@ -91,34 +86,61 @@ class XenLink:
         memory = (ctypes.c_char * (count << PAGE_SHIFT)).from_address(address)
         return memoryview(memory).cast("B"), partial(self._memory.unmap_resource, resource)
 
-    def _recover(self, timeout: float) -> None:
-        """Clear away servers whose process has died; see :mod:`.recovery`."""
+    def _find_predecessors(self) -> None:
+        """Find the servers whose process has died; see :mod:`.recovery`."""
         for server in range(_MAX_IOREQ_SERVERS):
-            try:
-                page, unmap = self._map(server, _PAGE_FRAME)
-            except XenCallError:
-                continue  # there is no such server, or one created by other code
-            try:
-                with EventChannels(binding=self._binding) as channels:
-                    done = release_vcpus(
+            with contextlib.ExitStack() as stack:
+                mapped = stack.enter_context(contextlib.ExitStack())
+                try:
+                    page = self._map_until(mapped, server, _PAGE_FRAME)
+                except XenCallError:
+                    continue  # there is no such server, or one created by other code
+                channels = stack.enter_context(EventChannels(binding=self._binding))
+                ports = bind_all(page, self._domid, channels)
+                if not ports:
+                    continue
+                ring = None
+                with contextlib.suppress(XenCallError):  # it has no ring
+                    ring = self._map_until(mapped, server, _RING_FRAME)
+                destroy = self._model.destroy_ioreq_server
+                self.predecessors.append(
+                    XenPredecessor(
+                        server,
                         page,
-                        self._domid,
-                        channels,
-                        partial(self._set_state, server, False),
-                        lambda: self.paused,
-                        timeout,
+                        ring,
+                        ports=ports,
+                        channels=channels,
+                        unmap=mapped.close,
+                        disable=partial(self._set_state, server, False),
+                        destroy=partial(self._ignoring_its_end, destroy, server),
                     )
-            finally:
-                unmap()
-            if done is not None:
-                self._model.destroy_ioreq_server(self._domid, server)
-                logger.warning(
-                    "domain %d: cleared away ioreq server %d of a dead process; "
-                    "vCPUs that waited: %d, answers not taken: %d",
-                    self._domid,
-                    server,
-                    *done,
                 )
+                stack.pop_all()  # it is the predecessor's
+
+    def _map_until(self, stack: contextlib.ExitStack, server: int, frame: int) -> memoryview:
+        """Map one page of a server until a stack is closed."""
+        page, unmap = self._map(server, frame, 1)
+        stack.callback(unmap)
+        return page
+
+    def _create(self, buffered: bool) -> int:
+        """Create the server. If the domain has no room, an idle server of a dead process goes."""
+        try:
+            return self._model.create_ioreq_server(self._domid, buffered)
+        except XenCallError as error:
+            if error.errno == _errno.ENOSYS:
+                raise UnsupportedOperationError(
+                    f"domain {self._domid}: this Xen has no ioreq servers (ENOSYS), as those that "
+                    "distributions build for Arm; build it with CONFIG_IOREQ_SERVER=y and boot it "
+                    "(see docs/device-models-live.md, Arm)"
+                ) from error
+            idle = [each for each in self.predecessors if is_idle(each.page, each.ring)]
+            if error.errno != _errno.ENOSPC or not idle:
+                raise
+        idle[0].disable()
+        self.predecessors.remove(idle[0])
+        idle[0].close()
+        return self._model.create_ioreq_server(self._domid, buffered)
 
     def _set_state(self, server: int, enabled: bool) -> None:
         self._model.set_ioreq_server_state(self._domid, server, enabled)
@@ -132,6 +154,17 @@ class XenLink:
         except XenMapCacheError:
             return None
         return state.paused and not (state.dying or state.shut_down)
+
+    def has_ended(self) -> bool:
+        """See :meth:`.link.HypervisorLink.has_ended`.
+
+        A dm_op on the own server: it needs neither a toolstack nor other rights than serving.
+        """
+        return not self._model.has_ioreq_server(self._domid, self.id)
+
+    def nr_vcpus(self) -> int:
+        """See :meth:`.link.HypervisorLink.nr_vcpus`."""
+        return self._model.nr_vcpus(self._domid)
 
     def enable(self) -> None:
         """See :meth:`.link.HypervisorLink.enable`."""
@@ -199,6 +232,10 @@ class XenLink:
         segment, bus, device, _ = function
         self._model.set_pci_intx_level(self._domid, segment, bus, device, pin, level)
 
+    def set_irq_level(self, irq: int, level: bool) -> None:
+        """See :meth:`.link.HypervisorLink.set_irq_level`."""
+        self._model.set_irq_level(self._domid, irq, level)
+
     def close(self, *, unmap: bool = True) -> None:
         """See :meth:`.link.HypervisorLink.close`."""
         self._keeps_pages = not unmap
@@ -207,6 +244,7 @@ class XenLink:
         for step in (
             self._close_pages,
             self._destroy,
+            self._close_predecessors,
             self._channels.close,
             self._close_memory,
             self._model.close,
@@ -223,9 +261,14 @@ class XenLink:
             self._ignoring_its_end(self._model.destroy_ioreq_server, self.id)
             self._destroyed = True
 
+    def _close_predecessors(self) -> None:
+        for each in self.predecessors:
+            each.close(unmap=not self._keeps_pages)
+
     def unmap(self) -> None:
         """See :meth:`.link.HypervisorLink.unmap`."""
         self._keeps_pages = False
+        self._close_predecessors()
         self._close_pages()
         self._memory.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,7 +18,9 @@ from .holders import find_holders
 from .xl import xl, xl_list
 
 BACKENDS = ("xen", "xenctrl")
-GFNS_TO_TRY = (0, 0x100, 0x1000)
+GFNS_TO_TRY = (0, 0x100, 0x1000, 0x40000)
+"""Where guests have memory: x86's at 0, though perhaps not all of it; Arm's from 1 GiB on."""
+HAS_PV = os.uname().machine != "aarch64"
 _SECTION = "Live guest"
 _NO_PV = "a PV guest has no guest-physical memory; use a PVH or HVM guest"
 
@@ -54,9 +57,10 @@ def explain_no_pages(domid: int) -> tuple[str, str]:
             f"end the process that maps it; processes with foreign memory: {holders}",
         )
     kind = guest_type(domid)
-    if kind in ("hvm", "pvh"):
+    if kind in ("hvm", "pvh") or not HAS_PV:
+        known = f", which is {kind.upper()}," if kind else ""
         return (
-            f"domain {domid}, which is {kind.upper()}, shows no page where most guests have memory",
+            f"domain {domid}{known} shows no page where most guests have memory",
             "look whether it is still being built or has given its memory up (xl list)",
         )
     return f"domain {domid} shows no page", _NO_PV

@@ -46,8 +46,8 @@ class VmcoreInfo(NamedTuple):
     def describes(self, read: Callable[[int, int], bytes]) -> bool:
         """Tell whether the kernel that it describes is in memory, where it says.
 
-        A guest that was rebooted may still have the page of the kernel before. Only x86-64
-        kernels can be checked; for others it is False.
+        A guest that was rebooted may still have the page of the kernel before. Only kernels of
+        x86-64 and arm64 can be checked; for others it is False.
 
         Args:
             read: returns a range of memory, or less where pages are missing.
@@ -62,7 +62,11 @@ class VmcoreInfo(NamedTuple):
         """Return where ``init_uts_ns`` should be, which has the kernel's release, too."""
         try:
             symbol = int(self.value("SYMBOL(init_uts_ns)") or "", 16)
-            place = symbol - _KERNEL_MAP + int(self.value("NUMBER(phys_base)") or "")
+            offset = self.value("NUMBER(kimage_voffset)")  # arm64 kernels have it
+            if offset is not None:
+                place = symbol - int(offset, 16)
+            else:
+                place = symbol - _KERNEL_MAP + int(self.value("NUMBER(phys_base)") or "")
         except ValueError:
             return None
         return place if 0 <= place <= ADDRESS_LIMIT - _UTS_BYTES else None

@@ -128,8 +128,8 @@ def texts(
     overlap = overlap + PAGE_MASK & ~PAGE_MASK  # whole pages may be read without being mapped
     # One for all parts: allocating and freeing so much memory costs more than the search.
     text = bytearray(_CHUNK_BYTES + overlap)
-    for chunk, edge in _chunks(cache, address, end):
-        for start, size in cache.present(chunk, min(edge + overlap, end) - chunk):
+    for chunk, edge, stop in _chunks(cache, address, end):
+        for start, size in cache.present(chunk, min(edge + overlap, stop) - chunk):
             if start >= edge:
                 break
             try:
@@ -139,15 +139,18 @@ def texts(
             yield start, text, size, edge - start
 
 
-def _chunks(cache: MapCache, address: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield where each chunk of a range begins and ends, without those known to be holes."""
-    known = cache.backend.present(*page_span(address, end - address))
-    everything = [(address >> PAGE_SHIFT, (end - address >> PAGE_SHIFT) + 2)]
-    for gfn, pages in everything if known is None else known:
+def _chunks(cache: MapCache, address: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield where each chunk of a range begins and ends, without those known to be holes.
+
+    The third number is where the chunk's text ends at the latest: a hole begins there, or the range
+    ends.
+    """
+    for gfn, pages in cache.backend.extents(*page_span(address, end - address)):
         address = max(address, gfn << PAGE_SHIFT)
-        while address < min(end, gfn + pages << PAGE_SHIFT):
+        stop = min(end, gfn + pages << PAGE_SHIFT)
+        while address < stop:
             edge = min((address | _CHUNK_BYTES - 1) + 1, end)
-            yield address, edge
+            yield address, edge, stop if stop >= edge else end
             address = edge
 
 

@@ -11,7 +11,7 @@ from .faults import Call
 from .guest_code import GuestCode
 from .heap import GuestHeap
 from .hypervisor import MockHypervisor
-from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
+from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt, SpiInterrupt
 from .pci_device import MsiVector, PciBar, PciDevice
 from .pci_driver import PciDriver
 from .saving import MockImage
@@ -41,6 +41,7 @@ __all__ = [
     "PciDevice",
     "PciDriver",
     "PciTransport",
+    "SpiInterrupt",
     "Vcpu",
     "VirtioDriver",
 ]

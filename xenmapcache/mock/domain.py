@@ -28,9 +28,6 @@ from .waiting import Gate
 if TYPE_CHECKING:
     from .kernel import LoadedElf
 
-TYPES = ("hvm", "pvh", "pv")
-"""What :meth:`.MockHypervisor.create_domain` can create."""
-
 MAX_IOREQ_SERVERS = 8
 """Xen allows a domain this many."""
 
@@ -45,6 +42,7 @@ class MockDomain(RunsCode, HasInterrupts):
         domid: its number.
         type: ``"hvm"``, ``"pvh"`` or ``"pv"``. As on Xen, memory of a PV guest cannot be mapped by
             frame number, and it has no ioreq servers.
+        machine: ``"x86-64"`` or ``"arm64"``. An arm64 guest has no ports and no PCI bus.
         vcpus: how many vCPUs it has.
         vcpu: the vCPUs; ``guest.vcpu[1].port_in(0x700)``. The methods of :class:`.Vcpu` are methods
             of the domain, too, with an argument ``vcpu=``.
@@ -52,7 +50,7 @@ class MockDomain(RunsCode, HasInterrupts):
             A real one waits for ever.
         ioreq_servers: the ioreq servers, by id.
         interrupts: what device models raised, in order: named tuples, of :class:`.MsiInterrupt`,
-            :class:`.IsaInterrupt` and :class:`.IntxInterrupt`.
+            :class:`.IsaInterrupt`, :class:`.IntxInterrupt` and :class:`.SpiInterrupt`.
         crashed: why Xen would have ended the guest, or an empty string.
         pci_cf8: what the guest has written to port 0xcf8 last, to select a PCI register.
         dirty_gfns: frame numbers that were reported as written, until you clear the set.
@@ -76,6 +74,7 @@ class MockDomain(RunsCode, HasInterrupts):
         *,
         vcpus: int,
         type: str,  # noqa: A002 - the word that xl uses
+        machine: str,
     ) -> None:
         vcpus = as_int("vcpus", vcpus)
         if not 1 <= vcpus <= MAX_VCPUS:
@@ -83,11 +82,10 @@ class MockDomain(RunsCode, HasInterrupts):
                 f"vcpus must be 1 to {MAX_VCPUS}, not {vcpus}: each vCPU has a slot of {SLOT_SIZE} "
                 f"bytes in the one page that an ioreq server shares with Xen"
             )
-        if type not in TYPES:
-            raise ValueError(f"type must be one of {TYPES}, not {type!r}")
         super().__init__()
         self.domid = domid
         self.type = type
+        self.machine = machine
         self.vcpus = vcpus
         self.vcpu_timeout = 10.0
         self.ioreq_servers: dict[int, MockIoreqServer] = {}
@@ -273,7 +271,8 @@ class MockDomain(RunsCode, HasInterrupts):
         """
         self.p2m.frames.check_process()
         self.gate.close("suspended")
-        return MockImage(self.p2m, self.dirty_gfns, type=self.type, vcpus=self.vcpus)
+        kind = {"type": self.type, "machine": self.machine, "vcpus": self.vcpus}
+        return MockImage(self.p2m, self.dirty_gfns, kind)
 
     def resume(self) -> None:
         """Let the vCPUs of a suspended domain go on, as after ``xl save -c``."""
@@ -377,6 +376,12 @@ class MockDomain(RunsCode, HasInterrupts):
         """Return ``(gfn, pages)`` of each run of present pages; None if only mapping shows them."""
         if self.faults.pending or self._destroyed or self.type == "pv":
             return None
+        return self.extents(gfn, count)
+
+    def extents(self, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        """Return ``(gfn, pages)`` of the parts of a range in which pages may be, as Xen tells."""
+        if self._destroyed or self.type == "pv":
+            return iter([(gfn, count)])
         return ((start, pages) for start, _, pages in merged(self.p2m.runs(gfn, count)))
 
     def remap(self, mapping: Mapping, gfn: int) -> None:
@@ -410,16 +415,12 @@ class MockDomain(RunsCode, HasInterrupts):
 
         Args:
             buffered: with a ring for buffered requests.
-            recover: first clear away the servers whose device models were killed.
+            recover: take over the servers whose device models were killed.
 
         Raises:
             XenCallError: the domain has eight, is a PV guest, or a fault was injected.
         """
         self.p2m.frames.check_process()
-        if recover:
-            for server in list(self.ioreq_servers.values()):
-                if server.killed:
-                    server.recover(self.vcpu_timeout)
         self.faults.apply("create_ioreq_server")
         call = "mock_create_ioreq_server"
         if self.type == "pv":
@@ -429,7 +430,10 @@ class MockDomain(RunsCode, HasInterrupts):
         if not free:
             hint = f"it has {MAX_IOREQ_SERVERS}, and Xen allows no further one"
             raise XenCallError(call, self.domid, _errno.ENOSPC, hint)
+        abandoned = [each for each in self.ioreq_servers.values() if each.is_abandoned]
         server = self.ioreq_servers[free[0]] = MockIoreqServer(self, free[0], buffered)
+        if recover:
+            server.take_over(abandoned)
         return server
 
     def _pages(self, address: int, length: int) -> tuple[int, int]:

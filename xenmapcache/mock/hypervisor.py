@@ -9,6 +9,8 @@ from .domain import MockDomain
 from .frames import Frames
 from .saving import MockImage
 
+TYPES = {"x86-64": ("hvm", "pvh", "pv"), "arm64": ("pvh",)}
+"""The types of guests, by machine; the first is the default."""
 MAX_MEMORY = 64 * GiB
 """The most that a guest is created with: mapping more of it takes longer than a test may."""
 
@@ -38,7 +40,8 @@ class MockHypervisor:
         memory: int | str = "64M",
         holes: Iterable[tuple[int, int]] = (),
         vcpus: int = 1,
-        type: str = "hvm",  # noqa: A002 - the word that xl uses
+        type: str | None = None,  # noqa: A002 - the word that xl uses
+        machine: str = "x86-64",
     ) -> MockDomain:
         """Create a guest, its memory zeroed.
 
@@ -46,11 +49,13 @@ class MockHypervisor:
             memory: its size in bytes, whole pages, or as ``"256M"``; at most 64 GiB.
             holes: ``(address, length)`` pairs, page-aligned, that are not there.
             vcpus: how many it has, at most 128.
-            type: ``"hvm"``, ``"pvh"`` or ``"pv"``.
+            type: ``"hvm"``, ``"pvh"`` or ``"pv"``; by default ``"hvm"``, and ``"pvh"`` of an arm64
+                guest, which has no other type.
+            machine: ``"x86-64"`` or ``"arm64"``.
 
         Raises:
-            ValueError: not whole pages, too much memory, a hole beyond the end, no such type,
-                or no such number of vCPUs.
+            ValueError: not whole pages, too much memory, a hole beyond the end, no such type
+                or machine, or no such number of vCPUs.
             ClosedError: a parent process has made the machine.
         """
         size = parse_size(memory)
@@ -59,7 +64,15 @@ class MockHypervisor:
                 f"memory {size:#x} must be whole pages of 0x1000 bytes, and at most {MAX_MEMORY:#x}"
             )
         domid = len(self.domains) + 1
-        domain = MockDomain(self._frames, domid, size >> PAGE_SHIFT, holes, vcpus=vcpus, type=type)
+        domain = MockDomain(
+            self._frames,
+            domid,
+            size >> PAGE_SHIFT,
+            holes,
+            vcpus=vcpus,
+            type=_type_of(machine, type),
+            machine=machine,
+        )
         self.domains[domid] = domain
         return domain
 
@@ -74,6 +87,16 @@ class MockHypervisor:
         """
         if not image.complete:
             raise ValueError("the image is not complete: call image.send() first")
-        domain = self.create_domain(memory="4k", vcpus=image.vcpus, type=image.type)
+        domain = self.create_domain(memory="4k", **image.kind)
         domain.p2m.restore(image.end, image.pages)
         return domain
+
+
+def _type_of(machine: str, wanted: str | None) -> str:
+    """Return a guest's type; ValueError if a machine has no such guests, or is unknown."""
+    if machine not in TYPES:
+        raise ValueError(f"machine must be one of {tuple(TYPES)}, not {machine!r}")
+    types = TYPES[machine]
+    if wanted is not None and wanted not in types:
+        raise ValueError(f"type must be one of {types} for {machine}, not {wanted!r}")
+    return wanted or types[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
+from ..errors import UnsupportedOperationError
 from ..ioreq import bdf_number, bdf_text
 from .waiting import Bell
 
@@ -54,7 +55,75 @@ class IntxInterrupt(NamedTuple):
     level: bool
 
 
-Interrupt = MsiInterrupt | IsaInterrupt | IntxInterrupt
+class SpiInterrupt(NamedTuple):
+    """A level that an interrupt line of an Arm guest was set to.
+
+    Attributes:
+        kind: ``"spi"``.
+        irq: the shared peripheral interrupt, 32 to 1019.
+        level: True is high.
+    """
+
+    kind: Literal["spi"]
+    irq: int
+    level: bool
+
+
+Interrupt = MsiInterrupt | IsaInterrupt | IntxInterrupt | SpiInterrupt
+
+
+class InterruptedGuest(Protocol):
+    """A guest in which device models raise interrupts."""
+
+    domid: int
+    type: str
+    machine: str
+
+    def raise_interrupt(self, interrupt: Interrupt) -> None:
+        """Record an interrupt, and wake who waits for one."""
+
+
+class RecordsInterrupts:
+    """What a device model raises in a mock guest.
+
+    Synchronization: any thread.
+    """
+
+    def __init__(self, guest: InterruptedGuest) -> None:
+        self._guest = guest
+
+    def inject_msi(self, address: int, data: int) -> None:
+        """Note a message-signalled interrupt in ``domain.interrupts``."""
+        if self._guest.machine != "x86-64":
+            raise self._has_no("local APIC, which takes MSIs; use set_irq_level")
+        self._guest.raise_interrupt(MsiInterrupt("msi", address, data))
+
+    def set_isa_irq(self, irq: int, level: bool) -> None:
+        """Note the level of an interrupt line in ``domain.interrupts``."""
+        if self._guest.type != "hvm":
+            raise self._has_no("ISA interrupt lines; use inject_msi")
+        self._guest.raise_interrupt(IsaInterrupt("isa", irq, level))
+
+    def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
+        """Note the level of a PCI function's pin in ``domain.interrupts``."""
+        if self._guest.type != "hvm":
+            raise self._has_no("INTx interrupt lines; use inject_msi")
+        segment, bus, device, number = function
+        bdf = bdf_text(segment << 16 | bus << 8 | device << 3 | number)
+        self._guest.raise_interrupt(IntxInterrupt("intx", bdf, pin, level))
+
+    def set_irq_level(self, irq: int, level: bool) -> None:
+        """Note the level of an SPI in ``domain.interrupts``."""
+        if self._guest.machine != "arm64":
+            raise self._has_no("SPIs; use inject_msi")
+        self._guest.raise_interrupt(SpiInterrupt("spi", irq, level))
+
+    def _has_no(self, what: str) -> UnsupportedOperationError:
+        guest = self._guest
+        return UnsupportedOperationError(
+            f"domain {guest.domid} is an {guest.machine} {guest.type.upper()} guest, which has no "
+            f"{what}"
+        )
 
 
 class HasInterrupts:
@@ -87,11 +156,11 @@ class HasInterrupts:
         for bell in list(self._waiters):
             bell.ring()
 
-    def line_level(self, kind: Literal["isa", "intx"], *line: int | str) -> bool:
+    def line_level(self, kind: Literal["isa", "intx", "spi"], *line: int | str) -> bool:
         """Return the level of an interrupt line; one that was never set is low.
 
         Args:
-            kind: ``"isa"`` or ``"intx"``.
+            kind: ``"isa"``, ``"intx"`` or ``"spi"``.
             line: the IRQ; or the PCI function, as ``"0000:00:05.0"``, and its pin.
 
         Raises:
@@ -100,7 +169,7 @@ class HasInterrupts:
         return self._levels.get(_line(kind, *line), False)
 
     def wait_for_line(
-        self, kind: Literal["isa", "intx"], *line: int | str, timeout: float = 10.0
+        self, kind: Literal["isa", "intx", "spi"], *line: int | str, timeout: float = 10.0
     ) -> None:
         """Wait until an interrupt line is high; return at once if it is.
 
@@ -159,8 +228,8 @@ class HasInterrupts:
 def _line(*line: int | str) -> tuple[object, ...]:
     """Return the fields of a line's interrupts, without the level."""
     match line:
-        case "isa", int(irq):
-            return "isa", irq
+        case ("isa" | "spi") as kind, int(irq):
+            return kind, irq
         case "intx", str(bdf), int(pin):
             return "intx", bdf_text(bdf_number(bdf)), pin
     raise ValueError(f"{line!r} must name a line, as ('isa', 5) or ('intx', '0000:00:05.0', 0)")

@@ -7,7 +7,6 @@ libxenevtchn), and what the mock's vCPUs do with it (as Xen does).
 from __future__ import annotations
 
 import errno as _errno
-import logging
 import mmap
 import os
 import select
@@ -22,24 +21,23 @@ from typing import Protocol
 
 from ..address import PAGE_SIZE
 from ..binding.descriptor import Descriptor
-from ..errors import UnsupportedOperationError, XenCallError
+from ..errors import XenCallError
 from ..ioreq import (
     BUS_OFFSET,
     IOREQ,
     SLOT_SIZE,
     BufferedRing,
+    Fence,
     Request,
     RequestKind,
     RequestSlot,
     State,
-    bdf_text,
 )
 from .faults import FaultPlan
-from .interrupts import Interrupt, IntxInterrupt, IsaInterrupt, MsiInterrupt
+from .interrupts import InterruptedGuest, RecordsInterrupts
 from .p2m import P2m
+from .predecessor import MockPredecessor
 from .waiting import Bell, Gate
-
-logger = logging.getLogger("xenmapcache")
 
 _BUFFERED_PORT = 9
 _FIRST_VCPU_PORT = 10
@@ -52,11 +50,9 @@ _LOCAL = 100  # local port = remote port + this
 _call: Callable[[Callable[[], object]], object] = call
 
 
-class Guest(Protocol):
+class Guest(InterruptedGuest, Protocol):
     """What ioreq servers and vCPUs need to know of their domain."""
 
-    domid: int
-    type: str
     vcpus: int
     p2m: P2m
     faults: FaultPlan
@@ -66,11 +62,8 @@ class Guest(Protocol):
     crashed: str
     pci_cf8: int
 
-    def raise_interrupt(self, interrupt: Interrupt) -> None:
-        """Record an interrupt, and wake who waits for one."""
 
-
-class MockIoreqServer:
+class MockIoreqServer(RecordsInterrupts):
     """An ioreq server as Xen keeps it. Made by :meth:`.MockDomain.open_ioreq_server`.
 
     Attributes:
@@ -78,18 +71,24 @@ class MockIoreqServer:
         enabled: whether it gets requests.
         destroyed: whether it is gone: closed, or its domain has ended.
         killed: whether the process of its device model has died.
+        predecessors: the servers that it takes over, whose device models were killed.
         page: the synchronous requests, 32 bytes a vCPU.
         ring: the buffered requests, or None.
 
     Synchronization: the device model's side is for one thread; vCPUs are others.
     """
 
+    fence: Fence = None  # an event goes through a lock or the kernel, which orders what was written
+    _guest: Guest
+
     def __init__(self, guest: Guest, number: int, buffered: bool) -> None:
+        super().__init__(guest)
         self.id = number
         self.enabled = False
         self.destroyed = False
         self.killed = False
-        self._guest = guest
+        self.predecessors: list[MockPredecessor] = []
+        self._successor: MockIoreqServer | None = None
         pages = memoryview(mmap.mmap(-1, 2 * PAGE_SIZE))
         self.page = pages[PAGE_SIZE:]
         self.ring = pages[:PAGE_SIZE] if buffered else None
@@ -123,6 +122,14 @@ class MockIoreqServer:
     def paused(self) -> bool:
         """Whether the domain is paused or suspended, so that no vCPU takes its answer."""
         return bool(self._guest.gate.reasons)
+
+    def has_ended(self) -> bool:
+        """Tell whether the server is gone, as it is when its domain has ended."""
+        return self.destroyed
+
+    def nr_vcpus(self) -> int:
+        """Return how many vCPUs the domain has."""
+        return self._guest.vcpus
 
     def enable(self) -> None:
         """Get requests from now on; every vCPU then has an event channel in the page."""
@@ -204,22 +211,6 @@ class MockIoreqServer:
     def restrict(self) -> None:
         """Give up rights to other domains; the mock has none to give up."""
 
-    def inject_msi(self, address: int, data: int) -> None:
-        """Note a message-signalled interrupt in ``domain.interrupts``."""
-        self._guest.raise_interrupt(MsiInterrupt("msi", address, data))
-
-    def set_isa_irq(self, irq: int, level: bool) -> None:
-        """Note the level of an interrupt line in ``domain.interrupts``."""
-        self._check_lines()
-        self._guest.raise_interrupt(IsaInterrupt("isa", irq, level))
-
-    def set_pci_intx(self, function: tuple[int, int, int, int], pin: int, level: bool) -> None:
-        """Note the level of a PCI function's pin in ``domain.interrupts``."""
-        self._check_lines()
-        segment, bus, device, number = function
-        bdf = bdf_text(segment << 16 | bus << 8 | device << 3 | number)
-        self._guest.raise_interrupt(IntxInterrupt("intx", bdf, pin, level))
-
     def close(self, *, unmap: bool = True) -> None:  # noqa: ARG002 - as on live Xen
         """Destroy it. As on Xen, a vCPU that waits and was not notified is stuck.
 
@@ -229,6 +220,8 @@ class MockIoreqServer:
         if not self.killed:
             self.destroy()
             self._disconnect()
+            for each in self.predecessors:
+                each.close()
 
     def unmap(self) -> None:
         """Release the pages, after ``close(unmap=False)``; nothing to do here."""
@@ -237,11 +230,34 @@ class MockIoreqServer:
         """Let the process of the device model die, as by SIGKILL.
 
         Its event channels are closed. Xen keeps the server: enabled, with its claims, and with each
-        request that it was sent. So vCPUs wait until another device model recovers the server.
+        request that it was sent. So vCPUs wait until another device model takes the server over.
         """
         self.killed = True
         self._bound.clear()
         self._disconnect()
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its device model was killed, and no other one that lives has taken it over.
+
+        A server that was never enabled has no event channels, so nobody can know.
+        """
+        enabled = RequestSlot(self.page, 0).port != 0
+        return enabled and self.killed and (self._successor is None or self._successor.killed)
+
+    def take_over(self, servers: list[MockIoreqServer]) -> None:
+        """Serve what waits at servers whose device models were killed."""
+        for each in servers:
+            each._successor = self  # noqa: SLF001 - of the same class
+            self.predecessors.append(MockPredecessor(each))
+
+    def take_back(self) -> None:
+        """Note that its successor has not taken it over."""
+        self._successor = None
+
+    def ring_bell(self, vcpu: int) -> None:
+        """Have a vCPU look at its slot."""
+        self._bells[vcpu].ring()
 
     def _disconnect(self) -> None:
         with self._lock:
@@ -266,13 +282,6 @@ class MockIoreqServer:
         self._check_connected(name)
         if self.destroyed:
             raise self._refused(name, _errno.ENOENT, "the ioreq server was destroyed")
-
-    def _check_lines(self) -> None:
-        if self._guest.type != "hvm":
-            raise UnsupportedOperationError(
-                f"domain {self._guest.domid} is a {self._guest.type.upper()} guest, which has no "
-                "ISA or INTx interrupt lines; use inject_msi"
-            )
 
     # --- Xen's side -----------------------------------------------------------------
 
@@ -364,39 +373,6 @@ class MockIoreqServer:
         data = slot.take()
         self._sent.discard(vcpu)
         return data
-
-    def recover(self, timeout: float) -> None:
-        """Clear away a server whose device model was killed: all that waits reads all ones.
-
-        Args:
-            timeout: how long vCPUs may take to see their answers, in seconds.
-        """
-        # First: a vCPU that goes on must not send its next request here.
-        self.enabled = False
-        waiting = [
-            vcpu
-            for vcpu in range(self._guest.vcpus)
-            if RequestSlot(self.page, vcpu).state != State.NONE
-        ]
-        for vcpu in waiting:
-            slot = RequestSlot(self.page, vcpu)
-            if slot.state == State.READY:
-                slot.begin()
-            if slot.state == State.INPROCESS:
-                slot.answer(slot.request().all_ones)
-            self._bells[vcpu].ring()
-        end = time.monotonic() + timeout
-        while time.monotonic() < end and any(
-            RequestSlot(self.page, vcpu).state and vcpu in self._waiting for vcpu in waiting
-        ):
-            time.sleep(0.001)
-        self.destroy()
-        logger.warning(
-            "mock domain %d: cleared away ioreq server %d of a dead process; %d vCPUs waited",
-            self._guest.domid,
-            self.id,
-            len(waiting),
-        )
 
     def _check(self, vcpu: int, states: set[State], rule: str) -> None:
         state, port = RequestSlot(self.page, vcpu).state, RequestSlot(self.page, vcpu).port

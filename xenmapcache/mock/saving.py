@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ..address import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, as_int, check_range, page_span
 from ..errors import FaultError
@@ -19,15 +20,13 @@ class MockImage:
     writes then makes an image whose pages are of different moments, as on Xen.
 
     Attributes:
-        type: the guest's type.
-        vcpus: how many vCPUs the guest has.
+        kind: the guest's type, machine and number of vCPUs, as ``create_domain`` takes them.
         end: one past the highest gfn that can be there.
         pages: what was sent: each page's content, by gfn.
     """
 
-    def __init__(self, p2m: P2m, dirty_gfns: set[int], *, type: str, vcpus: int) -> None:  # noqa: A002 - as create_domain
-        self.type = type
-        self.vcpus = vcpus
+    def __init__(self, p2m: P2m, dirty_gfns: set[int], kind: dict[str, Any]) -> None:
+        self.kind = kind
         self.end = p2m.end
         self.pages: dict[int, bytes] = {}
         self._p2m = p2m

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from ..address import as_int
+from ..arch import ARCHITECTURES
 from ..errors import FaultError
 from ..ioreq import BUS_OFFSET, Request, RequestKind, bdf_number
 from . import config_cycle
@@ -35,7 +36,8 @@ class Vcpu:
 
     - TimeoutError: no device model has answered in ``guest.vcpu_timeout`` seconds, or the domain is
       paused, or another instruction of this vCPU takes, for as long. A real vCPU waits for ever.
-    - ValueError: no instruction has such a port, address, value, count or size.
+    - ValueError: no instruction has such a port, address, value, count or size; or the guest is an
+      arm64 guest, which has neither ports nor a PCI bus.
     - ClosedError: a parent process has made the guest.
 
     Attributes:
@@ -176,6 +178,11 @@ class Vcpu:
         """Return a request, if an instruction can make it."""
         address, size = as_int("address", address), as_int("size", size)
         count = as_int("count", count)
+        if kind != RequestKind.MMIO and ARCHITECTURES[self._guest.machine].mmio_only:
+            raise ValueError(
+                f"mock domain {self._guest.domid} is an {self._guest.machine} guest, without ports "
+                "and without a PCI bus; use mmio_read and mmio_write"
+            )
         sizes = (1, 2, 4) if kind != RequestKind.MMIO else (1, 2, 4, 8)
         if size not in sizes:
             raise ValueError(f"size {size} must be one of {sizes}")

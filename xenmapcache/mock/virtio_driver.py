@@ -143,7 +143,7 @@ class VirtioDriver:
         Args:
             domain: the guest.
             address: of the registers.
-            irq: the device's ISA interrupt line.
+            irq: the device's ISA interrupt line, or of an arm64 guest its SPI.
             heap: None makes one of its own, at the guest's address 0x10000.
             vcpu: as of :class:`.MmioTransport`.
 

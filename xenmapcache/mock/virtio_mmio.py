@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from ..errors import DeviceError
 from .domain import MockDomain
 
@@ -23,7 +25,7 @@ class MmioTransport:
     Args:
         domain: the guest.
         address: of the device's registers.
-        irq: its ISA interrupt line.
+        irq: its ISA interrupt line, or of an arm64 guest its SPI.
         vcpu: the vCPU that does all accesses; None takes the one whose code the thread runs.
 
     Attributes:
@@ -131,5 +133,6 @@ class MmioTransport:
         Raises:
             TimeoutError: none came in time.
         """
-        self._domain.wait_for_line("isa", self._irq, timeout=timeout)
+        kind: Literal["isa", "spi"] = "spi" if self._domain.machine == "arm64" else "isa"
+        self._domain.wait_for_line(kind, self._irq, timeout=timeout)
         self._write(_ACKNOWLEDGE, self._read(_INTERRUPT))

@@ -61,6 +61,11 @@ class Guest:
         count = self.end + PAGE_MASK >> PAGE_SHIFT
         return self.backend.present(0, count) if count else iter(())
 
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Return ``(gfn, pages)`` of the parts in which pages may be."""
+        count = self.end + PAGE_MASK >> PAGE_SHIFT
+        return self.backend.extents(0, count) if count else iter(())
+
     def pages(self, progress: Progress | None) -> Iterator[tuple[int, bytes | bytearray]]:
         """Yield ``(gfn, data)`` of present pages in ascending order, at most 1 MiB at once.
 
@@ -90,8 +95,7 @@ class Guest:
         limits = () if cache is None else (cache.max_resident, cache.max_copies)
         room = min([_CHUNK_BYTES, *limits])
         step = room >> PAGE_SHIFT
-        known = self.known_runs()
-        for first, pages in ((0, self.end + PAGE_MASK >> PAGE_SHIFT),) if known is None else known:
+        for first, pages in self.extents():
             for gfn in range(first, first + pages, step):
                 yield gfn, min(step, first + pages - gfn)
 

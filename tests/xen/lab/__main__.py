@@ -1,4 +1,4 @@
-"""The lab by hand: `python -m tests.xen.lab build|boot|shell`."""
+"""The lab by hand: `python -m tests.xen.lab build|boot|shell|machines`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from .prerequisites import LabUnavailableError
 
 
 def main() -> int:
-    """Build an image; boot it and print its console; or boot it and give its console as a shell."""
+    """Build an image; boot it, and print its console or give it as a shell; or list machines."""
     parser = argparse.ArgumentParser(prog="python -m tests.xen.lab", description=__doc__)
-    parser.add_argument("command", choices=("build", "boot", "shell"))
+    parser.add_argument("command", choices=("build", "boot", "shell", "machines"))
     parser.add_argument("--xen", choices=sorted(PLATFORMS), default=DEFAULT)
     arguments = parser.parse_args()
+    if arguments.command == "machines":
+        sys.stdout.write("".join(f"{name}\n" for name in PLATFORMS))
+        return 0
     try:
         started = time.monotonic()
         built = image(PLATFORMS[arguments.xen])

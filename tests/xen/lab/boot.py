@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from .image import Image
+from .platform import ARM, X86, Platform
 from .prerequisites import tool
 
 TAIL: Final = 40
@@ -26,10 +27,12 @@ TAIL: Final = 40
 KICK: Final = b"\x11"
 # What costs time under emulation and protects nobody here is off. A crash ends in a reboot, and
 # a reboot ends QEMU.
-XEN: Final = (
-    "dom0_mem=1280M,max:1280M console=com1 com1=115200,8n1 loglvl=warning guest_loglvl=warning"
-    " bootscrub=0 spec-ctrl=no xpti=no pv-l1tf=no watchdog=0"
+XEN: Final = "loglvl=warning guest_loglvl=warning bootscrub=0"
+XEN_X86: Final = (
+    f"{XEN} dom0_mem=1280M,max:1280M console=com1 com1=115200,8n1"
+    " spec-ctrl=no xpti=no pv-l1tf=no watchdog=0"
 )
+XEN_ARM: Final = f"{XEN} dom0_mem=1024M console=dtuart"
 LINUX: Final = "console=hvc0 loglevel=4 panic=1 nokaslr mitigations=off"
 # A PVH Dom0 needs an IOMMU, and devices whose DMA goes through it: without, Linux hangs.
 IOMMU: Final = ["-machine", "q35", "-device", "amd-iommu"]
@@ -92,6 +95,10 @@ class Machine:
         finally:
             os.close(channel_in)
             os.close(console_in)
+        # The kernel may schedule each session as a group (sched_autogroup), and our niceness counts
+        # only within it: the group gets it, too.
+        with contextlib.suppress(OSError):  # such groups are off, or only root may
+            Path(f"/proc/{self._process.pid}/autogroup").write_text(str(os.nice(0)))
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._read_channel, args=(channel,), daemon=True),
@@ -188,21 +195,15 @@ class Machine:
 def _arguments(
     image: Image, payload: Path | None, serial: str, channel: str, mode: str
 ) -> list[str]:
-    pvh = image.platform.dom0 == "pvh"
-    xen = f"{XEN} dom0=pvh" if pvh else XEN
     linux = f"{LINUX} lab.guest={image.platform.guest}" + (f" lab={mode}" if mode else "")
-    iommu = BEHIND_IOMMU if pvh else ""
+    iommu = BEHIND_IOMMU if image.platform.dom0 == "pvh" else ""
     arguments = ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     # One processor: with two, in QEMU 7.2, guests now and then triple-faulted while they booted,
     # most with Xen's own registers in their state (8 of some 50 guests; with one, none of 54).
-    arguments += ["-m", "2048", "-smp", "1", "-accel", "tcg", *(IOMMU if pvh else [])]
-    # +npt: without nested paging Xen has no HAP, and Debian's Xen has no shadow paging, so there
-    # would be no PVH guests.
-    arguments += ["-cpu", "qemu64,+svm,+npt"]
-    # Commas separate multiboot modules; QEMU wants them doubled in file names.
+    arguments += ["-m", "2048", "-smp", "1", "-accel", "tcg", "-kernel", str(image.hypervisor)]
+    # QEMU separates options by commas, and wants those of a file's name doubled.
     kernel, initial = (str(path).replace(",", ",,") for path in (image.kernel, image.ramdisk))
-    arguments += ["-kernel", str(image.hypervisor), "-append", xen]
-    arguments += ["-initrd", f"{kernel} {linux},{initial}"]
+    arguments += MACHINES[image.platform.architecture.name](image.platform, kernel, linux, initial)
     arguments += ["-serial", serial, "-device", f"virtio-serial-pci{iommu}"]
     arguments += ["-chardev", f"file,id=channel,path={channel}"]
     arguments += ["-device", "virtserialport,chardev=channel"]
@@ -213,3 +214,29 @@ def _arguments(
             arguments += ["-drive", f"file={path},{options}"]
             arguments += ["-device", f"virtio-blk-pci,drive={name}{iommu}"]
     return arguments
+
+
+def _x86(platform: Platform, kernel: str, linux: str, initial: str) -> list[str]:
+    """A PC, whose multiboot loader takes Dom0's kernel and ramdisk as modules."""
+    pvh = platform.dom0 == "pvh"
+    # +npt: without nested paging Xen has no HAP, and Debian's Xen has no shadow paging, so there
+    # would be no PVH guests.
+    return [
+        *(IOMMU if pvh else []),
+        *("-cpu", "qemu64,+svm,+npt"),
+        *("-append", f"{XEN_X86} dom0=pvh" if pvh else XEN_X86),
+        *("-initrd", f"{kernel} {linux},{initial}"),
+    ]
+
+
+def _arm(_platform: Platform, kernel: str, linux: str, initial: str) -> list[str]:
+    """A board whose device tree names Dom0's kernel and ramdisk, where the loader has put them."""
+    return [
+        *("-machine", "virt,virtualization=on,gic-version=3", "-cpu", "cortex-a53"),
+        *("-append", XEN_ARM),
+        *("-device", f"guest-loader,addr=0x49000000,kernel={kernel},bootargs={linux}"),
+        *("-device", f"guest-loader,addr=0x4d000000,initrd={initial}"),
+    ]
+
+
+MACHINES: Final = {X86.name: _x86, ARM.name: _arm}

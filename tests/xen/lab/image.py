@@ -8,7 +8,6 @@ new one, and nothing else does.
 from __future__ import annotations
 
 import fcntl
-import gzip
 import hashlib
 import os
 import shutil
@@ -21,11 +20,11 @@ from pathlib import Path
 from typing import Final
 
 from . import ramdisk
+from .hypervisor import hypervisor
 from .platform import Platform
 from .prerequisites import LabUnavailableError, require, tool
 
 BAKED: Final = Path(__file__).parent / "baked"
-GUESTS: Final = {"guest": 128, "victim": 96}  # MiB; 80 is too little for Debian's kernel
 MODULES: Final = (
     "crc32c_generic",  # ext4 asks the kernel for it by name: modules.dep does not know
     "ext4",
@@ -53,6 +52,10 @@ EXCLUDED: Final = (
 INCLUDED: Final = tuple(
     f"*/lib/modules/*/kernel/drivers/{kind}/*" for kind in ("xen", "virtio", "block", "char")
 )
+# Where no package is configured, mmdebstrap leaves these links to its caller.
+MERGED_USR: Final = """cd "$1"
+for name in bin sbin lib lib64; do mkdir -p usr/$name; ln -sf usr/$name $name; done"""
+VARIANTS: Final[dict[str, list[str]]] = {"minbase": [], "extract": [f"--setup-hook={MERGED_USR}"]}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Image:
 
     platform: Platform
     folder: Path
+    hypervisor: Path
+    """Unpacked: QEMU's loaders take no gzip."""
 
     @property
     def root(self) -> Path:
@@ -68,13 +73,8 @@ class Image:
         return self.folder / "root.img"
 
     @property
-    def hypervisor(self) -> Path:
-        """Xen, unpacked: QEMU's multiboot loader takes no gzip."""
-        return self.folder / "xen"
-
-    @property
     def kernel(self) -> Path:
-        """Dom0's kernel as ELF."""
+        """Dom0's kernel, unpacked: an ELF file, or on arm64 an Image."""
         return self.folder / "vmlinux"
 
     @property
@@ -101,17 +101,21 @@ def image(platform: Platform) -> Image:
     cache = cache_folder()
     name = f"{platform.release.xen}-{platform.architecture.name}"
     folder = cache / f"{name}-{_key(platform)}"
-    require(cache, build=not folder.exists())
-    if not folder.exists():
+    require(cache, platform.architecture.host, build=not folder.exists())
+    own = folder / "xen"
+    if not folder.exists() or platform.source is not None:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{name}.lock"):
             if not folder.exists():  # another builder may have held the lock
                 _build(platform, name, folder)
-    return Image(platform, folder)
+            if platform.source is not None:
+                own = hypervisor(platform, platform.source, cache)
+    return Image(platform, folder, own)
 
 
 def _key(platform: Platform) -> str:
-    digest = hashlib.sha256(repr((platform.release, platform.packages)).encode())
+    content = (platform.release, platform.architecture, platform.packages)
+    digest = hashlib.sha256(repr(content).encode())
     for path in sorted([*BAKED.iterdir(), Path(__file__), Path(ramdisk.__file__)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
@@ -135,6 +139,7 @@ def _build(platform: Platform, name: str, folder: Path) -> None:
     try:
         tree = work / "tree"
         _debian(platform, tree)
+        _configure(tree)
         _bake(platform, tree, work)
         # Journal and checksums protect a file system that outlives its session; this one does not.
         options = ["-O", "^has_journal,^metadata_csum", "-E", "lazy_itable_init=1,root_owner=0:0"]
@@ -149,7 +154,9 @@ def _build(platform: Platform, name: str, folder: Path) -> None:
 
 
 def _debian(platform: Platform, tree: Path) -> None:
-    options = ["--variant=minbase"]
+    architecture = platform.architecture
+    options = [f"--variant={architecture.variant}", f"--architectures={architecture.name}"]
+    options += VARIANTS[architecture.variant]
     options += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     options += [f"--dpkgopt=path-include={pattern}" for pattern in INCLUDED]
     options += ["--dpkgopt=force-unsafe-io", f"--include={','.join(platform.packages)}"]
@@ -174,8 +181,21 @@ def _proxy() -> str:
     return shell.stdout.partition("'")[2].rpartition("'")[0]
 
 
+def _configure(tree: Path) -> None:
+    # What maintainer scripts do, as far as it matters here and they did not run. dom0-init runs
+    # ldconfig, which knows only its own machine's libraries.
+    (modules,) = (tree / "usr/lib/modules").iterdir()
+    if not (modules / "modules.dep").exists():
+        _run(tool("depmod"), "-b", str(tree), modules.name)
+    for name, target in (("run", "/run"), ("lock", "/run/lock")):
+        link = tree / "var" / name
+        if not link.is_symlink():
+            shutil.rmtree(link, ignore_errors=True)
+            link.symlink_to(target)
+
+
 def _bake(platform: Platform, tree: Path, work: Path) -> None:
-    release = platform.release
+    release, architecture = platform.release, platform.architecture
     baked = {path.name: path.read_bytes() for path in BAKED.iterdir()}
     busybox = (tree / "bin/busybox").read_bytes()
     (modules,) = (tree / "usr/lib/modules").iterdir()
@@ -184,9 +204,11 @@ def _bake(platform: Platform, tree: Path, work: Path) -> None:
     order = ramdisk.load_order(modules, MODULES)
     initial = ramdisk.ramdisk(baked["ramdisk-init"], busybox, map(ramdisk.module, order))
     (work / "ramdisk").write_bytes(initial)
-    (work / "vmlinux").write_bytes(ramdisk.vmlinux(kernel.read_bytes()))
-    hypervisor = tree / f"boot/xen-{release.xen}-{platform.architecture.name}.gz"
-    (work / "xen").write_bytes(gzip.decompress(hypervisor.read_bytes()))
+    (work / "vmlinux").write_bytes(ramdisk.unpacked(kernel.read_bytes()))
+    debians = tree / f"boot/xen-{release.xen}-{architecture.name}"
+    packed = debians.with_name(f"{debians.name}.gz")
+    found = packed if packed.exists() else debians
+    (work / "xen").write_bytes(ramdisk.unpacked(found.read_bytes()))
 
     lab = tree / "lab"
     lab.mkdir()
@@ -199,9 +221,9 @@ def _bake(platform: Platform, tree: Path, work: Path) -> None:
     (lab / "drivers.img").write_bytes(ramdisk.drivers(map(ramdisk.module, drivers)))
     shutil.copy(work / "vmlinux", lab)
     shutil.copy(kernel, lab / "vmlinuz")  # packed, as QEMU's direct kernel boot wants it
-    for kind in ("pvh", "hvm"):
+    for kind in architecture.guests:
         (lab / kind).mkdir()
-        for name, memory in GUESTS.items():
+        for name, memory in architecture.sizes.items():
             text = baked[f"{kind}.cfg"].decode()
             text = text.replace("@NAME@", name).replace("@MEMORY@", str(memory))
             (lab / kind / f"{name}.cfg").write_text(text)

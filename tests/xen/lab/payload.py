@@ -89,17 +89,17 @@ def optional_wheels(platform: Platform, nodeids: Sequence[str], folder: Path) ->
     return sorted(folder.glob("*.whl"))
 
 
-def programs(folder: Path) -> list[Path]:
+def programs(platform: Platform, folder: Path) -> list[Path]:
     """Build what tests put into guests, static: a guest has no libraries.
 
     Raises:
         LabUnavailableError: they cannot be built here.
     """
     built = []
-    for source in sorted(GUEST.glob("*.c")):
-        target = folder / source.stem
-        command = [tool("gcc"), "-static", "-O1", "-Wall", "-Wextra", "-Werror", "-std=gnu11"]
-        command += ["-o", str(target), str(source)]
+    for name in platform.architecture.programs:
+        source, target = GUEST / f"{name}.c", folder / name
+        command = [tool(platform.architecture.compiler), "-static", "-O1", "-std=gnu11"]
+        command += ["-Wall", "-Wextra", "-Werror", "-o", str(target), str(source)]
         done = subprocess.run(command, text=True, capture_output=True, check=False)
         if done.returncode != 0:
             raise LabUnavailableError(f"{source.name} cannot be built:\n{done.stderr}")

@@ -7,15 +7,11 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-RUNNING: Final = {
-    "qemu-system-x86_64": "qemu-system-x86",
-    "setpriv": "util-linux",
-    "gcc": "gcc",  # with it and libc.a, the agent for the guest: see payload.py
-    "/usr/lib/x86_64-linux-gnu/libc.a": "libc6-dev",
-}
+RUNNING: Final = {"setpriv": "util-linux"}
 BUILDING: Final = {
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
@@ -31,10 +27,11 @@ class LabUnavailableError(Exception):
     """This machine cannot run the lab; the text says exactly why and what could be done."""
 
 
-def require(folder: Path, *, build: bool) -> None:
+def require(folder: Path, architecture: Mapping[str, str], *, build: bool) -> None:
     """Check, and install where possible, what booting and building an image needs.
 
     Args:
+        architecture: what its emulation needs, each with Debian's package of it.
         folder: where images are kept.
         build: the image has to be built, which needs more.
 
@@ -53,10 +50,10 @@ def require(folder: Path, *, build: bool) -> None:
         free = shutil.disk_usage(_existing(folder)).free
         if free < DISK:
             raise LabUnavailableError(f"{_gib(DISK)} of disk needed in {folder}, {_gib(free)} free")
-    install_missing({**RUNNING, **BUILDING} if build else RUNNING)
+    install_missing({**RUNNING, **architecture, **(BUILDING if build else {})})
 
 
-def install_missing(wanted: dict[str, str]) -> None:
+def install_missing(wanted: Mapping[str, str]) -> None:
     """Install what this machine lacks of programs or files, each with Debian's package of it.
 
     Raises:
@@ -98,7 +95,7 @@ def _install(packages: list[str]) -> None:
             raise LabUnavailableError(f"{command} failed: {tail}")
 
 
-def _missing(wanted: dict[str, str]) -> list[str]:
+def _missing(wanted: Mapping[str, str]) -> list[str]:
     def there(name: str) -> bool:
         if name.startswith("/"):
             return Path(name).exists()

@@ -7,6 +7,7 @@ are avoided here, when the image is built.
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import stat
 import struct
@@ -78,7 +79,17 @@ def module(path: Path) -> bytes:
     return lzma.decompress(content) if path.suffix == ".xz" else content
 
 
-def vmlinux(image: bytes) -> bytes:
+def unpacked(image: bytes) -> bytes:
+    """A kernel as a loader takes it that unpacks nothing.
+
+    Of x86 that is the ELF file inside a bzImage; of arm64 the Image, which Debian leaves as it is.
+    """
+    if image.startswith(b"\x1f\x8b"):
+        return gzip.decompress(image)
+    return _vmlinux(image) if image[0x202:0x206] == b"HdrS" else image
+
+
+def _vmlinux(image: bytes) -> bytes:
     """The ELF kernel inside a bzImage.
 
     Follows Linux's Documentation/arch/x86/boot.rst: setup_sects at 0x1f1, payload_offset and

@@ -114,6 +114,16 @@ def skipped(item: pytest.Item, reason: str) -> list[pytest.TestReport]:
     ]
 
 
+def on_machine(report: pytest.TestReport, machine: str) -> None:
+    """Say in a report which machine it is of: a failure names it, and so do JUnit files."""
+    report.user_properties = [*report.user_properties, ("machine", machine)]
+    longrepr: object = report.longrepr
+    if isinstance(longrepr, Failure):
+        crash = longrepr.reprcrash
+        named = Crash(crash.path, crash.lineno, f"on Xen {machine}: {crash.message}")
+        report.longrepr = cast(Any, Failure(f"On Xen {machine}:\n{longrepr.text}", named))
+
+
 class Reporter:
     """The plugin of Dom0's pytest: runs the wanted tests in the wanted order and reports each.
 

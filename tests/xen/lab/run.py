@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from .boot import LabError, Machine
+from .hypervisor import SourceGoneError
 from .image import image
 from .payload import optional_wheels, payload, programs, wheel
 from .platform import Platform
@@ -114,7 +115,8 @@ class Run:
             nodeids = [item.nodeid for item in self._items]
             others = optional_wheels(plan.platform, nodeids, folder / "optional")
             wheels = [built, *others]
-            disk = payload(plan.project, wheels, programs(folder), order, folder / "payload.tar")
+            built_programs = programs(plan.platform, folder)
+            disk = payload(plan.project, wheels, built_programs, order, folder / "payload.tar")
             if plan.console is not None:
                 self._console = os.open(plan.console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             self._phase("boot")
@@ -122,10 +124,11 @@ class Run:
             # A test may be silent for as long as one may take: Dom0 would have noticed before us.
             self._lines = self._machine.lines(deadline=plan.deadline, idle=plan.timeout + 60)
         except LabUnavailableError as error:
-            self._unavailable(f"Xen lab: {error}")
+            gone = isinstance(error, SourceGoneError)  # a skip also where the lab is required
+            self._unavailable(f"Xen lab: {error}", required=plan.required and not gone)
 
-    def _unavailable(self, reason: str) -> None:
-        if self._plan.required:
+    def _unavailable(self, reason: str, *, required: bool) -> None:
+        if required:
             self._verdict = lambda item: failed(item, reason, reason.partition("\n")[0])
         else:
             self._verdict = lambda item: skipped(item, reason)

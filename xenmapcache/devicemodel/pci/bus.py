@@ -41,7 +41,7 @@ class PciBus:
             server, _HOST_BRIDGE, vendor=_INTEL, device=_NATOMA, class_code=_BRIDGE_CLASS
         )
         self._server = server
-        self._address = RegisterBank("PCI address port", _ADDRESS_BYTES)
+        self._address = RegisterBank("PCI address port", _ADDRESS_BYTES, repeatable=True)
         self._address.add("address", 0, _ADDRESS_BYTES, mask=(1 << 32) - 1)
         self._region: Region | None = None
 

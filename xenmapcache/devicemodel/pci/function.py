@@ -47,6 +47,16 @@ _CAPABILITY_HEAD = 2
 _BUS_MASTER, _SERR, _INTX_DISABLE = 0x4, 0x100, 0x400
 _STATUS_INTERRUPT, _STATUS_CAPABILITIES = 0x8, 0x10
 _BYTE = 0xFF
+_OLD_VGA, _FIRST_CLASS = 0x000100, 0x010000
+
+
+def _check_class(code: int) -> None:
+    """Refuse a code of class 0, which has two, for devices older than PCI 2.0."""
+    if 0 < code < _FIRST_CLASS and code != _OLD_VGA:
+        raise ValueError(
+            f"class_code {code:#x} must have the class in bits 16 to 23, as 0x010000 (storage); "
+            "give 0xff0000 if no class fits"
+        )
 
 
 class PciFunction:
@@ -70,7 +80,8 @@ class PciFunction:
         server: of the guest.
         bdf: as ``"0000:00:05.0"``.
         vendor, device: 16 bits each.
-        class_code: 24 bits: class, subclass, programming interface.
+        class_code: 24 bits: class, subclass, programming interface; 0xff0000 for a device of no
+            class that PCI defines.
         revision: 8 bits.
         subsystem: vendor and device of the subsystem, 16 bits each.
         interrupt_pin: 1 (INTA) to 4 for an HVM guest; 0 for none. A PVH guest has no such pins.
@@ -90,6 +101,8 @@ class PciFunction:
     ``set_interrupt`` in any threads.
     """
 
+    repeatable = True  # as of all configuration space: a write stores what it says
+
     def __init__(
         self,
         server: IoreqServer,
@@ -103,6 +116,7 @@ class PciFunction:
         interrupt_pin: int = 0,
         multifunction: bool = False,
     ) -> None:
+        _check_class(class_code)
         self.server = server
         self.bdf = bdf_text(bdf_number(bdf))
         self._pin = InterruptPin(server, self.bdf, interrupt_pin)
@@ -330,7 +344,8 @@ class PciFunction:
         """Return what the guest has written, for :meth:`restore` in another process.
 
         That is the configuration space, and the tables and pending bits of messages. The program
-        keeps the state of the BARs' devices, and sets the level of the pin again.
+        keeps the state of the BARs' devices, and sets the level of the pin again: if it is low,
+        too, because the process before may have raised it.
         """
         return b"".join([self.config.save(), *(each.save() for each in self._messages)])
 
@@ -353,7 +368,7 @@ class PciFunction:
         self.config.restore(state[:CONFIG_SIZE])
         for messages, start, end in zip(self._messages, ends[:-1], ends[1:], strict=True):
             messages.restore(state[start:end])
-        self._pin.disable(bool(self._command.value & _INTX_DISABLE))
+        self._pin.restore(bool(self._command.value & _INTX_DISABLE))
 
     def _check_not_plugged(self) -> None:
         if self._region is not None:

@@ -30,6 +30,8 @@ class MsixTable(MessageInterrupts):
         length: of the BAR, in bytes.
     """
 
+    repeatable = True  # at worst a pending interrupt is raised twice
+
     def __init__(
         self,
         server: IoreqServer,

@@ -38,7 +38,7 @@ class InterruptPin:
         self._bdf = bdf
         self._lock = threading.RLock()
         self._disabled = False
-        self._asserted = False
+        self._asserted: bool | None = False  # what Xen has; None if another process has set it
 
     def set(self, level: bool) -> None:
         """Have the device's level.
@@ -57,6 +57,11 @@ class InterruptPin:
         """Have the guest's choice; raises as :meth:`set`."""
         self._disabled = disabled
         locked(self._lock, self._apply)
+
+    def restore(self, disabled: bool) -> None:
+        """Have the guest's choice as another process knew it. The next :meth:`set` tells Xen."""
+        self._disabled = disabled
+        self._asserted = None
 
     def reset(self) -> None:
         """Lower the line, and forget the guest's choice; raises as :meth:`set`."""

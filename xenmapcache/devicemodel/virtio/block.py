@@ -33,6 +33,7 @@ from functools import partial
 from typing import Protocol
 
 from ...binding import libc
+from ...cache import DmaDirection
 from ...guest.scatter import Segments
 from ...logs import safely
 from ..server import IoreqServer
@@ -184,15 +185,19 @@ class VirtioBlock(VirtioDevice):
                 status = UNSUPP
         except _BadRequestError as bad:
             buffer, status = request.readable[:0], bad.status
-        return Job(buffer, work, partial(self._answer, request, status), quick)
+        to_guest = buffer.direction is DmaDirection.FROM_DEVICE
+        return Job(buffer, work, partial(self._answer, request, status, to_guest), quick)
 
-    def _answer(self, request: Request, status: int, moved: int | None) -> int:
-        """Write the status; return how much of the writable part counts as written.
+    @staticmethod
+    def _answer(request: Request, status: int, to_guest: bool, moved: int | None) -> int:
+        """Write the status; return how many bytes were written, from the first writable one on.
 
-        That is all of it, as the status is its last byte.
+        The status is the last byte. So it counts only if all bytes before it were written.
         """
-        request.writable[-1:].write(bytes([IOERR if moved is None else status]))
-        return len(request.writable)
+        place = len(request.writable) - 1
+        request.writable[place:].write(bytes([IOERR if moved is None else status]))
+        written = moved or 0 if to_guest else 0
+        return written + 1 if written == place else written
 
     def _offset(self, sector: int, length: int) -> int:
         """Return where a range of sectors begins in the file."""
@@ -220,7 +225,11 @@ class VirtioBlock(VirtioDevice):
     # --- work, in a worker ----------------------------------------------------------------------
 
     def _read(self, offset: int, memory: Segments) -> int:
-        return _complete(memory.read_from, self._fd, offset, len(memory))
+        length = len(memory)
+        count = memory.read_from(self._fd, offset)
+        if count != length:
+            memory.release(written=count)  # after an error all of it may have been written
+        return _complete(count, length, offset)
 
     def _peek(self, offset: int, memory: Segments) -> int | None:
         """Read what the kernel has in its cache, without waiting for the disk."""
@@ -234,7 +243,7 @@ class VirtioBlock(VirtioDevice):
         return count if count == len(memory) else None
 
     def _write(self, offset: int, memory: Segments) -> int:
-        count = _complete(memory.write_to, self._fd, offset, len(memory))
+        count = _complete(memory.write_to(self._fd, offset), len(memory), offset)
         self._write_through()
         return count
 
@@ -287,9 +296,8 @@ def _nothing(_: Segments) -> int:
     return 0
 
 
-def _complete(move: Callable[[int, int], int], fd: int, offset: int, length: int) -> int:
-    """Move data between memory and the file; an error if the file ends early."""
-    count = move(fd, offset)
+def _complete(count: int, length: int, offset: int) -> int:
+    """Return a count of moved bytes if it is all of them; an error if the file ended early."""
     if count != length:
         raise OSError(errno.EIO, f"the file moved {count} of {length} bytes at {offset:#x}")
     return count

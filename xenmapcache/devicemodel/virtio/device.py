@@ -76,6 +76,9 @@ class Transport(Protocol):
     def needs_reset(self) -> object:
         """Set NEEDS_RESET in the status, and tell the driver."""
 
+    def set_line(self) -> object:
+        """Set the interrupt line to its level, if there is one. Another process may have set it."""
+
 
 class Job(NamedTuple):
     """How a device carries out a request.
@@ -124,7 +127,8 @@ class VirtioDevice:
         negotiated: the features that the driver has accepted; 0 before that.
         config: the bytes of the configuration space.
         transport: of the device; the transport sets it.
-        record: the open file, or None. The transport keeps its registers there.
+        record: the open file, or None. The transport keeps its registers there. None once the
+            device is closed, because the file may be another process's then.
 
     Raises:
         OSError: the record cannot be opened, or another process uses it.
@@ -236,8 +240,15 @@ class VirtioDevice:
                 f"queue {index}: its size {numbers['size']} must be at most "
                 f"{self.queue_sizes[index]}"
             )
-        cache = self._server.cache
-        return Virtqueue(cache, index, **numbers, features=self.negotiated, record=record)
+        server = self._server
+        return Virtqueue(
+            server.cache,
+            index,
+            **numbers,
+            features=self.negotiated,
+            fence=server.fence,
+            record=record,
+        )
 
     def notify_queue(self, index: int) -> None:
         """Take the requests that the driver has made available."""
@@ -258,7 +269,7 @@ class VirtioDevice:
                 self.transport.interrupt_queue(index)
 
     def stop_queue(self, index: int) -> None:
-        """Use a queue no longer. Requests under way end first, without an answer.
+        """Use a queue no longer. Its requests under way end first, without an answer.
 
         Raises:
             TimeoutError: as :meth:`reset`.
@@ -268,7 +279,7 @@ class VirtioDevice:
             queue.stopped = True
             if self.record is not None:
                 self.record.queues[index].stop()
-            self._engine.drain()
+            self._engine.cancel(group=queue)
             del self._queues[index]
 
     def reset(self) -> None:
@@ -294,6 +305,8 @@ class VirtioDevice:
         Call it when the server is open, and before it serves. What was in flight when that process
         was killed is carried out again, and each request is answered once.
         """
+        if self.record is not None:
+            self.transport.set_line()
         for index, record in enumerate(self.record.queues if self.record is not None else ()):
             addresses = record.addresses
             if addresses is None:
@@ -327,6 +340,7 @@ class VirtioDevice:
             self._engine.close()
             if self.record is not None:
                 self.record.close()
+                self.record = None
         finally:
             locked(self._log_lock, self._log.flush)
 
@@ -380,7 +394,7 @@ class VirtioDevice:
         buffer, work, end, _ = job
         on_end = partial(self._finish, queue, request, end)
         try:
-            self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end)
+            self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end, group=queue)
         except ClosedError:
             pass  # the server is closed, so nobody waits for an answer
         except Exception as error:

@@ -76,7 +76,8 @@ class VirtioMmio:
         address: guest-physical, of 0x200 bytes without RAM.
         device: gets what the driver does; its ``transport`` becomes this one.
         interrupt: sets the level of the interrupt line, such as
-            ``partial(server.set_isa_irq, 7)``. Any thread calls it.
+            ``partial(server.set_isa_irq, 7)`` of an HVM guest, or of an Arm guest
+            ``partial(server.set_irq_level, 40)``. Any thread calls it.
 
     Attributes:
         region: the claim; release it to unplug the device.
@@ -88,6 +89,8 @@ class VirtioMmio:
     Synchronization: the guest's accesses come in the thread that serves; the device may call
     :meth:`interrupt_queue` and its siblings in any thread.
     """
+
+    repeatable = True  # no write of a driver counts: each one sets what is to be
 
     def __init__(
         self,
@@ -179,12 +182,13 @@ class VirtioMmio:
 
     def _raise(self, bits: int) -> None:
         locked(self._lock, self._change, bits, 0)
-        self._set_line()
+        self.set_line()
 
     def _change(self, raised: int, cleared: int) -> None:
         self._raised = (self._raised | raised) & ~cleared
 
-    def _set_line(self) -> None:
+    def set_line(self) -> None:
+        """Set the line to its level; see the rules above."""
         while True:
             level = self._raised != 0
             self._line(level)
@@ -298,7 +302,7 @@ class VirtioMmio:
 
     def _acknowledge(self, value: int) -> None:
         locked(self._lock, self._change, 0, value)
-        self._set_line()
+        self.set_line()
 
     def _write_status(self, value: int) -> None:
         if not value & 0xFF:

@@ -106,6 +106,8 @@ class VirtioPci:
     :meth:`interrupt_queue` and its siblings in any thread; ``plug`` and ``unplug`` one at a time.
     """
 
+    repeatable = True  # no write of a driver counts: each one sets what is to be
+
     def __init__(
         self,
         server: IoreqServer,
@@ -292,6 +294,14 @@ class VirtioPci:
         self._needs_reset = True
         self._interrupt(self._config_vector.value, CHANGED)
 
+    def set_line(self) -> None:
+        """Set the pin to its level, if the device has one."""
+        if self._has_pin:
+            locked(self._lock, self._set_pin)
+
+    def _set_pin(self) -> None:
+        self.function.set_interrupt(self._isr != 0)
+
     def _interrupt(self, vector: int, bit: int) -> None:
         if not self._msix.enabled:
             locked(self._lock, self._change_isr, bit)
@@ -303,7 +313,7 @@ class VirtioPci:
         before = self._isr
         self._isr = before | raised if raised else 0
         if self._has_pin:
-            self.function.set_interrupt(self._isr != 0)
+            self._set_pin()
         return before
 
     def _read_isr(self) -> int:

@@ -24,11 +24,11 @@
 #      in it, and a request at most `max_bytes`.
 #
 # Order of memory accesses
-#   x86 keeps the order of reads and the order of writes. So the entry that is written before idx
-#   is seen before it, and an entry that is read after idx is as new as idx. Arm would need a
-#   fence at these places (marked "Arm").
-#   x86 may do a read before an older write. Two places need the other order, or one side sleeps
-#   while the other one waits for it; `_fence` keeps it there:
+#   An entry is written before idx and has to be seen before it, and an entry that is read after
+#   idx has to be as new as idx. x86 keeps the order of reads and the order of writes. Elsewhere
+#   the server's fence stands there (`_keep_order`).
+#   x86, too, may do a read before an older write. Two places need the other order, or one side
+#   sleeps while the other one waits for it; `_flush` keeps it there:
 #     - ask for notifications, then look whether something came in between
 #     - publish idx, then look whether the driver wants an interrupt
 #
@@ -46,6 +46,7 @@ from _thread import allocate_lock
 from ...address import as_int
 from ...cache import DmaDirection, MapCache
 from ...errors import XenMapCacheError
+from ...ioreq import Fence
 from .buffer import BrokenDriverError, GuestBuffer
 from .record import QueueRecord
 
@@ -66,11 +67,11 @@ _ADDRESS_END = 1 << 64
 _WRAP = 0xFFFF
 
 
-def _fence() -> None:
+def _fence_of_x86() -> None:
     """Have what was written before be seen before what follows is read.
 
     Taking a lock is one locked instruction, which is a full fence on x86. The lock is new, so
-    nobody waits for it. Arm would need a fence of its own here.
+    nobody waits for it.
     """
     allocate_lock().acquire(False)
 
@@ -104,6 +105,7 @@ class Virtqueue:
         size: entries, a power of two up to 32768.
         descriptors, driver, device: guest-physical addresses of the three areas.
         features: what was negotiated; INDIRECT_DESC and EVENT_IDX count.
+        fence: as of the server, for processors that reorder reads or writes; None on x86.
         max_bytes: most bytes of one request.
         record: keeps what is in flight for the next process, or None.
 
@@ -128,6 +130,7 @@ class Virtqueue:
         driver: int,
         device: int,
         features: int,
+        fence: Fence = None,
         max_bytes: int = MAX_BYTES,
         record: QueueRecord | None = None,
     ) -> None:
@@ -149,6 +152,8 @@ class Virtqueue:
         self.stopped = False
         self._cache = cache
         self._descriptors, self._driver, self._device = descriptors, driver, device
+        self._fence = fence
+        self._flush = fence or _fence_of_x86
         self._max_bytes = max_bytes
         self._record = record
         self._indirect, self._events = bool(features & INDIRECT_DESC), bool(features & EVENT_IDX)
@@ -173,7 +178,6 @@ class Virtqueue:
             if not self._is_waiting():
                 return None
         self._suppress_notifications()
-        # Arm: a fence for reads, because the entry is read after idx.
         head = self._read_u16(self._driver + 4 + 2 * (self._next % self.size))
         request = self._chain(head)
         if self._record is not None:
@@ -224,7 +228,7 @@ class Virtqueue:
                 record.publish(request.head)
             self._write(entry, _USED.pack(request.head, as_int("written", written)))
             self._used = self._used + 1 & _WRAP
-            # Arm: a fence for writes, because the driver reads the entry after idx.
+            self._keep_order()
             self._write(self._device + 2, self._used.to_bytes(2, "little"))
             if record is not None:
                 record.end(request.head, self._used)
@@ -293,6 +297,7 @@ class Virtqueue:
         """Return whether the driver has made a request available."""
         if self._seen == self._next:
             self._seen = self._read_u16(self._driver + 2)
+            self._keep_order()
         ahead = self._seen - self._next & _WRAP
         if ahead > self.size:
             raise self._broken(
@@ -307,7 +312,7 @@ class Virtqueue:
         elif self._hushed:
             self._write(self._device, b"\0\0")
             self._hushed = False
-        _fence()
+        self._flush()
 
     def _suppress_notifications(self) -> None:
         if not self._events and not self._hushed:
@@ -315,7 +320,7 @@ class Virtqueue:
             self._hushed = True
 
     def _is_interrupt_wanted(self) -> bool:
-        _fence()
+        self._flush()
         if not self._events:
             return not self._read_u16(self._driver) & NO_INTERRUPT
         before, self._signalled = self._signalled, self._used
@@ -323,6 +328,11 @@ class Virtqueue:
             return True
         event = self._read_u16(self._driver + 4 + 2 * self.size)
         return (self._used - event - 1 & _WRAP) < (self._used - before & _WRAP)
+
+    def _keep_order(self) -> None:
+        """Have idx and the entries be read, or written, in the order of the program."""
+        if self._fence is not None:
+            self._fence()
 
     # --- guest memory ---------------------------------------------------------------------------
 
