@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import asyncio, os, signal, sys, threading, time, warnings
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 from xenmapcache import *
 from xenmapcache.devicemodel import IoreqServer
-
-pytestmark = pytest.mark.slow
 guest = MockHypervisor().create_domain(memory="1M")
 cache = MapCache(open_backend("mock", domain=guest))
 server = IoreqServer(guest, cache)
