@@ -21,7 +21,7 @@ PEERS := volatility3 drgn libvmi microvmi pykdumpfile
 help:  ## list the targets
 	@awk -F ':.*  ## ' '/^[a-z][a-z-]*:.*  ## / {printf "make %-20s %s\n", $$1, $$2}' Makefile
 
-.PHONY: help demo test test-quick test-bare coverage mutants test-free-threaded test-images test-xen test-xen-quick seen lint types bench bench-sources bench-drgn bench-dma bench-scaling bench-window bench-xen docs man completion release-check clean
+.PHONY: help demo test test-quick test-bare coverage mutants test-free-threaded test-images test-xen test-xen-quick seen lint types bench bench-sources bench-drgn bench-dma bench-disk bench-scaling bench-window bench-xen docs man completion release-check clean
 
 demo: $(VENV)/cli,timeline.stamp  ## set up, and show the main job on a mock guest
 	@mkdir -p build
@@ -85,6 +85,9 @@ bench-drgn: $(PEERS_VENV)/stamp  ## measure drgn's reads through a cache, and co
 
 bench-dma: $(PEERS_VENV)/stamp  ## count the map calls of DMA, and compare with other policies; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks.dma $(ARGS)
+
+bench-disk: $(VENV)/test.stamp  ## measure a 4 KiB request of a virtio disk, and compare with a loop written by hand
+	$(BIN)/python -m tests.benchmarks.disk $(ARGS)
 
 bench-scaling: $(PEERS_VENV)/stamp  ## measure cost against size; ARGS=--write for the docs
 	$(PEERS_VENV)/bin/python -m tests.benchmarks.scaling $(ARGS)

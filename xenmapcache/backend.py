@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Self
 
 from . import flat
-from .address import PAGE_SHIFT, PAGE_SIZE
+from .address import PAGE_SHIFT, PAGE_SIZE, GiB
 from .binding import libc
 from .errors import UnsupportedOperationError
 from .grants import MAX_MAPPED, MAX_REFS, GrantSource
@@ -45,6 +45,7 @@ class Backend(abc.ABC):
         capabilities: what it can do beyond mapping for reading.
         memory_end: one past the last guest address that may exist, or None if
             that is unknown.
+        mapping_room: how many bytes of it a cache maps at most, unless ``max_resident`` is given.
         log_dirty: whether :meth:`mark_dirty` reports written pages. Set it to False while the
             guest is not being migrated, to save a hypercall per write. Without
             :attr:`Capability.DIRTY` it has no effect.
@@ -55,6 +56,7 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     capabilities: Capability = Capability.NONE
     memory_end: int | None = None
+    mapping_room: int = 32 * GiB
     log_dirty: bool = True
 
     def __repr__(self) -> str:

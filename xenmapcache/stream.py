@@ -19,10 +19,13 @@
 #   5. An observer that raises an Exception is detached. Other exceptions, such as
 #      KeyboardInterrupt, are not its fault: the other observers get their events, then it is raised
 #      where the operation was called. The operation itself is complete.
-#   6. A QueueObserver takes events from its queue itself, when it has done with them. It calls no
-#      code of others and may run inside of itself. So if there is no other observer, `tell` lets
-#      it do so at once, without a turn (only with a GIL, under which no thread comes between
-#      bytecodes that call nothing).
+#   6. A QueueObserver takes events from its queue itself, when it has done with them. If it is the
+#      only observer, it may offer a shortcut: the most frequent events go past the queue. A
+#      shortcut stores and marks without a call in between, takes no lock and calls no code of
+#      others. So it is used under any lock, in any thread and in signal handlers. (Only with a GIL,
+#      under which no thread comes between bytecodes that call nothing.) An observer that attaches
+#      first unsets the shortcut, and then collects what is so already. A step that has found the
+#      shortcut before that has changed the state before that, too: rule 4 holds.
 
 from __future__ import annotations
 
@@ -34,14 +37,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import repeat, starmap
-from typing import Final, Protocol, Self, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
 from weakref import WeakSet
 
 from .events import WALL_CLOCK_OFFSET_NS, Event, EventsLost
 from .logs import safely
 
 Observer: TypeAlias = Callable[[Event], object]
-_Direct: TypeAlias = tuple[deque[Event], Callable[[deque[Event]], bool]]
 
 new_hooks: list[Callable[[Callable[[Observer], Observation]], object]] = []
 """Functions to call with the method ``observe`` of each new cache and server, when it is ready."""
@@ -77,6 +79,33 @@ _NOTHING: Final = _Nothing()
 _NOTHING.told = True
 
 
+class Shortcut:
+    """What stores the most frequent events by their values: no event is made, and none is queued.
+
+    Each function takes a subject and the values of the event's attributes in their order. It stores
+    the event and marks the subject as :meth:`EventStream.put` does, and returns True. Or it returns
+    False and has done nothing: something is queued that comes first, or there is no room. Then the
+    event goes through the queue. No Exception leaves it.
+
+    Attributes:
+        taken: stores a :class:`.LeaseTaken`, and marks the lease as known.
+        released: stores a :class:`.LeaseReleased`, and marks the lease as not known.
+        dirtied: stores a :class:`.PagesDirtied`. It has no subject, and takes the values alone.
+    """
+
+    __slots__ = ("dirtied", "released", "taken")
+
+    def __init__(
+        self,
+        taken: Callable[[Subject, tuple[Any, ...]], bool],
+        released: Callable[[Subject, tuple[Any, ...]], bool],
+        dirtied: Callable[[tuple[Any, ...]], bool],
+    ) -> None:
+        self.taken = taken
+        self.released = released
+        self.dirtied = dirtied
+
+
 class QueueObserver:
     """An observer that takes several events at once from the queue where they wait for it.
 
@@ -85,12 +114,18 @@ class QueueObserver:
             False if it cannot now, and will do so later. An event leaves the queue in the moment
             when it has been handled, so that an interrupt loses none. It may be called inside of
             itself, and in several threads at once.
+        shortcut: makes the shortcut past a queue; None if there is none.
     """
 
-    __slots__ = ("drain",)
+    __slots__ = ("drain", "shortcut")
 
-    def __init__(self, drain: Callable[[deque[Event]], bool]) -> None:
+    def __init__(
+        self,
+        drain: Callable[[deque[Event]], bool],
+        shortcut: Callable[[deque[Event]], Shortcut] | None = None,
+    ) -> None:
         self.drain = drain
+        self.shortcut = shortcut
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
@@ -106,7 +141,7 @@ class Observation:
     Synchronization: any thread, signal handler or finalizer may detach it, the observer too.
     """
 
-    __slots__ = ("_stream", "drain", "lost", "observer", "queue", "ready", "step")
+    __slots__ = ("_stream", "drain", "lost", "observer", "queue", "ready", "shortcut", "step")
 
     def __init__(self, stream: EventStream, observer: Observer) -> None:
         self._stream = stream
@@ -114,7 +149,12 @@ class Observation:
         self.queue: deque[Event] = deque()
         self.lost = 0
         self.ready = False
-        self.drain = observer.drain if isinstance(observer, QueueObserver) else None
+        self.drain: Callable[[deque[Event]], bool] | None = None
+        self.shortcut: Shortcut | None = None
+        if isinstance(observer, QueueObserver):
+            self.drain = observer.drain
+            if observer.shortcut is not None:
+                self.shortcut = observer.shortcut(self.queue)
         # Its `next` takes an event from the queue and hands it over, in one call into C.
         self.step = map(observer, starmap(self.queue.popleft, repeat(())))
 
@@ -140,12 +180,13 @@ class EventStream:
     """Hands events to observers.
 
     A step puts its event into the queues when it is done, whatever lock it holds (:meth:`put`).
-    It delivers when it holds no lock any more (:meth:`deliver`). If it holds none from the start,
-    it does both at once (:meth:`tell`).
+    It delivers when it holds no lock any more (:meth:`deliver`). If it has one of the most frequent
+    events, it tries the shortcut first.
 
     Attributes:
         observations: who observes; empty without observers, and then nothing is to be put.
         guards: each tells whether this thread may not run an observer now.
+        shortcut: of the only observer, if it has one; otherwise None.
 
     Synchronization: any thread.
     """
@@ -153,13 +194,13 @@ class EventStream:
     __slots__ = (
         "__weakref__",
         "_demoted",
-        "_direct",
         "_pending",
         "_sole",
         "_thread",
         "_turn",
         "guards",
         "observations",
+        "shortcut",
     )
 
     def __init__(self) -> None:
@@ -169,8 +210,8 @@ class EventStream:
         self._thread: int | None = None  # which delivers
         self._pending = False  # whether something may be queued
         self._sole: Observation | None = None  # if there is no other one
-        self._direct: _Direct | None = None  # of a QueueObserver that is the sole one
-        self._demoted = False  # whether one of these was unset, and may be set again
+        self.shortcut: Shortcut | None = None
+        self._demoted = False  # whether these two were unset, and may be set again
         _streams.add(self)
 
     def attach(
@@ -190,7 +231,7 @@ class EventStream:
         observation = Observation(self, observer)
         try:
             self.observations[observation] = None
-            self._sole = self._direct = None
+            self._sole = self.shortcut = None
             observation.queue.extendleft(reversed([*snapshot()]))
             observation.ready = True
             self._pending = True
@@ -206,20 +247,19 @@ class EventStream:
         # Nothing here calls: no signal handler comes between.
         if observation in self.observations:
             del self.observations[observation]
-        self._sole = self._direct = None
+        self._sole = self.shortcut = None
         observation.ready = False
         observation.queue.clear()
         self._choose_sole()
 
     def _choose_sole(self) -> None:
         for observation in tuple(self.observations):
-            queue, drain, only = observation.queue, observation.drain, {observation: None}
-            direct = None if drain is None else (queue, drain)
+            only = {observation: None}
             # Below, no other thread comes between the comparison and the stores.
             ready = HAS_GIL and observation.ready and not observation.lost
             if ready and self.observations == only:
                 self._sole = observation
-                self._direct = direct
+                self.shortcut = observation.shortcut
 
     def put(self, event: Event, subject: Subject = _NOTHING, known: bool = True) -> None:
         """Queue an event for each observer. Takes no lock and calls no code of others.
@@ -244,7 +284,7 @@ class EventStream:
         for observation in tuple(self.observations):
             if len(observation.queue) >= MAX_QUEUED and observation.ready:
                 observation.lost += 1  # no call in here: no other thread counts in between
-                self._sole = self._direct = None
+                self._sole = self.shortcut = None
                 self._demoted = True
                 continue
             if observation.lost:
@@ -258,42 +298,6 @@ class EventStream:
         elif not known:
             subject.told = None
         self._pending = True  # after the event: who clears it looks at the queues afterwards
-
-    def tell(self, event: Event, subject: Subject = _NOTHING, known: bool = True) -> None:
-        """Put an event in, and deliver. The arguments are those of :meth:`put`.
-
-        Raises:
-            BaseException: as :meth:`deliver`.
-        """
-        direct = self._direct
-        if direct is not None:
-            for guard in self.guards:
-                if guard():
-                    self.put(event, subject, known)
-                    return
-            queue, drain = direct
-            if self._direct is direct:
-                try:
-                    if subject.told is not None if known else subject.told:
-                        subject.told = known
-                        queue.append(event)
-                    elif not known:
-                        subject.told = None
-                    if drain(queue):
-                        if not queue and self._direct is direct:
-                            self._pending = False
-                        return
-                    self._direct = None
-                    self._demoted = True
-                except BaseException as error:
-                    self._pending = True
-                    if not isinstance(error, Exception):
-                        raise
-                self._pending = True
-                self.deliver()
-                return
-        self.put(event, subject, known)
-        self.deliver()
 
     @staticmethod
     def _tell_lost(observation: Observation) -> None:
@@ -364,7 +368,7 @@ class EventStream:
     def forget(self) -> None:
         """In a forked child: the observers are the parent's."""
         self.observations.clear()
-        self._sole = self._direct = None
+        self._sole = self.shortcut = None
         self._turn = threading.RLock()
         self._thread = None
 

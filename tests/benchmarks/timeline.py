@@ -1,8 +1,8 @@
 """How fast a timeline opens: ``python -m tests.benchmarks.timeline``; needs Chromium and selenium.
 
 The page of a recording of 100,000 events is compared with plotly's own empty page, in turn and in
-one run, in one browser. A page is open when its first chart is drawn. The other charts follow one
-by one, and so do the details; they are shown, and have no limit.
+one run, in one browser. A page is open when all that a window of 1280 x 1000 shows is drawn. The
+other charts are drawn when they are scrolled into sight, and the details follow.
 
 Exit status: 1 if the ratio is above the limit.
 """
@@ -22,14 +22,15 @@ from xenmapcache.observe.timeline.page import load_library
 LIMIT = 3.0
 EVENTS = 100_000
 ROUNDS = 9
-_MARK = "performance.mark('first chart'); performance.mark('all charts')"
+_MARK = "performance.mark('first chart'); performance.mark('charts in sight')"
 _EMPTY = (
     '<!DOCTYPE html><meta charset="utf-8"><div id="chart"></div><script>{library}</script>'
     "<script>Plotly.newPlot('chart', []); {mark};"
     "document.documentElement.dataset.drawn = 'details'</script>"
 )
 _TIMES = (
-    "return ['first chart', 'all charts'].map(n => performance.getEntriesByName(n)[0].startTime)"
+    "return ['first chart', 'charts in sight'].map("
+    "name => performance.getEntriesByName(name)[0].startTime)"
 )
 
 
@@ -37,7 +38,7 @@ class Opened(NamedTuple):
     """How long a page took, in ms since the browser began to load it."""
 
     first: float
-    all: float
+    in_sight: float
 
 
 def main() -> int:
@@ -48,11 +49,11 @@ def main() -> int:
         empty.write_text(_EMPTY.format(library=load_library(), mark=_MARK), encoding="utf-8")
         with browser(folder / "profile") as driver:
             figures = compare(driver, page, empty)
-    first, everything, bare = figures
+    first, in_sight, bare = figures
     print(f"empty page of plotly: {bare:.0f} ms")
-    print(f"first chart of {EVENTS:,} events / empty page: {first / bare:.2f}, at most {LIMIT}")
-    print(f"all charts / empty page: {everything / bare:.2f}")
-    return first / bare > LIMIT
+    print(f"first chart of {EVENTS:,} events / empty page: {first / bare:.2f}")
+    print(f"charts in sight / empty page: {in_sight / bare:.2f}, at most {LIMIT}")
+    return in_sight / bare > LIMIT
 
 
 def make_page(folder: Path) -> Path:
@@ -65,12 +66,12 @@ def make_page(folder: Path) -> Path:
 
 
 def compare(driver: Driver, page: Path, empty: Path) -> tuple[float, float, float]:
-    """Return the best times of the first chart, of all charts, and of the empty page."""
+    """Return the best times of the first chart, of all in sight, and of the empty page."""
     pairs = [(opened(driver, page), opened(driver, empty)) for _ in range(ROUNDS + 1)]
     del pairs[0]  # the browser's own start
     return (
         min(ours.first for ours, _ in pairs),
-        min(ours.all for ours, _ in pairs),
+        min(ours.in_sight for ours, _ in pairs),
         min(bare.first for _, bare in pairs),
     )
 

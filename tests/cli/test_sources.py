@@ -21,7 +21,7 @@ from xenmapcache import (
     open_backend,
     write_coredump,
 )
-from xenmapcache.address import PAGE_SIZE
+from xenmapcache.address import PAGE_SIZE, GiB, MiB
 from xenmapcache.backends.mock import MockBackend
 from xenmapcache.cli import find, main, sources
 from xenmapcache.mapping import Mapping
@@ -651,3 +651,16 @@ def test_info_makes_few_map_calls(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     assert facts["pages"] == 1 << 18
     assert len(calls) == 256
     assert "at most 0x1000000000" in run("info", "mock:1T", status=2)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(16 * MiB, 16 * MiB), (64 * GiB, 1 * GiB)])
+def test_a_command_maps_no_more_than_the_source_has_room_for(
+    room: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a mapped page takes one of Dom0's, a command with a bound of its own maps less."""
+    domain = MockHypervisor().create_domain(memory="1M")
+    backend = open_backend("mock", domain=domain)
+    backend.mapping_room = room
+    monkeypatch.setattr("xenmapcache.cli.sources.open_backend", lambda *_, **__: backend)
+    with sources.open_cache("xen:1", max_resident="1GiB") as cache:
+        assert cache.max_resident == expected

@@ -554,6 +554,27 @@ def raise_eio(*_: object) -> int:
     raise OSError(errno.EIO, "the disk is broken")
 
 
+def test_a_small_write_needs_no_lease(
+    cache: MapCache, driver: DiskDriver, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are copied when it is taken; a larger one is written where it lies."""
+    taken: list[int] = []
+    map_dma = MapCache.map_dma
+
+    def counted(cache: MapCache, address: int, length: int, **options: object) -> object:
+        taken.append(length)
+        return map_dma(cache, address, length, **options)  # type: ignore[arg-type] # as given
+
+    monkeypatch.setattr(MapCache, "map_dma", counted)
+    driver.guest.write(DATA, b"small" + bytes(8187) + b"large" + bytes(8699))
+    assert driver.do(OUT, 0, readable=[(DATA, 512), (DATA + 512, 7680)]) == OK
+    assert taken == []
+    assert driver.do(OUT, 16, readable=[(DATA + 8192, 8704)]) == OK
+    assert taken == [8704]
+    data = path.read_bytes()
+    assert (data[:5], data[8192:8197]) == (b"small", b"large")
+
+
 def no_worker(*_: object, **__: object) -> None:
     raise AssertionError("a worker was asked")
 

@@ -187,7 +187,9 @@ def test_a_round_ends_although_the_driver_adds_requests(
         free = 8 - (ring.idx - ring.u16(ring.device + 2))
         if ring.idx < 100 and free:  # the queue would hardly ever be empty
             ring.offer(ring.idx % 8)
-        return pop()
+        request = pop()
+        queue.notifies = False  # this driver never does
+        return request
 
     monkeypatch.setattr(queue, "pop", fed_pop)
     for number in range(8):
@@ -596,6 +598,44 @@ def test_a_quick_request_is_done_when_the_notification_returns(
     driver.kick()
     assert ring.used() == [(n, 16) for n in range(4)]
     assert (driver.line.rises, len(rng._engine._idle), cache.leases()) == (1, 1, ())
+
+
+def test_requests_before_a_broken_one_are_answered(
+    guest: MockDomain, rng: VirtioRng, driver: MmioDriver
+) -> None:
+    """Although they were taken together; after it the device needs a reset."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    heads = [ring.chain(writable=[(DATA + 16 * n, 16)]) for n in range(2)]
+    ring.offer(*heads, 77)
+    driver.kick()
+    assert ring.used() == [(head, 16) for head in heads]
+    assert driver.read(0x70) == 15 | 0x40
+
+
+def test_no_worker_looks_at_a_ring_that_was_empty(
+    guest: MockDomain, slow: Blocking, driver: MmioDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver was asked to notify of the next request; if some were left, a worker looks."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    queue, pops = slow._queues[0], []
+    pop = queue.pop
+
+    def counted() -> Request | None:
+        pops.append(threading.get_ident())
+        return pop()
+
+    monkeypatch.setattr(queue, "pop", counted)
+    slow.go.set()
+    driver.send(ring, ring.chain(writable=[(DATA, 16)]))
+    assert len(driver.collect(ring, 1)) == 1
+    slow._engine.drain()
+    assert (len(pops), len({*pops})) == (2, 1)
+    driver.send(ring, *(ring.chain(writable=[(DATA, 16)]) for _ in range(5)))  # limit: 3
+    assert len(driver.collect(ring, 5)) == 5
+    slow._engine.drain()
+    assert len({*pops}) == 2
 
 
 def test_a_quick_request_while_the_guest_is_saved(

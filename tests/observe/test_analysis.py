@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tests.benchmarks.policies import Ours
 from tests.effort import examples
 from tests.observe import qemu_logs as logs
-from xenmapcache.events import BucketMapped, Invalidated, LeaseHeld, RequestKey, RequestsHandled
+from xenmapcache.events import BucketMapped, RequestKey, RequestsHandled
 from xenmapcache.formats.qemu_log import LogParser
+from xenmapcache.formats.qemu_runs import HeldRun, InvalidatedRun, MappedRun
 from xenmapcache.observe import bursts, qemu, remaps
 from xenmapcache.observe.model import CacheModel
 from xenmapcache.observe.platform import Platform
@@ -169,8 +170,22 @@ def test_only_the_worst_bursts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["invalidations"]["bursts"] == 19
     several = bursts.Bursts()
     for number in range(1, 20):
-        several.add_invalidated(Invalidated(number * 10**9, number))
+        several.add_invalidated(InvalidatedRun([number * 10**9], number))
     assert len(several._worst) <= 5
+
+
+def test_a_lease_that_comes_again_shows_an_invalidate() -> None:
+    """Of a log that has messages only. Its times are those of its first and its last line."""
+    analysis = QemuAnalysis()
+    held = HeldRun([None], [0], MiB, [5], 0)
+    mapped = MappedRun([None], [0], MiB, [None], [None])
+    analysis.add([held, mapped, held, mapped, held, mapped])
+    found = analysis.report(LogParser())
+    assert found["map_cache"]["mapped_again_after_invalidate"] == 2
+    timed = QemuAnalysis()
+    timed.add([HeldRun([10**9, 2 * 10**9], [0, 0], MiB, [5, 5], 1)])
+    (entry,) = timed.report(LogParser())["dma_held"]["entries"]
+    assert (entry["first_time"], entry["last_time"], entry["invalidations"]) == (1, 2, 2)
 
 
 def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +194,11 @@ def test_tables_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remaps, "_MAX_BUCKETS", 3)
     analysis = QemuAnalysis()
     analysis.add(BucketMapped(None, bucket * MiB, MiB, None, None) for bucket in range(9))
-    analysis.add(LeaseHeld(None, 0, MiB, host, 0) for host in range(9))
+    analysis.add([HeldRun([None] * 18, [0] * 18, MiB, [*range(9)] * 2, 0)])
     assert len(analysis._remaps._mapped) == 3
     assert len(analysis._round) <= 4
     found = analysis.report(LogParser())
-    assert (found["dma_held"]["leases"], found["dma_held"]["lines_of_other_leases"]) == (3, 6)
+    assert (found["dma_held"]["leases"], found["dma_held"]["lines_of_other_leases"]) == (3, 12)
 
 
 def test_a_new_start_of_qemu_forgets_mappings() -> None:

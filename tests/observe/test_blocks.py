@@ -12,8 +12,8 @@ from tests.effort import examples
 from tests.observe import qemu_logs as logs
 from xenmapcache.events import Accessed, BucketMapped, BucketReplaced, Event, Invalidated, LeaseHeld
 from xenmapcache.formats.qemu_blocks import FORMS, form_of
-from xenmapcache.formats.qemu_events import Found, MappedRun, separate
 from xenmapcache.formats.qemu_log import LogParser
+from xenmapcache.formats.qemu_runs import Found, MappedRun, separate
 from xenmapcache.observe.qemu import QemuAnalysis
 from xenmapcache.observe.remaps import Remaps
 
@@ -216,8 +216,25 @@ def test_messages_are_found_in_bulk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(LogParser, "_parse_line")
     parser = LogParser()
     found = parser.feed(logs.text("another line", logs.HELD, logs.HELD, "another line"))
-    assert found == [LeaseHeld(None, 0xAF00000, MiB, 0x7FE1CCA01800, 0)] * 2
+    assert list(separate(found)) == [LeaseHeld(None, 0xAF00000, MiB, 0x7FE1CCA01800, 0)] * 2
     assert (parser.forms, parser.others) == ({"message"}, 2)
+
+
+@pytest.mark.parametrize("step", [64, 1 << 20])
+def test_buckets_change_their_size_amid_a_block(step: int) -> None:
+    """An access without its end, of another size, comes between equal ones."""
+    odd = ["xen_map_cache want 0x705000", "xen_remap_bucket index 0x70"]
+    lines = [*logs.miss(0x705000), *odd, *logs.miss(0x5000), logs.INVALIDATE, *logs.miss(0x5000)]
+    check_same(logs.text(*lines), step)
+
+
+def test_notices_of_all_kinds_follow_each_other() -> None:
+    """Each keeps its place, with and without another line between them."""
+    other = "another line"
+    lines = [HELD_EVENT, logs.INVALIDATE, HELD_EVENT, HELD_EVENT, logs.HELD, logs.INVALIDATE, other]
+    data = logs.text(*lines, *lines[::-1], *logs.hit(0), *lines)
+    parser = check_same(data, 1 << 20)
+    assert parser.assembler.names["xen_invalidate_map_cache"] == 9
 
 
 def test_form_of() -> None:

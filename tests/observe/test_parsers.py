@@ -21,8 +21,8 @@ from xenmapcache.events import (
     RequestsHandled,
 )
 from xenmapcache.formats import qemu_log
-from xenmapcache.formats.qemu_events import Found, separate
 from xenmapcache.formats.qemu_log import MAX_LINE_BYTES, LogParser
+from xenmapcache.formats.qemu_runs import Found, separate
 from xenmapcache.formats.qemu_simple import SimpleParser, byte_order
 
 HOST = 0x7F00_0000_0000

@@ -197,3 +197,24 @@ def test_details_come_with_zoom(driver: Driver, pages: dict[str, Path]) -> None:
     assert close
     assert not any("leases, " in text for text in close)
     assert driver.get_log("browser") == []
+
+
+def test_charts_are_drawn_when_they_come_into_sight(driver: Driver, pages: dict[str, Path]) -> None:
+    """So the page opens in the time of what it shows. Paper needs all of them."""
+    resize(driver, 1280, 400, "light")
+    driver.get_log("browser")
+    open_page(driver, pages["busy"])
+    drawn = "return [...document.querySelectorAll('.chart')].filter(each => each.data).length"
+    assert driver.execute_script(drawn) < 4
+    driver.execute_script("document.getElementById('times').scrollIntoView()")
+    wait(driver, "document.getElementById('times').data")
+    press(driver, "+")
+    wait(
+        driver,
+        "document.getElementById('times').layout.xaxis.range[0] === "
+        "document.getElementById('dma').layout.xaxis.range[0]",
+    )
+    open_page(driver, pages["busy"])
+    driver.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+    assert driver.execute_script(drawn) == 5
+    assert driver.get_log("browser") == []

@@ -33,6 +33,8 @@ def test_defect_01_a_failed_lookup_leaves_the_bucket_live(guest: Guest) -> None:
     """
     there, hole = guest.hole * PAGE_SIZE - 8, guest.hole * PAGE_SIZE
     shift = max(20, (there ^ hole).bit_length())  # so large that both lie in one bucket
+    if 2 << shift > guest.backend.mapping_room:
+        pytest.skip(f"a bucket with memory and a hole would have {1 << shift:#x} bytes here")
     with MapCache(guest.backend, bucket_shift=shift) as cache:
         before = cache.read(there, 8)
         lease = cache.map_dma(there, 8, owner="disk", direction=TO_DEVICE)
@@ -52,7 +54,7 @@ def test_defect_02_growth_is_bounded_without_a_limit_on_the_process(guest: Guest
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (before[1], before[1]))  # usually infinite
     try:
-        assert MapCache(guest.backend).max_resident == 32 * GiB
+        assert MapCache(guest.backend).max_resident == guest.backend.mapping_room <= 32 * GiB
         gc.collect()
         idle = live_mappings()
         with MapCache(guest.backend, bucket_shift=16, max_resident="256KiB") as cache:

@@ -72,7 +72,7 @@ def test_defect_17_dma_past_the_end_of_memory(guest: Guest, cache: MapCache) -> 
 
     QEMU, 2015: the length was not clamped to the present pages.
     """
-    *_, (address, length) = cache.present(guest.address, LIVE_END * PAGE_SIZE - guest.address)
+    *_, (address, length) = cache.present(guest.address, LIVE_END * PAGE_SIZE)
     end = address + length
     for reach in (1, PAGE_SIZE, MiB // 2):  # of more than 1 MiB it names a page, not the first
         with pytest.raises(FaultError) as caught:

@@ -29,7 +29,7 @@ class Browser:
         return [100, 100] if is_empty else [250 + len(self.opened), 400]
 
 
-@pytest.mark.parametrize(("limit", "status"), [(3.0, 0), (2.0, 1)])
+@pytest.mark.parametrize(("limit", "status"), [(4.0, 0), (3.0, 1)])
 def test_all_of_it_runs(
     limit: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,5 +48,5 @@ def test_all_of_it_runs(
     assert timeline.main() == status
     assert fake.opened == ["run.html", "empty.html"] * 3
     printed = capsys.readouterr().out
-    assert "empty page: 2.53, at most" in printed
-    assert "all charts / empty page: 4.00" in printed
+    assert "events / empty page: 2.53" in printed
+    assert "in sight / empty page: 4.00, at most" in printed

@@ -13,7 +13,7 @@ import pytest
 from tests.fake_xen.child import in_child
 from xenmapcache import stream as module
 from xenmapcache.events import CacheClosed, CacheOpened, Event, EventsLost
-from xenmapcache.stream import EventStream, QueueObserver, announce, new_hooks
+from xenmapcache.stream import EventStream, QueueObserver, Shortcut, announce, new_hooks
 
 
 def event(number: int) -> Event:
@@ -411,8 +411,8 @@ class Drainer(QueueObserver):
         busy: it cannot take any now.
     """
 
-    def __init__(self) -> None:
-        super().__init__(self.take)
+    def __init__(self, shortcut: Callable[[deque[Event]], Shortcut] | None = None) -> None:
+        super().__init__(self.take, shortcut)
         self.got: list[Event] = []
         self.work: Callable[[], object] | None = None
         self.busy = False
@@ -433,18 +433,18 @@ class Told:
 
 
 def test_one_that_takes_from_the_queue(stream: EventStream) -> None:
-    """Alone or with another one, it gets what is put in and told, in order."""
+    """Alone or with another one, it gets what is put in, in order."""
     drainer = Drainer()
     others: list[Event] = []
     drainer(event(0))
     with stream.attach(drainer):
         stream.put(event(1))
-        stream.tell(event(2))
+        tell(stream, 2)
         with stream.attach(others.append):
-            stream.tell(event(3))
+            tell(stream, 3)
             tell(stream, 4)
-        stream.tell(event(5))
-    stream.tell(event(6))
+        tell(stream, 5)
+    tell(stream, 6)
     assert (times(drainer.got), times(others)) == ([0, 1, 2, 3, 4, 5], [3, 4])
 
 
@@ -455,36 +455,14 @@ def test_one_that_is_busy(stream: EventStream, monkeypatch: pytest.MonkeyPatch) 
     stream.attach(drainer)
     drainer.busy = True
     for number in range(5):
-        stream.tell(event(number))
+        tell(stream, number)
     drainer.busy = False
     stream.deliver()
     (lost,) = [each for each in drainer.got if isinstance(each, EventsLost)]
     assert (times(drainer.got), lost.lost) == ([0, 1, 2], 2)
-    assert stream._direct is not None
-    stream.tell(event(5))
+    assert stream._sole is not None
+    tell(stream, 5)
     assert drainer.got[-1] == event(5)
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_where_no_observer_may_run(stream: EventStream, inside: bool) -> None:
-    """An event waits until the guard allows it. A guard may attach another observer."""
-    drainer = Drainer()
-    others: list[Event] = []
-    stream.attach(drainer)
-
-    def guard() -> bool:
-        if not inside and not others:
-            others.append(event(0))
-            stream.attach(others.append)
-        return inside
-
-    stream.guards.append(guard)
-    stream.tell(event(1))
-    assert times(drainer.got) == ([] if inside else [1])
-    stream.guards.clear()
-    stream.deliver()
-    assert times(drainer.got) == [1]
-    assert times(others) == ([] if inside else [0, 1])
 
 
 @pytest.mark.parametrize("error", [Interrupt, ValueError])
@@ -502,11 +480,11 @@ def test_one_that_fails_on_the_way(
     drainer.work = fail
     if error is Interrupt:
         with pytest.raises(Interrupt):
-            stream.tell(event(1))
+            tell(stream, 1)
         stream.deliver()
         assert times(drainer.got) == [1]
     else:
-        stream.tell(event(1))
+        tell(stream, 1)
         assert not stream.observations
         assert "is detached" in caplog.text
 
@@ -519,15 +497,53 @@ def test_the_end_of_what_nobody_knows(stream: EventStream, observers: int, takes
     got: list[Event] = []
     for _ in range(observers):
         stream.attach(drainer if takes else got.append)
-    for method in (stream.put, stream.tell):
-        subject = Told()
-        method(event(1), subject, False)
-        method(event(2), subject, True)
-        stream.deliver()
-        known = Told()
-        for number, begins in ((3, True), (4, False), (5, False)):
-            method(event(number), known, begins)
-        stream.deliver()
-        assert known.told in (False, None)
+    subject = Told()
+    stream.put(event(1), subject, False)
+    stream.put(event(2), subject, True)
+    known = Told()
+    for number, begins in ((3, True), (4, False), (5, False)):
+        stream.put(event(number), known, begins)
+    stream.deliver()
+    assert known.told in (False, None)
     assert set(times(got + drainer.got)) == {3, 4}
-    assert len(got + drainer.got) == 4 * observers
+    assert len(got + drainer.got) == 2 * observers
+
+
+def store(*_: object) -> bool:
+    """Store an event by its values."""
+    return True
+
+
+def offered(stream: EventStream) -> Shortcut | None:
+    """Return the shortcut that a step finds."""
+    return stream.shortcut
+
+
+def test_a_shortcut_is_that_of_the_only_observer(
+    stream: EventStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is unset before another one attaches, while events are missing, and in a forked child."""
+    monkeypatch.setattr(module, "MAX_QUEUED", 1)
+    shortcut = Shortcut(store, store, store)
+    drainer = Drainer(lambda _: shortcut)
+
+    def snapshot() -> Iterator[Event]:
+        assert offered(stream) is None
+        yield event(1)
+
+    with stream.attach(drainer):
+        assert offered(stream) is shortcut
+        with stream.attach(lambda _: None, snapshot):
+            assert offered(stream) is None
+        assert offered(stream) is shortcut
+        drainer.busy = True
+        tell(stream, 1, 2)
+        assert offered(stream) is None
+        drainer.busy = False
+        stream.deliver()
+        assert offered(stream) is shortcut
+        monkeypatch.setattr(module, "HAS_GIL", False)
+        stream.forget()
+        assert offered(stream) is None
+        stream.attach(drainer)
+        assert offered(stream) is None

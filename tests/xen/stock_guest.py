@@ -96,7 +96,11 @@ class StockGuest:
 
 @contextmanager
 def stock_guest(
-    script: str, console: Callable[[str], str], *programs: str, arguments: str = ARGUMENTS
+    script: str,
+    console: Callable[[str], str],
+    *programs: str,
+    arguments: str = ARGUMENTS,
+    configuration: str = "",
 ) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
 
@@ -105,6 +109,7 @@ def stock_guest(
         console: returns what it has printed so far.
         programs: names of programs of tests/xen/guest, which it gets in /bin.
         arguments: for its kernel.
+        configuration: more lines of it, for xl.
     """
     ours = newc(
         [
@@ -118,7 +123,7 @@ def stock_guest(
     )
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
     IMAGE.write_bytes(b"".join(images) + ours)
-    CONFIG.write_text(TEXT.replace("ARGUMENTS", arguments))
+    CONFIG.write_text(TEXT.replace("ARGUMENTS", arguments) + configuration)
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ from xenmapcache.adapters.drgn import program
 from xenmapcache.address import MiB
 from xenmapcache.formats.vmcoreinfo import VmcoreInfo
 
-drgn: Any = pytest.importorskip("drgn", reason="drgn is not installed")
+drgn: Any = importlib.import_module("drgn") if importlib.util.find_spec("drgn") else None
 
-pytestmark = pytest.mark.xen
+pytestmark = [
+    pytest.mark.xen,
+    pytest.mark.skipif(drgn is None, reason="PyPI has no wheel of drgn for this machine"),
+]
 
 KERNEL_MAP = 0xFFFFFFFF80000000
 

@@ -206,6 +206,12 @@ def test_a_read_of_a_resident_bucket_makes_no_call(
     )
 
 
+def test_the_default_bound_spares_dom0(one_cache: MapCache, machine: Platform) -> None:
+    """Where a mapped page may take one of Dom0's, a cache maps less than Dom0 has."""
+    total = int(re.findall(r"MemTotal: +(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
+    assert (one_cache.max_resident < total) == (machine.dom0 != "pv")
+
+
 def test_doctor_maps_the_guest(live_domid: int) -> None:
     """In a Dom0 with a guest, doctor has nothing to fix, and its exit status says so."""
     command = [sys.executable, "-m", "xenmapcache", "doctor", "--json", "--domid", str(live_domid)]

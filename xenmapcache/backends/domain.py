@@ -24,6 +24,7 @@ from ..grants import MAX_MAPPED, MAX_REFS
 from ..grants.xen import XenGrants
 from ..mapping import Mapping
 from . import survey
+from .room import mapping_room
 
 logger = logging.getLogger("xenmapcache")
 
@@ -193,6 +194,11 @@ class DomainBackend(Backend):
         if errors is None:
             return bytes([1]) * len(gfns)
         return bytes([not error or error in PAGE_HINTS for error in errors])
+
+    @cached_property
+    def mapping_room(self) -> int:  # type: ignore[override] # asked for when it is needed
+        """How many bytes a cache maps at most by default: less where that takes Dom0's memory."""
+        return mapping_room()
 
     def _tell_why_not(self, reason: Exception) -> None:
         logger.info(

@@ -6,13 +6,14 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from time import monotonic_ns as _monotonic_ns
 from typing import cast
 
 from ..address import PAGE_SHIFT
 from ..backend import Backend, Capability
 from ..errors import XenMapCacheError
-from ..events import PagesDirtied
-from ..stream import EventStream, now
+from ..events import WALL_CLOCK_OFFSET_NS, PagesDirtied
+from ..stream import EventStream
 
 # As its class makes it, in a third of the time; it comes with each release.
 _make_dirtied = cast(
@@ -50,7 +51,10 @@ class DirtyPages:
 
     def tell(self, gfn: int, count: int) -> None:
         """Tell the observers of pages that were reported."""
-        self.stream.put(_make_dirtied((now(), gfn << PAGE_SHIFT, count << PAGE_SHIFT)))
+        values = _monotonic_ns() + WALL_CLOCK_OFFSET_NS, gfn << PAGE_SHIFT, count << PAGE_SHIFT
+        shortcut = self.stream.shortcut
+        if shortcut is None or not shortcut.dirtied(values):
+            self.stream.put(_make_dirtied(values))
 
     def report_hot(self, gfn: int, count: int) -> None:
         """Report pages of a hot bucket, and deliver: no operation is under way that would."""

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from ..address import PAGE_MASK, PAGE_SHIFT, GiB, check_range
+from ..address import PAGE_MASK, PAGE_SHIFT, check_range
 from ..backend import Backend
 from ..errors import LeaseError, XenMapCacheError
 from ..events import CacheOpened, Event
@@ -38,7 +38,9 @@ class MapCache(LendingCache):
             ``owns_backend`` is given.
         bucket_shift: log2 of a bucket's size in bytes, 12 to 30.
         max_resident: how much guest memory may be mapped at once, in bytes or as
-            ``"4GiB"``; at least one bucket. The one exception: with ``on_stale="copy"``, if
+            ``"4GiB"``; at least one bucket. By default :attr:`Backend.mapping_room`: 32 GiB, but a
+            quarter of the available memory where a mapped page may take a page of Dom0's, as on
+            Arm. The one exception: with ``on_stale="copy"``, if
             leases fill all of it, each thread that releases a stale lease maps one page more
             at a time.
         max_copies: how much memory copies of a file's pages may take at once, apart from what is
@@ -82,7 +84,7 @@ class MapCache(LendingCache):
         backend: Backend,
         *,
         bucket_shift: int = 20,
-        max_resident: int | str = 32 * GiB,
+        max_resident: int | str | None = None,
         max_copies: int | str | None = None,
         max_lease: int | str | None = None,
         on_stale: OnStale = "warn",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from ..address import GiB
 from ..source import open_source
 from .info import OnStale
 from .mapcache import MapCache
@@ -14,7 +13,7 @@ def open_cache(
     spec: str | os.PathLike[str],
     *,
     bucket_shift: int = 20,
-    max_resident: int | str = 32 * GiB,
+    max_resident: int | str | None = None,
     max_copies: int | str | None = None,
     max_lease: int | str | None = None,
     on_stale: OnStale = "warn",
@@ -29,7 +28,7 @@ def open_cache(
     Args:
         spec: the name of the source, as for :func:`open_source`: ``"xen:web"``, ``"guest.core"``.
         bucket_shift: log2 of a bucket's size; this and the next five as of :class:`MapCache`.
-        max_resident: how much guest memory may be mapped at once.
+        max_resident: how much guest memory may be mapped at once; None: as the source suggests.
         max_copies: how much memory copies of a file's pages may take.
         max_lease: how long a lease may be.
         on_stale: what happens when a stale DMA lease is released.

@@ -35,7 +35,7 @@ class Parts:
         backend: Backend,
         *,
         bucket_shift: int,
-        max_resident: int | str,
+        max_resident: int | str | None,
         max_copies: int | str | None,
         max_lease: int | str | None,
         on_stale: OnStale,
@@ -50,7 +50,7 @@ class Parts:
                 f"{type(backend).__name__}"
             )
         check_policy(on_stale, backend)
-        limit = parse_size(max_resident)
+        limit = backend.mapping_room if max_resident is None else parse_size(max_resident)
         copy_limit = None if max_copies is None else parse_size(max_copies)
         shift = check_bucket_shift(bucket_shift, limit, copy_limit)
         longest = limit if max_lease is None else parse_size(max_lease)

@@ -41,10 +41,10 @@ _make_released = cast(
 )
 
 
-def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
-    """Return the event of a lease."""
+def _values(record: LeaseRecord, time: int, sequence: int) -> tuple[Any, ...]:
+    """Return the values of LeaseTaken."""
     direction, kind = record.direction, record.kind
-    values = (
+    return (
         time,
         record.id,
         kind._value_,
@@ -56,12 +56,30 @@ def held(record: LeaseRecord, time: int, sequence: int) -> LeaseTaken:
         record.lost or (kind is not _DEVICE and record.sequence < sequence),
         record.origin,
     )
-    return _make_taken(values)
 
 
 def taken(stream: EventStream, record: LeaseRecord, sequence: int) -> None:
     """Tell of a lease that was taken; called without the lock."""
-    stream.tell(held(record, _monotonic_ns() + WALL_CLOCK_OFFSET_NS, sequence), record)
+    direction, kind = record.direction, record.kind
+    values = (  # as _values(), in less time
+        _monotonic_ns() + WALL_CLOCK_OFFSET_NS,
+        record.id,
+        kind._value_,
+        record.address,
+        record.length,
+        record.owner,
+        None if direction is None else direction._value_,
+        record.thread._name,  # type: ignore[attr-defined] # noqa: SLF001 - name() is slow
+        record.lost or (kind is not _DEVICE and record.sequence < sequence),
+        record.origin,
+    )
+    shortcut = stream.shortcut
+    if shortcut is not None:
+        store = shortcut.taken
+        if store(record, values):
+            return
+    stream.put(_make_taken(values), record)
+    stream.deliver()
 
 
 def ended(stream: EventStream, record: LeaseRecord) -> None:
@@ -72,7 +90,13 @@ def ended(stream: EventStream, record: LeaseRecord) -> None:
             stale = record.lost or (record.kind is not _DEVICE and record.sequence < sequence)
             time = _monotonic_ns() + WALL_CLOCK_OFFSET_NS
             values = time, record.id, stale, record.copied_pages, record.lost_pages
-            stream.tell(_make_released(values), record, False)
+            shortcut = stream.shortcut
+            if shortcut is not None:
+                store = shortcut.released
+                if store(record, values):
+                    return
+            stream.put(_make_released(values), record, False)
+            stream.deliver()
 
 
 def moved(stream: EventStream, old: int, new: int) -> None:
@@ -262,7 +286,7 @@ def snapshot(opened: CacheOpened, records: list[LeaseRecord], table: Table) -> l
         record.told = True
         # From here on its end is told. If it ended before, and that was not told, nor is this.
         if record.released_at is None or not record.told:
-            events.append(held(record, since, sequence))
+            events.append(_make_taken(_values(record, since, sequence)))
         else:
             record.told = False
     return events

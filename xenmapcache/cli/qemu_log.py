@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from ..events import BucketMapped, CacheOpened, Event, Invalidated, LeaseHeld, MapFailed
 from ..files.logfile import LogFile
-from ..formats.qemu_events import Found, separate
+from ..formats.qemu_runs import Found, separate
 from ..observe.qemu import START_BYTES, Parser, QemuAnalysis, make_parser
 from ..observe.recording import write_recording
 from .arguments import FILES, CommandError, describe

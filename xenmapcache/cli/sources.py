@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterable, Iterator
 
-from ..address import PAGE_MASK, PAGE_SHIFT, MiB, page_span
+from ..address import PAGE_MASK, PAGE_SHIFT, MiB, page_span, parse_size
 from ..backend import open_backend
 from ..cache import MapCache
 from ..errors import FaultError
@@ -47,7 +47,7 @@ def open_cache(
         bucket_shift: of the cache.
         salvage: open the intact part of a file. It changes nothing of a live guest.
         zeros: the option of ELF cores and KDUMP. It changes nothing of other sources.
-        max_resident: of the cache.
+        max_resident: of the cache, if the source has room for it.
     """
     with contextlib.ExitStack() as stack:
         with usage_errors():
@@ -61,7 +61,8 @@ def open_cache(
             backend = open_backend(name, **options)
         stack.close()
         stack.enter_context(backend)
-        cache = MapCache(backend, max_resident=max_resident, bucket_shift=bucket_shift)
+        limit = min(parse_size(max_resident), backend.mapping_room)
+        cache = MapCache(backend, max_resident=limit, bucket_shift=bucket_shift)
         yield stack.enter_context(cache)
 
 

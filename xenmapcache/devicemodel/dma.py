@@ -49,7 +49,6 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import call
-from types import TracebackType
 from typing import Self
 
 from ..address import as_int
@@ -301,12 +300,7 @@ class DmaEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _quiesce(self) -> None:

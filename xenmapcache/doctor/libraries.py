@@ -23,11 +23,12 @@ from ..binding.declarations import (
 )
 from ..binding.devicemodel import DeviceModel
 from ..binding.eventchannel import EventChannels
+from ..binding.fence import LIBATOMIC, find_fence, host_architecture
 from ..binding.foreignmemory import ForeignMemory
 from ..binding.handle import Handle
 from ..binding.hints import install_remedy
 from ..binding.library import find_library
-from ..errors import BackendUnavailableError
+from ..errors import BackendUnavailableError, UnsupportedOperationError
 from .finding import Finding, guarded
 
 LIBRARIES = (FOREIGN_MEMORY, CONTROL, DEVICE_MODEL, EVENT_CHANNEL, TOOL_CORE, TOOL_LOG)
@@ -45,12 +46,26 @@ def check_libraries() -> Iterator[Finding]:
     """Look at each of Xen's libraries, and at what reads their symbol versions."""
     for library in LIBRARIES:
         yield from guarded("Libraries", library.name, partial(_library, library))
+    yield from guarded("Libraries", "memory fence", _fence)
     try:
         import_module("elftools")
     except ImportError:
         remedy = "pip install xenmapcache[elf]"
         text = "not shown: pyelftools is not installed"
         yield Finding("Libraries", "symbol versions", "note", text, remedy)
+
+
+def _fence() -> Iterator[Finding]:
+    """Look for the fence of processors that reorder loads and stores; x86 needs none."""
+    try:
+        fence = find_fence(host_architecture())
+    except UnsupportedOperationError as error:
+        remedy = f"for device models: install {LIBATOMIC} (Debian: apt install libatomic1)"
+        yield Finding("Libraries", "memory fence", "note", f"none: {error}", remedy)
+        return
+    if fence is not None:
+        origin = f"of {LIBATOMIC}" if isinstance(fence, partial) else "of the package's own code"
+        yield Finding("Libraries", "memory fence", "ok", f"{origin}, for device models")
 
 
 def _library(library: Library) -> Iterator[Finding]:

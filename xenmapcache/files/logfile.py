@@ -9,7 +9,7 @@ from typing import Self
 
 from .regular import open_regular
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 17
 _GZIP = b"\x1f\x8b"
 _GZIP_WBITS = 31
 

@@ -7,10 +7,10 @@ QEMU reports a miss as three events: ``xen_map_cache``, ``xen_remap_bucket`` and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from operator import rshift
-from typing import Final, NamedTuple, TypeAlias
+from typing import Final, NamedTuple
 
 from ..address import PAGE_MASK, PAGE_SHIFT
 from ..events import (
@@ -18,15 +18,13 @@ from ..events import (
     BucketMapped,
     BucketReplaced,
     CacheOpened,
-    Event,
-    Invalidated,
-    LeaseHeld,
     MapFailed,
     RequestKey,
     RequestsHandled,
 )
 from ..ioreq import BUS_OFFSET, RequestKind
 from .qemu_blocks import Misses
+from .qemu_runs import Found, HeldRun, InvalidatedRun, MappedRun, Times
 
 EVENTS: Final = {
     "xen_map_cache": 1,
@@ -53,40 +51,6 @@ MIB_SHIFT: Final = 20
 _CONFIG: Final = ("cpu_ioreq_config_read", "cpu_ioreq_config_write")
 _SHIFTS: Final = (MIB_SHIFT, 16, PAGE_SHIFT)
 """Buckets of a 64-bit host; of a 32-bit host; of grants."""
-
-
-class MappedRun(NamedTuple):
-    """Map calls that follow each other: columns in the place of many ``BucketMapped``. Immutable.
-
-    Attributes:
-        times, starts, durations, hosts: as :class:`.BucketMapped` has them.
-        length: of all buckets, in bytes.
-    """
-
-    times: Sequence[int | None]
-    starts: Sequence[int]
-    length: int
-    durations: Sequence[int | None]
-    hosts: Sequence[int | None]
-
-    def events(self) -> Iterator[BucketMapped]:
-        """Yield each map call on its own."""
-        columns = self.times, self.starts, self.durations, self.hosts
-        for time, start, duration, host in zip(*columns, strict=True):
-            yield BucketMapped(time, start, self.length, duration, host)
-
-
-Found: TypeAlias = Event | MappedRun
-"""What a parser finds."""
-
-
-def separate(found: Iterable[Found]) -> Iterator[Event]:
-    """Yield each event on its own."""
-    for each in found:
-        if isinstance(each, MappedRun):
-            yield from each.events()
-        else:
-            yield each
 
 
 class _Miss(NamedTuple):
@@ -151,25 +115,37 @@ class Assembler:
         self.names["xen_map_cache_return"] += accesses
         self.names["xen_remap_bucket"] += misses
 
-    def add_misses(self, misses: Misses) -> None:
-        """Add complete accesses that had a bucket mapped, of a run that was begun."""
+    def run_of(self, misses: Misses) -> MappedRun | None:
+        """Return complete misses as a run; None if a bucket has another size than the last one."""
         shift = self._shift
         times, addresses, buckets, ends, hosts = misses
-        if list(map(rshift, addresses, repeat(shift))) != buckets:  # buckets of another size
-            for time, address, bucket, end, host in zip(*misses, strict=True):
-                self._mapped(_Miss(time, address, bucket), end, host)
-            return
-        length, mask = 1 << shift, (1 << shift) - 1
+        if list(map(rshift, addresses, repeat(shift))) != buckets:
+            return None
+        mask = (1 << shift) - 1
         is_timed = times.count(None) < len(times)
-        self._events.append(
-            MappedRun(
-                times,
-                [bucket << shift for bucket in buckets],
-                length,
-                list(map(_duration, times, ends)) if is_timed else times,
-                [host - (at & mask) for at, host in zip(addresses, hosts, strict=True)],
-            )
+        return MappedRun(
+            times,
+            [bucket << shift for bucket in buckets],
+            1 << shift,
+            list(map(_duration, times, ends)) if is_timed else times,
+            [host - (at & mask) for at, host in zip(addresses, hosts, strict=True)],
         )
+
+    def add_run(self, run: MappedRun) -> bool:
+        """Add misses that :meth:`run_of` has returned, unless the size of buckets has changed.
+
+        Returns:
+            Whether they were added.
+        """
+        if run.length != 1 << self._shift:
+            return False
+        self._events.append(run)
+        return True
+
+    def add_misses(self, misses: Misses) -> None:
+        """Add complete accesses that had a bucket mapped, one by one."""
+        for time, address, bucket, end, host in zip(*misses, strict=True):
+            self._mapped(_Miss(time, address, bucket), end, host)
 
     def add_requests(self, key: RequestKey, count: int) -> None:
         """Add ioreqs that have the same key."""
@@ -187,7 +163,7 @@ class Assembler:
         elif name == "xen_map_cache_return":
             self._return(time, first)
         elif name == "xen_invalidate_map_cache":
-            self.add_held(time, first, numbers[1])
+            self.add_held((time,), (first,), (numbers[1],))
         elif name == "handle_ioreq":
             self._request(time, numbers)
         elif name == "xen_map_cache_init":
@@ -202,17 +178,18 @@ class Assembler:
                 request_key(RequestKind.PCI_CONFIG, name == _CONFIG[0], address, data), 1
             )
 
-    def add_invalidated(self, time: int | None) -> None:
-        """Add an INVALIDATE."""
+    def add_invalidated(self, times: Times) -> None:
+        """Add INVALIDATEs that follow each other."""
         self._flush()
-        self._invalidations += 1
-        self._events.append(Invalidated(time, self._invalidations))
+        self._events.append(InvalidatedRun(times, self._invalidations + 1))
+        self._invalidations += len(times)
 
-    def add_held(self, time: int | None, index: int, host: int) -> None:
-        """Add DMA that was held across an INVALIDATE, in the bucket of an index."""
+    def add_held(self, times: Times, indexes: Sequence[int], hosts: Sequence[int]) -> None:
+        """Add DMA that was held across an INVALIDATE, in the buckets of these indexes."""
         self._flush()
-        start, length = index << self._shift, 1 << self._shift
-        self._events.append(LeaseHeld(time, start, length, host, self._invalidations))
+        shift = self._shift
+        starts = [index << shift for index in indexes]
+        self._events.append(HeldRun(times, starts, 1 << shift, hosts, self._invalidations))
 
     def add_replaced(self, time: int | None, old: int, new: int) -> None:
         """Add a bucket that had no memory of the guest, and has some now."""
@@ -270,7 +247,7 @@ class Assembler:
     def _request(self, time: int | None, numbers: tuple[int, ...]) -> None:
         _, kind, direction, _, _, address, data, _, _ = numbers
         if kind == RequestKind.INVALIDATE:
-            self.add_invalidated(time)
+            self.add_invalidated((time,))
             return
         self.add_requests(request_key(kind, bool(direction), address, data), 1)
 

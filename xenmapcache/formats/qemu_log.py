@@ -19,9 +19,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import compress, count
+from itertools import accumulate, compress, count, groupby
 from operator import itemgetter, not_
-from typing import Final
+from typing import Any, Final
 
 from ..address import PAGE_SHIFT
 from ..events import RequestKey
@@ -32,10 +32,12 @@ from .qemu_blocks import (
     STAMP,
     Form,
     decode_misses,
+    decode_numbers,
     form_of,
     iso_time,
 )
-from .qemu_events import EVENTS, MIB_SHIFT, Assembler, Found, request_key
+from .qemu_events import EVENTS, MIB_SHIFT, Assembler, request_key
+from .qemu_runs import Found
 
 MAX_LINE_BYTES: Final = 1 << 16
 _SHOWN_LINES: Final = 5
@@ -113,6 +115,38 @@ _WORDS: Final = (b"xen_", b"ioreq", b"mapcache")
 _FORMS: Final = {name.encode(): pattern for name, pattern in _TEXTS.items()}
 
 
+class _Block:
+    """The accesses of a block, in the columns of :attr:`.Form.accesses`.
+
+    All of them are decoded at once, because a run between two INVALIDATEs may have only a few.
+    """
+
+    def __init__(
+        self, form: Form, columns: Sequence[Sequence[bytes]], assembler: Assembler
+    ) -> None:
+        _, addresses, buckets, _, _ = columns
+        self._assembler = assembler
+        self._places = list(accumulate(map(bool, buckets), initial=0))
+        """How many misses come before each access."""
+        self._hits = list(map(_BUCKET_OF, compress(addresses, map(not_, buckets))))
+        if self._hits:
+            columns = [list(compress(each, buckets)) for each in columns]
+        self._misses = decode_misses(form, columns)
+        self._run = assembler.run_of(self._misses)
+
+    def add(self, start: int, end: int) -> None:
+        """Tell the assembler of the accesses from one place to another."""
+        assembler, run = self._assembler, self._run
+        first, last = self._places[start], self._places[end]
+        assembler.begin_run(end - start, last - first)
+        for text, number in Counter(self._hits[start - first : end - last]).items():
+            assembler.add_hits(int(text[2:] or b"0", 16), number)
+        if first == last:
+            return
+        if run is None or not assembler.add_run(run.part(first, last)):
+            assembler.add_misses(self._misses.part(first, last))
+
+
 class LogParser:
     """Parses a log, chunk by chunk, in bounded memory.
 
@@ -170,7 +204,7 @@ class LogParser:
         """Parse lines; the text begins with an end of line, too."""
         self.lines += text.count(b"\n") - 1
         self._note_times(text)
-        if b"cpu_ioreq_" in text or b"handle_ioreq_" in text:
+        if text.count(b"_ioreq") > text.count(b"handle_ioreq "):
             text = _REPEATED.sub(b"", text)
         place = self._first_ioreq(text)
         self._parse_block(text[:place] + b"\n")
@@ -187,7 +221,8 @@ class LogParser:
 
     def _parse_block(self, text: bytes) -> None:
         form = form_of(text)
-        if b"handle_ioreq " in text:
+        ioreqs = text.count(b"handle_ioreq ")
+        if ioreqs and ioreqs > text.count(b" type=8 "):  # those are INVALIDATEs, and stay
             parts = form.ioreqs.split(text)
             if len(parts) > 1:
                 self.forms.add(form.name)
@@ -196,48 +231,63 @@ class LogParser:
         parts = form.accesses.split(text)
         between = parts[:: ACCESS_GROUPS + 1]
         columns = [parts[group :: ACCESS_GROUPS + 1] for group in range(1, ACCESS_GROUPS + 1)]
+        block = _Block(form, columns, self.assembler)
         start = 0
         for number in compress(count(), between):
             if start < number:
-                self._take_accesses(form, [column[start:number] for column in columns])
+                self.forms.add(form.name)
+                block.add(start, number)
             start = number
             self._parse_rest(form, between[number])
         # The text ends with an end of line, so the last accesses were taken before it.
 
-    def _take_accesses(self, form: Form, columns: Sequence[Sequence[bytes]]) -> None:
-        """Take a run of hits and misses, in the columns of :attr:`.Form.accesses`."""
-        self.forms.add(form.name)
-        _, addresses, buckets, _, _ = columns
-        misses = len(buckets) - buckets.count(None)
-        self.assembler.begin_run(len(addresses), misses)
-        hits = addresses if not misses else list(compress(addresses, map(not_, buckets)))
-        for text, number in Counter(map(_BUCKET_OF, hits)).items():
-            self.assembler.add_hits(int(text[2:] or b"0", 16), number)
-        if misses:
-            if hits:
-                columns = [list(compress(column, buckets)) for column in columns]
-            self.assembler.add_misses(decode_misses(form, columns))
-
     def _parse_rest(self, form: Form, text: bytes) -> None:
         """Parse what is between accesses."""
         parts = form.notices.split(text)
-        self._parse_others(parts[0])
-        columns = [parts[group :: NOTICE_GROUPS + 1] for group in range(1, NOTICE_GROUPS + 2)]
-        times = iter(form.times([stamp for stamp in columns[0] if stamp is not None]))
-        for stamp, bucket, host, message, message_host, others in zip(*columns, strict=True):
-            if stamp is None:
-                self.forms.add("message")
-                self.assembler.add_held(None, int(message, 16), int(message_host, 16))
-            elif host is None:
-                self.assembler.names["handle_ioreq"] += 1
-                self.assembler.add_invalidated(next(times))
-            else:
-                self.assembler.names["xen_invalidate_map_cache"] += 1
-                self.assembler.add_held(next(times), int(bucket, 16), int(host, 16))
-            if others:
-                self._parse_others(others)
-        if any(stamp is not None for stamp in columns[0]):
-            self.forms.add(form.name)
+        if parts[0]:
+            self._parse_others(parts[0])
+        columns = [parts[group :: NOTICE_GROUPS + 1] for group in range(1, NOTICE_GROUPS + 1)]
+        others = parts[NOTICE_GROUPS + 1 :: NOTICE_GROUPS + 1]
+        start = 0
+        for number in compress(count(1), others):
+            self._take_notices(form, [column[start:number] for column in columns])
+            start = number
+            self._parse_others(others[number - 1])
+        if start < len(others):
+            self._take_notices(form, [column[start:] for column in columns])
+
+    def _take_notices(self, form: Form, columns: list[list[Any]]) -> None:
+        """Take notices that follow each other, in the columns of :attr:`.Form.notices`."""
+        _, buckets, _, messages, _ = columns
+        if None not in messages or not (any(messages) or any(buckets)):
+            self._take_alike(form, columns)
+            return
+        kinds = zip(map(bool, buckets), map(bool, messages), strict=True)
+        start = 0
+        for _, group in groupby(kinds):
+            end = start + len(list(group))
+            self._take_alike(form, [column[start:end] for column in columns])
+            start = end
+
+    def _take_alike(self, form: Form, columns: list[list[Any]]) -> None:
+        """Take notices of one kind: messages, INVALIDATEs, or events of held DMA."""
+        stamps, buckets, hosts, messages, message_hosts = columns
+        count = len(stamps)
+        if messages[0]:
+            self.forms.add("message")
+            self.assembler.add_held(
+                [None] * count, decode_numbers(messages), decode_numbers(message_hosts)
+            )
+            return
+        self.forms.add(form.name)
+        if buckets[0]:
+            self.assembler.names["xen_invalidate_map_cache"] += count
+            self.assembler.add_held(
+                form.times(stamps), decode_numbers(buckets), decode_numbers(hosts)
+            )
+        else:
+            self.assembler.names["handle_ioreq"] += count
+            self.assembler.add_invalidated(form.times(stamps))
 
     def _parse_others(self, text: bytes) -> None:
         """Parse lines that are neither accesses nor notices."""
@@ -294,7 +344,7 @@ class LogParser:
             self._note_damaged(line)
         elif held:
             self.forms.add("message")
-            self.assembler.add_held(None, int(held[1], 16), _number(held[2]))
+            self.assembler.add_held((None,), (int(held[1], 16),), (_number(held[2]),))
         elif replaced:
             self.forms.add("message")
             self.assembler.add_replaced(None, int(replaced[1], 16), int(replaced[2], 16))

@@ -14,7 +14,8 @@ from typing import Final, Literal
 
 from ..errors import UnsupportedOperationError
 from ..escape import printable
-from .qemu_events import EVENTS, Assembler, Found
+from .qemu_events import EVENTS, Assembler
+from .qemu_runs import Found
 
 _BEGIN: Final = 0xFFFF_FFFF_FFFF_FFFF
 _MAGIC: Final = 0xF2B1_77CB_0AA4_29B4

@@ -174,6 +174,8 @@ class Segments(Pieces):
         if self._leases and self.leases:
             raise LeaseError(f"the list is leased already: {self._leases[0]!r}; release it first")
         pairs = [(address, as_int("length", length)) for address, length in self._ranges]
+        if not pairs:
+            return self
         wanted = [pair for pair in pairs if pair[1]]
         take = partial(self._cache.map_dma, owner=self._owner, direction=self._direction)
         try:

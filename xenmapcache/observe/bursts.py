@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from heapq import nlargest
 from typing import Any, Final
 
-from ..events import Invalidated
+from ..formats.qemu_runs import InvalidatedRun
 from .remaps import Timed
 
 _GAP_NS: Final = 100_000_000
@@ -47,9 +47,9 @@ class _Burst:
 
     __slots__ = ("cost", "count", "first", "held", "last", "number", "recovered")
 
-    def __init__(self, event: Invalidated) -> None:
-        self.first = self.last = event.time
-        self.number = event.number
+    def __init__(self, time: int | None, number: int) -> None:
+        self.first = self.last = time
+        self.number = number
         self.count = 1
         self.held = 0
         self.cost = _Cost()
@@ -90,27 +90,28 @@ class Bursts:
         self._total = _Cost()
         self._accessed = False
 
-    def add_invalidated(self, event: Invalidated) -> None:
-        """Add an INVALIDATE."""
-        self.invalidations += 1
-        burst = self._current
-        if burst is not None and self._continues(burst, event.time):
-            burst.count += 1
-            burst.last = event.time
-        else:
-            self._end()
-            self.count += 1
-            self._current = _Burst(event)
-        self._accessed = False
+    def add_invalidated(self, run: InvalidatedRun) -> None:
+        """Add INVALIDATEs."""
+        self.invalidations += len(run.times)
+        for number, time in enumerate(run.times, run.number):
+            burst = self._current
+            if burst is not None and self._continues(burst, time):
+                burst.count += 1
+                burst.last = time
+            else:
+                self._end()
+                self.count += 1
+                self._current = _Burst(time, number)
+            self._accessed = False
 
     def add_access(self) -> None:
         """Note that the map cache was accessed."""
         self._accessed = True
 
-    def add_held(self) -> None:
+    def add_held(self, count: int) -> None:
         """Add DMA that was held across the last INVALIDATE."""
         if self._current is not None:
-            self._current.held += 1
+            self._current.held += count
 
     def add_mapped_again(self, calls: Iterable[Timed]) -> None:
         """Add map calls of buckets that were mapped before an INVALIDATE."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from heapq import nsmallest
 from typing import Any, Final, Protocol
 
@@ -11,13 +12,14 @@ from ..events import (
     BucketMapped,
     BucketReplaced,
     CacheOpened,
-    Invalidated,
     LeaseHeld,
+    MapFailed,
     RequestKey,
     RequestsHandled,
 )
-from ..formats.qemu_events import MIB_SHIFT, Assembler, Found, MappedRun
+from ..formats.qemu_events import MIB_SHIFT, Assembler
 from ..formats.qemu_log import LogParser
+from ..formats.qemu_runs import Found, HeldRun, InvalidatedRun, MappedRun
 from ..formats.qemu_simple import SimpleParser, byte_order
 from ..ioreq import BUS_OFFSET, RequestKind
 from .bursts import Bursts
@@ -111,73 +113,97 @@ class QemuAnalysis:
         self._round: set[tuple[int, int]] = set()
         self._requests: Tally[tuple[int, int, bool]] = Tally()
         self._platform = Platform()
+        self._take: dict[type[Found], Callable[[Any], None]] = {
+            MappedRun: self._take_mapped,
+            BucketMapped: self._take_single,
+            Accessed: self._take_accessed,
+            InvalidatedRun: self._take_invalidated,
+            HeldRun: self._take_held,
+            RequestsHandled: self._take_handled,
+            CacheOpened: self._take_opened,
+            BucketReplaced: self._take_replaced,
+            MapFailed: self._take_failed,
+        }
 
     def add(self, events: Iterable[Found]) -> None:
         """Take what a parser found, in its order."""
         for event in events:
-            self._take(event)
+            self._take[type(event)](event)
 
-    def _take(self, event: Found) -> None:
-        if isinstance(event, MappedRun):
-            self._take_mapped(event)
-        elif isinstance(event, Accessed):
-            self._bursts.add_access()
-            self._hits += sum(event.counts.values())
-            self._model.access(event.counts)
-        elif isinstance(event, Invalidated):
-            self._take_invalidated(event)
-        elif isinstance(event, LeaseHeld):
-            self._take_held(event)
-        elif isinstance(event, RequestsHandled):
-            for key, count in event.counts.items():
-                self._take_requests(key, count)
-        elif isinstance(event, BucketMapped):
-            time, start, length, duration, host, _ = event
-            self._take_mapped(MappedRun((time,), (start,), length, (duration,), (host,)))
-        elif isinstance(event, CacheOpened):
-            self._opened += 1
-            self._remaps.restart()
-            self._model.invalidate()
-        elif isinstance(event, BucketReplaced):
-            self._replaced += 1
-        else:  # MapFailed
-            self._failed += 1
+    def _take_accessed(self, event: Accessed) -> None:
+        self._bursts.add_access()
+        self._hits += sum(event.counts.values())
+        self._model.access(event.counts)
+
+    def _take_single(self, event: BucketMapped) -> None:
+        time, start, length, duration, host, _ = event
+        self._take_mapped(MappedRun((time,), (start,), length, (duration,), (host,)))
+
+    def _take_opened(self, _: CacheOpened) -> None:
+        self._opened += 1
+        self._remaps.restart()
+        self._model.invalidate()
+
+    def _take_replaced(self, _: BucketReplaced) -> None:
+        self._replaced += 1
+
+    def _take_failed(self, _: MapFailed) -> None:
+        self._failed += 1
 
     def _take_mapped(self, run: MappedRun) -> None:
         self._maps += len(run.starts)
         self._bursts.add_access()
         self._model.access([start >> MIB_SHIFT for start in run.starts])
         durations = [duration for duration in run.durations if duration is not None]
-        self._timed += len(durations)
-        self._map_ns += sum(durations)
-        self._max_map_ns = max(self._max_map_ns, max(durations, default=0))
+        if durations:
+            self._timed += len(durations)
+            self._map_ns += sum(durations)
+            self._max_map_ns = max(self._max_map_ns, *durations)
         self._bursts.add_mapped_again(self._remaps.add(run))
 
-    def _take_invalidated(self, event: Invalidated) -> None:
-        self._bursts.add_invalidated(event)
+    def _take_invalidated(self, run: InvalidatedRun) -> None:
+        self._bursts.add_invalidated(run)
         self._invalidate()
 
     def _invalidate(self) -> None:
         self._remaps.invalidate()
         self._model.invalidate()
 
-    def _take_held(self, event: LeaseHeld) -> None:
-        self._held_total += 1
-        key = event.start, event.host
-        if not event.number:  # no INVALIDATE in the log: a repetition shows that there was one
-            if not self._round or key in self._round or len(self._round) > _MAX_LEASES:
-                self._round.clear()
-                self._invalidate()
-            self._round.add(key)
-        self._bursts.add_held()
-        held = self._held.get(key)
-        if held is None:
-            if len(self._held) >= _MAX_LEASES:
-                self._held_lost += 1
-                return
-            held = self._held[key] = _Held(event)
-        held.count += 1
-        held.last = event.time
+    def _take_held(self, run: HeldRun) -> None:
+        keys = list(zip(run.starts, run.hosts, strict=True))
+        self._held_total += len(keys)
+        if not run.number:
+            self._note_rounds(keys)
+        self._bursts.add_held(len(keys))
+        first = dict(zip(reversed(keys), reversed(run.times), strict=True))
+        last = dict(zip(keys, run.times, strict=True))
+        for key, count in Counter(keys).items():
+            held = self._held.get(key)
+            if held is None:
+                if len(self._held) >= _MAX_LEASES:
+                    self._held_lost += count
+                    continue
+                start, host = key
+                event = LeaseHeld(first[key], start, run.length, host, run.number)
+                held = self._held[key] = _Held(event)
+            held.count += count
+            held.last = last[key]
+
+    def _note_rounds(self, keys: list[tuple[int, int]]) -> None:
+        """Find INVALIDATEs that are not in the log: a lease that comes again shows one."""
+        seen = self._round
+        is_new = not seen
+        for key in keys:
+            if key in seen or len(seen) > _MAX_LEASES:
+                seen.clear()
+                is_new = True
+            seen.add(key)
+        if is_new:  # no access is between them, so several are as one
+            self._invalidate()
+
+    def _take_handled(self, event: RequestsHandled) -> None:
+        for key, count in event.counts.items():
+            self._take_requests(key, count)
 
     def _take_requests(self, key: RequestKey, count: int) -> None:
         self._requests_total += count

@@ -4,12 +4,10 @@ The file has two halves, which take turns; see :mod:`.halves`. If one is full, t
 the other one with lines that restate what is open, mapped and held.
 """
 
-# Rules
-#   1. An event leaves its queue in the moment when it is stored. So an interrupt neither loses it,
-#      nor has it stored twice. What is done before that can be done again.
-#   2. A thread that comes while room is made leaves its events in their queue. They are stored
+# Rules, besides those of :mod:`.pen`
+#   1. A thread that comes while room is made leaves its events in their queue. They are stored
 #      when the room is made.
-#   3. A forked child has the mapping, but not the recording: it stores nothing.
+#   2. A forked child has the mapping, but not the recording: it stores nothing.
 
 from __future__ import annotations
 
@@ -20,42 +18,26 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from errno import EEXIST
-from functools import partial
 from itertools import islice
 from threading import Lock, RLock
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import Any, Final, Protocol, Self
 from weakref import WeakSet
 
 from ..address import GiB, MiB, parse_size
 from ..errors import ClosedError
-from ..events import (
-    BucketDropped,
-    BucketMapped,
-    CacheClosed,
-    CacheOpened,
-    Event,
-    Invalidated,
-    LeaseReleased,
-    LeaseTaken,
-    PagesDirtied,
-    RequestHandled,
-    ServerClosed,
-    ServerOpened,
-)
+from ..events import Event
 from ..files.atomic import new_file
-from ..stream import HAS_GIL, Observation, Observer, QueueObserver, now
-from .eventlines import VERSION, Header, encode, encode_header, template
+from ..stream import Observation, Observer, now
+from .eventlines import VERSION, Header, encode_header
 from .halves import Halves
+from .pen import Pen, State
 from .recording import is_recording
 
 MIN_LIMIT: Final = MiB
 MAX_LIMIT: Final = 1024 * GiB
 
-_MAX_TEMPLATES: Final = 4096
 _MAX_RESTATED: Final = 100_000
-_NO_CHANGE: Final[tuple[Any, Any, Any]] = (None, None, None)
 
 logger = logging.getLogger("xenmapcache")
 
@@ -122,7 +104,7 @@ class Recorder:
         self._next = 0
         self._closed = False
         self._observations: dict[int, Observation] = {}
-        self._behind: dict[_Pen, deque[Event]] = {}
+        self._behind: dict[Pen, deque[Event]] = {}
         self.lock = RLock()
         self.held: dict[int, bytes] = {}
         self.states: dict[int, State] = {}
@@ -153,7 +135,7 @@ class Recorder:
             raise ClosedError(f"the recorder of {self.path} is detached: make another one")
         number, self._next = self._next, self._next + 1
         self.states[number] = State(b"", {})
-        self._observations[number] = observe(_Pen(self, number))
+        self._observations[number] = observe(Pen(self, number))
 
     def detach(self) -> None:
         """Write what is queued, and close the file. Idempotent; any thread."""
@@ -180,7 +162,7 @@ class Recorder:
         """Forget a cache or server that was closed: nothing more will come from it."""
         self._observations.pop(number, None)
 
-    def make_room(self, size: int, pen: _Pen, queue: deque[Event]) -> bool:
+    def make_room(self, size: int, pen: Pen, queue: deque[Event]) -> bool:
         """Have room for a line.
 
         Args:
@@ -226,134 +208,6 @@ class Recorder:
         return b"".join((encode_header(header), *kept, b"\0"))
 
 
-class State(NamedTuple):
-    """What is restated of a stream.
-
-    Attributes:
-        opened: the line that says so, with a NUL; empty if there was none.
-        mapped: lines of buckets, by their addresses.
-    """
-
-    opened: bytes
-    mapped: dict[int, bytes]
-
-
-class _Pen(QueueObserver):
-    """The observer that stores the events of one stream."""
-
-    __slots__ = ("_recorder",)
-
-    def __init__(self, recorder: Recorder, stream: int) -> None:
-        self._recorder = recorder
-        super().__init__(_make_drain(recorder, stream, self))
-
-    def __repr__(self) -> str:  # for the stream's warning
-        return repr(self._recorder)
-
-
-def _make_drain(recorder: Recorder, stream: int, pen: _Pen) -> Callable[[deque[Any]], bool]:
-    """Return the function that stores the events of a stream.
-
-    It is one function with few calls, because it is called for each lease. All of a frequent
-    event's line but the numbers is formatted once.
-    """
-    templates: dict[object, bytes] = {}
-    halves, held = recorder.halves, recorder.held
-    memory = halves.memory
-
-    new_template = partial(_new_template, templates, stream)
-
-    def drain(queue: deque[Any]) -> bool:
-        while queue:
-            event = queue[0]
-            kind = event.__class__
-            # What changes with the event: table[key] = value, or its end if there is no value.
-            table, key, value = _NO_CHANGE
-            if kind is LeaseTaken:
-                at, key, what, start, length, owner, way, thread, stale, origin = event
-                common: object = what, owner, way, thread, stale, origin
-                form = templates.get(common) or new_template(common, event, _TAKEN)
-                value = line = form % (at, key, start, length)
-                table = held
-            elif kind is LeaseReleased:
-                at, key, stale, copied, lost = event
-                common = stale, copied, lost
-                form = templates.get(common) or new_template(common, event, _RELEASED)
-                line = form % (at, key)
-                table = held
-            elif kind is PagesDirtied:
-                form = templates.get(kind) or new_template(kind, event, _DIRTIED)
-                line = form % event
-            elif kind is RequestHandled:
-                at, vcpu, what, is_read, address, size, duration, failure, region = event
-                common = vcpu, what, is_read, size, failure, region
-                form = templates.get(common) or new_template(common, event, _HANDLED)
-                line = form % (at, address, duration)
-            else:
-                line = encode(event, stream) + b"\0"
-                table, key, value = _change_of(recorder, stream, event, line)
-            size = len(line)
-            # No call from here on, until the event leaves the queue. If memory is short, that shows
-            # before the line is stored.
-            end = halves.position + size
-            last = end - 1
-            if end > halves.limit:
-                if not recorder.make_room(size, pen, queue):
-                    return False
-            elif queue and queue[0] is event:  # otherwise a signal handler or a thread was here
-                if value is not None:
-                    table[key] = value
-                elif table is not None and key in table:
-                    del table[key]
-                memory[halves.position : end] = line
-                halves.position = last
-                queue.popleft()
-        return True
-
-    return drain if HAS_GIL else partial(_drain_locked, recorder.lock, drain)
-
-
-def _new_template(
-    templates: dict[object, bytes],
-    stream: int,
-    key: object,
-    event: Event,
-    numbers: tuple[str, ...],
-) -> bytes:
-    if len(templates) >= _MAX_TEMPLATES:  # a guest can choose what failures are about
-        templates.clear()
-    line = templates[key] = template(event, stream, numbers) + b"\0"
-    return line
-
-
-def _drain_locked(
-    lock: AbstractContextManager[object], drain: Callable[[deque[Any]], bool], queue: deque[Any]
-) -> bool:
-    with lock:
-        return drain(queue)
-
-
-def _change_of(
-    recorder: Recorder, stream: int, event: Event, line: bytes
-) -> tuple[Any, object, object]:
-    """Return what is to be restated after an event: a table, a key, and a value or None."""
-    states = recorder.states
-    state = states.get(stream) or State(b"", {})
-    match event:
-        case CacheOpened() | ServerOpened():
-            return states, stream, State(line, state.mapped)
-        case BucketMapped():
-            return state.mapped, event.start, line
-        case BucketDropped():
-            return state.mapped, event.start, None
-        case Invalidated():
-            return states, stream, State(state.opened, {})
-        case CacheClosed() | ServerClosed():
-            recorder.end_stream(stream)
-            return states, stream, None
-    return None, None, None
-
-
 class ProcessRecorder:
     """Records every cache and server of a process, as ``XENMAPCACHE_RECORD`` wants it.
 
@@ -394,12 +248,6 @@ def _shorten(table: dict[Any, bytes]) -> None:
     """Forget the oldest of too many entries; the end of some was perhaps never heard of."""
     for key in list(islice(table, max(0, len(table) - _MAX_RESTATED))):
         del table[key]
-
-
-_TAKEN: Final = ("time", "lease", "start", "length")
-_RELEASED: Final = ("time", "lease")
-_DIRTIED: Final = ("time", "start", "length")
-_HANDLED: Final = ("time", "address", "duration")
 
 
 def _after_fork_in_child() -> None:

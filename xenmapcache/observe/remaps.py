@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
-from ..formats.qemu_events import MappedRun
+from ..formats.qemu_runs import MappedRun
 from .tally import Tally
 
 _MAX_BUCKETS: Final = 1 << 16
@@ -75,10 +75,10 @@ class Remaps:
                 self.without += again
         self.after_invalidate += len(stale)
         self.without -= len(stale)
-        last = dict(zip(run.starts, range(len(run.starts)), strict=True))
-        for start in sorted(last, key=last.__getitem__):
+        hosts = dict(zip(run.starts, run.hosts, strict=True))  # each one's last
+        for start in reversed(dict.fromkeys(reversed(run.starts))):  # the last one at the end
             self._mapped.pop(start, None)
-            self._mapped[start] = self._epoch, run.hosts[last[start]]
+            self._mapped[start] = self._epoch, hosts[start]
         if not stale:
             return []
         places = range(len(run.starts) - 1, -1, -1)

@@ -39,7 +39,7 @@ MODULES: Final = (
     "fuse",
 )
 GUEST_MODULES: Final = ("xen_privcmd",)  # hypercalls of the agent; see tests/xen/guest
-DRIVERS: Final = ("virtio_pci", "virtio_blk", "virtio_rng", "xen_gntalloc")
+DRIVERS: Final = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_rng", "xen_gntalloc")
 """Of a guest with Debian's own drivers; see tests/xen/stock_guest.py."""
 # Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
 EXCLUDED: Final = (

@@ -2,7 +2,8 @@
 
 from .block import VirtioBlock
 from .buffer import BrokenDriverError, GuestBuffer
-from .device import Job, Transport, VirtioDevice
+from .device import Transport, VirtioDevice
+from .job import Job
 from .mmio import VirtioMmio
 from .pci import VirtioPci
 from .queue import Request, Virtqueue

@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -38,7 +39,8 @@ from ...guest.scatter import Segments
 from ...logs import safely
 from ..server import IoreqServer
 from .buffer import BrokenDriverError, GuestBuffer
-from .device import Job, VirtioDevice
+from .device import VirtioDevice
+from .job import Job
 from .queue import Request
 
 logger = logging.getLogger("xenmapcache.devicemodel")
@@ -65,6 +67,9 @@ _MAX_ZEROES = 1 << 13
 """Most sectors to be zeroed in one range: 4 MiB, because they may have to be written."""
 _MAX_QUICK = 1 << 16
 """Most bytes that are read in the thread that serves, while each vCPU that uses it waits."""
+_MAX_COPY = 1 << 13
+"""Most bytes that are copied to be written, because a lease of so few costs more."""
+_STATUSES = tuple(bytes([status]) for status in (OK, IOERR, UNSUPP))
 _ZEROES = memoryview(bytes(1 << 16))
 _ID_BYTES = 20
 _HEADER = struct.Struct("<IIQ")
@@ -158,9 +163,9 @@ class VirtioBlock(VirtioDevice):
         """Read the header, and say how to carry out the rest."""
         if len(request.readable) < _HEADER.size or not len(request.writable):
             raise BrokenDriverError(f"{request!r} has no header of 16 bytes, or no status byte")
-        kind, _, sector = _HEADER.unpack(request.readable[: _HEADER.size].read())
+        kind, _, sector = _HEADER.unpack(request.readable.read(_HEADER.size))
         work: Callable[[Segments], int] = _nothing
-        quick: Callable[[Segments], int | None] | None = None
+        quick: Callable[[GuestBuffer], int | None] | None = None
         buffer, status = request.readable[:0], OK
         try:
             if kind == IN:
@@ -172,7 +177,12 @@ class VirtioBlock(VirtioDevice):
             elif kind == OUT:
                 self._check_writable()
                 buffer = request.readable[_HEADER.size :]
-                work = partial(self._write, self._offset(sector, len(buffer)))
+                offset = self._offset(sector, len(buffer))
+                work = partial(self._write, offset)
+                if len(buffer) <= _MAX_COPY:
+                    with contextlib.suppress(BrokenDriverError):  # the lease fails as well
+                        work = partial(self._write_copy, offset, buffer.read())
+                        buffer = request.readable[:0]
             elif kind == GET_ID:
                 buffer, work = request.writable[:-1][:_ID_BYTES], self._identify
             elif kind == FLUSH_OUT:
@@ -195,7 +205,7 @@ class VirtioBlock(VirtioDevice):
         The status is the last byte. So it counts only if all bytes before it were written.
         """
         place = len(request.writable) - 1
-        request.writable[place:].write(bytes([IOERR if moved is None else status]))
+        request.writable.write(_STATUSES[IOERR if moved is None else status], place)
         written = moved or 0 if to_guest else 0
         return written + 1 if written == place else written
 
@@ -231,21 +241,27 @@ class VirtioBlock(VirtioDevice):
             memory.release(written=count)  # after an error all of it may have been written
         return _complete(count, length, offset)
 
-    def _peek(self, offset: int, memory: Segments) -> int | None:
+    def _peek(self, offset: int, buffer: GuestBuffer) -> int | None:
         """Read what the kernel has in its cache, without waiting for the disk."""
+        data = bytearray(len(buffer))
         try:
-            count = os.preadv(self._fd, memory.views, offset, os.RWF_NOWAIT)
+            count = os.preadv(self._fd, (data,), offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             self._can_peek = error.errno != errno.EOPNOTSUPP
             raise
-        return count if count == len(memory) else None
+        return buffer.write(data) if count == len(data) else None
 
     def _write(self, offset: int, memory: Segments) -> int:
         count = _complete(memory.write_to(self._fd, offset), len(memory), offset)
         self._write_through()
         return count
+
+    def _write_copy(self, offset: int, data: bytes, _: Segments) -> int:
+        _complete(os.pwrite(self._fd, data, offset), len(data), offset)
+        self._write_through()
+        return len(data)
 
     def _flush(self, _: Segments) -> int:
         os.fdatasync(self._fd)

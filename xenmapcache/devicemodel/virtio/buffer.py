@@ -73,31 +73,49 @@ class GuestBuffer:
             start, stop = start - length, stop - length
         return GuestBuffer(self._cache, found, self.direction)
 
-    def read(self) -> bytes:
-        """Return a copy of the bytes. Meant for headers: slice first.
+    def read(self, length: int | None = None) -> bytes:
+        """Return a copy of the bytes. Meant for headers.
+
+        Args:
+            length: how many, from the first one on; None for all.
 
         Raises:
             BrokenDriverError: a page is missing, or cannot be mapped.
         """
+        if length is not None and (not self.ranges or self.ranges[0][1] < length):
+            return self[:length].read()
         try:
+            if length is not None:
+                return self._cache.read(self.ranges[0][0], length)
             return b"".join(self._cache.read(address, length) for address, length in self.ranges)
         except XenMapCacheError as error:
             raise BrokenDriverError(f"{self!r} cannot be read: {error}") from error
 
-    def write(self, data: Buffer) -> int:
-        """Write bytes from the buffer's start on, and return how many there are.
+    def write(self, data: Buffer, offset: int = 0) -> int:
+        """Write bytes into the buffer, and return how many there are.
 
-        Use it for a status or a few bytes. The device must have checked that they fit.
+        Use it for a status, or for what is not worth a lease. The device must have checked that
+        they fit.
+
+        Args:
+            data: the bytes.
+            offset: in the buffer.
 
         Raises:
             BrokenDriverError: a page is missing, or cannot be mapped. A part may be written.
         """
-        rest = bytes(data)
+        rest = data if isinstance(data, bytes | bytearray) else bytes(data)
         total = len(rest)
         try:
             for address, length in self.ranges:
-                self._cache.write(address, rest[:length])
-                rest = rest[length:]
+                if offset >= length:
+                    offset -= length
+                    continue
+                if len(rest) <= length - offset:
+                    self._cache.write(address + offset, rest)
+                    break
+                self._cache.write(address + offset, rest[: length - offset])
+                rest, offset = rest[length - offset :], 0
         except XenMapCacheError as error:
             raise BrokenDriverError(f"{self!r} cannot be written: {error}") from error
         return total

@@ -14,10 +14,12 @@
 #   job.work                 a worker, with the memory leased
 #   job.end, push            the worker, under the lock; the leases are released
 #   interrupt_queue          the worker, without the lock
-#   pop ...                  the worker looks for further requests
+#   pop ...                  the worker looks for further requests, if some may be left in the ring
 #
 # A request with `job.quick` is tried in the thread that serves first, which saves the hand-over. No
-# INVALIDATE comes in between, because the same thread would handle it.
+# INVALIDATE comes in between, because the same thread would handle it. Several requests are popped
+# under one lock, and answered together under another one, because locks and memory fences cost as
+# much as the rest of such a request.
 #
 # Rules
 #   1. At most `limit` requests of a queue are under way. If there are more, they stay in the
@@ -42,22 +44,24 @@ import os
 import threading
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from ...address import as_int
 from ...cache.locked import locked
 from ...errors import ClosedError, FaultError, XenMapCacheError
-from ...guest.scatter import Segments
 from ..dma import DmaEngine
 from ..dma_transfer import DmaStatus, DmaTransfer
 from ..report import FailureLog, Tally
 from ..server import IoreqServer
-from .buffer import BrokenDriverError, GuestBuffer
+from .buffer import BrokenDriverError
+from .job import Done, Job, Taken
 from .queue import ACCESS_PLATFORM, EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
 from .record import DeviceRecord, QueueRecord
 
 Result = TypeVar("Result")
+
+_BATCH = 16
+"""Most requests that are popped under one lock. Their answers wait for the last of them."""
 
 
 class Transport(Protocol):
@@ -78,27 +82,6 @@ class Transport(Protocol):
 
     def set_line(self) -> object:
         """Set the interrupt line to its level, if there is one. Another process may have set it."""
-
-
-class Job(NamedTuple):
-    """How a device carries out a request.
-
-    Attributes:
-        buffer: the part of the request that is leased while ``work`` runs.
-        work: called with the leased buffer, in a worker. It returns how many bytes it moved. If it
-            raises, the request has failed.
-        end: called when the lease is released, with that number, or with None if the work has
-            failed. It writes the answer, and returns how many bytes of ``request.writable`` were
-            written.
-        quick: called before ``work``, in the thread that serves; it must not wait. If it returns
-            None, or raises OSError or XenMapCacheError, a worker calls ``work``. After any other
-            exception the driver has to reset the device. None: only ``work`` is called.
-    """
-
-    buffer: GuestBuffer
-    work: Callable[[Segments], int]
-    end: Callable[[int | None], int]
-    quick: Callable[[Segments], int | None] | None = None
 
 
 class VirtioDevice:
@@ -240,33 +223,39 @@ class VirtioDevice:
                 f"queue {index}: its size {numbers['size']} must be at most "
                 f"{self.queue_sizes[index]}"
             )
-        server = self._server
-        return Virtqueue(
-            server.cache,
-            index,
-            **numbers,
-            features=self.negotiated,
-            fence=server.fence,
-            record=record,
-        )
+        cache, features, fence = self._server.cache, self.negotiated, self._server.fence
+        return Virtqueue(cache, index, **numbers, features=features, fence=fence, record=record)
 
     def notify_queue(self, index: int) -> None:
         """Take the requests that the driver has made available."""
         queue = self._queues.get(index)
         if queue is None:
             return
-        wanted: list[bool] = []
+        left, wanted = queue.size, False
         try:
-            for number in range(queue.size):
-                taken = self._guarded(self._take, queue)
-                if taken is None:
+            while left:
+                taken = self._guarded(self._take, queue, min(left, _BATCH))
+                if taken is None or not taken.jobs:
                     return
-                is_last = number == queue.size - 1
-                if is_last or not self._do_quickly(queue, *taken, wanted):
-                    self._submit(queue, *taken)
+                left -= len(taken.jobs)
+                wanted |= self._begin(queue, taken.jobs, is_last=not left)
+                if taken.error is not None:
+                    self._give_up(taken.error)
+                if taken.is_empty:
+                    return
         finally:
-            if any(wanted):
+            if wanted:
                 self.transport.interrupt_queue(index)
+
+    def _begin(self, queue: Virtqueue, jobs: list[tuple[Request, Job]], *, is_last: bool) -> bool:
+        """Carry out what is quick, and give the rest to workers; return whether to interrupt."""
+        done: list[Done] = []
+        may_be_quick = not self._server.suspended
+        for request, job in jobs:
+            is_last_one = is_last and request is jobs[-1][0]
+            if is_last_one or not may_be_quick or not self._do_quickly(request, job, done):
+                self._submit(queue, request, job)
+        return bool(done and self._guarded(self._complete, queue, done))
 
     def stop_queue(self, index: int) -> None:
         """Use a queue no longer. Its requests under way end first, without an answer.
@@ -347,12 +336,7 @@ class VirtioDevice:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # --- requests -------------------------------------------------------------------------------
@@ -360,26 +344,35 @@ class VirtioDevice:
     def _pump(self, queue: Virtqueue) -> None:
         """Begin the requests that wait, as far as there is room: one round."""
         for _ in range(queue.size):
-            taken = self._guarded(self._take, queue)
-            if taken is None:
+            taken = self._guarded(self._take, queue, 1)
+            if taken is None or not taken.jobs:
                 return
-            self._submit(queue, *taken)
+            self._submit(queue, *taken.jobs[0])
 
-    def _take(self, queue: Virtqueue) -> tuple[Request, Job] | None:
-        """Pop a request, if there is one, and room for it."""
-        if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
-            return None
-        request = queue.pop()
-        return None if request is None else (request, self.prepare(request))
+    def _take(self, queue: Virtqueue, most: int) -> Taken:
+        """Pop requests, if there are some, and room for them."""
+        jobs: list[tuple[Request, Job]] = []
+        while len(jobs) < most:
+            if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
+                queue.notifies = False  # the end of a request looks for further ones
+                break
+            try:
+                request = queue.pop()
+                if request is None:
+                    return Taken(jobs, is_empty=True)
+                jobs.append((request, self.prepare(request)))
+            except Exception as error:
+                if not jobs:
+                    raise
+                return Taken(jobs, error=error)  # reported after those before it
+        return Taken(jobs)
 
-    def _do_quickly(self, queue: Virtqueue, request: Request, job: Job, wanted: list[bool]) -> bool:
+    def _do_quickly(self, request: Request, job: Job, done: list[Done]) -> bool:
         """Carry out a request in this thread; False if it has to be a worker's."""
-        if job.quick is None or self._server.suspended:
+        if job.quick is None:
             return False
         try:
-            with job.buffer.lease(self.name) as memory:
-                moved = job.quick(memory)
-                memory.release(written=moved)
+            moved = job.quick(job.buffer)
         except (XenMapCacheError, OSError):
             return False  # a worker meets the same error, and reports it
         except Exception as error:
@@ -387,7 +380,7 @@ class VirtioDevice:
             return True
         if moved is None:
             return False
-        wanted.append(bool(self._guarded(self._complete, queue, request, job.end, moved)))
+        done.append(Done(request, job.end, moved))
         return True
 
     def _submit(self, queue: Virtqueue, request: Request, job: Job) -> None:
@@ -411,22 +404,17 @@ class VirtioDevice:
     ) -> None:
         moved = transfer.result if transfer.status is DmaStatus.DONE else None
         try:
-            if self._guarded(self._complete, queue, request, end, moved):
+            if self._guarded(self._complete, queue, [Done(request, end, moved)]):
                 self.transport.interrupt_queue(queue.index)
         finally:
-            self._pump(queue)
+            if not queue.notifies:
+                self._pump(queue)
 
-    def _complete(
-        self,
-        queue: Virtqueue,
-        request: Request,
-        end: Callable[[int | None], int],
-        moved: int | None,
-    ) -> bool:
-        """Answer a request, and return whether to interrupt."""
+    def _complete(self, queue: Virtqueue, done: list[Done]) -> bool:
+        """Answer requests, and return whether to interrupt."""
         if self._broken or queue.stopped:
             return False
-        return queue.push((request, end(moved)))
+        return queue.push(*[(request, end(moved)) for request, end, moved in done])
 
     # --- drivers that break the rules -------------------------------------------------------------
 

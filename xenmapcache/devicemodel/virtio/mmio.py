@@ -3,13 +3,11 @@
 # Theory of operation
 #
 # The driver reads and writes registers of 4 bytes at offsets up to 0xfc, and the device's
-# configuration space from 0x100 on. The order of its steps is the status register:
-#
-#   0 --ACKNOWLEDGE, DRIVER--> FEATURES_OK --queues ready--> DRIVER_OK --0 is written--> 0
+# configuration space from 0x100 on. The driver's steps are in
+# `negotiation.py`.
 #
 # Rules
-#   1. Whatever the driver writes is kept only if the step that it is in allows it. Else it has
-#      no effect. So a queue is started once, with features that were negotiated.
+#   1. A queue is started once, with features that were negotiated.
 #   2. If a reset times out, the status stays as it was, and the driver sees that.
 #   3. The line's level is "interrupt status is not 0". Workers raise bits, the serving thread
 #      clears them, and each calls the line without a lock. After a call, each looks whether the
@@ -27,6 +25,7 @@ from ...errors import CorruptImageError
 from ..regions import Region
 from ..server import IoreqServer
 from .device import VirtioDevice
+from .negotiation import CHANGED, DRIVER_OK, USED, Negotiation
 
 MAGIC = 0x74726976
 VENDOR = 0x004D4358
@@ -34,10 +33,6 @@ LENGTH = 0x200
 """Bytes of guest-physical addresses, configuration space included."""
 CONFIG = 0x100
 
-DRIVER_OK, FEATURES_OK, NEEDS_RESET = 4, 8, 0x40
-"""Bits of the status. The driver writes all but NEEDS_RESET."""
-USED, CHANGED = 1, 2
-"""Bits of the interrupt status."""
 _LOW = 0xFFFFFFFF
 _STATE = struct.Struct("<BQIII")
 """What a process that goes on needs: the status, the driver's features, and what is selected."""
@@ -110,12 +105,10 @@ class VirtioMmio:
         self.region: Region = server.claim_mmio(address, LENGTH, self)
 
     def __repr__(self) -> str:
-        return f"<VirtioMmio at {self.region!r}, status {self._status:#x}, {self._device!r}>"
+        return f"<VirtioMmio at {self.region!r}, status {self._driver.shown:#x}, {self._device!r}>"
 
     def _forget(self) -> None:
-        self._status = 0
-        self._needs_reset = False
-        self._features = 0
+        self._driver = Negotiation(self._device)
         self._device_half = self._driver_half = 0
         self._selected = 0
         self._queues = [_Queue() for _ in self._device.queue_sizes]
@@ -125,7 +118,7 @@ class VirtioMmio:
     def _save(self) -> None:
         if self._device.record is not None:
             selected = (self._device_half, self._driver_half, self._selected)
-            state = _STATE.pack(self._status, self._features, *selected)
+            state = _STATE.pack(self._driver.status, self._driver.features, *selected)
             queues = [
                 _QUEUE_STATE.pack(each.size, *each.addresses.values()) for each in self._queues
             ]
@@ -147,12 +140,7 @@ class VirtioMmio:
         in_use = [each.addresses is not None for each in record.queues]
         if status & DRIVER_OK and not any(in_use):
             return  # it was killed amid a reset
-        if status & FEATURES_OK and not self._device.negotiate(features):
-            raise ValueError(
-                f"the driver has accepted features {features:#x}, and {self._device!r} offers "
-                f"{self._device.features:#x}; make it as it was before, or restart the guest"
-            )
-        self._status, self._features = status, features
+        self._driver.restore(status, features)
         self._device_half, self._driver_half, self._selected = selected
         saved = _QUEUE_STATE.iter_unpack(state[_STATE.size :])
         for queue, ready, (size, *addresses) in zip(self._queues, in_use, saved, strict=True):
@@ -164,7 +152,7 @@ class VirtioMmio:
     @property
     def is_running(self) -> bool:
         """Whether the driver has set DRIVER_OK."""
-        return bool(self._status & DRIVER_OK)
+        return self._driver.is_running
 
     def interrupt_queue(self, index: int) -> None:  # noqa: ARG002 - one line serves all queues
         """Tell the driver that a queue has used buffers; it looks at all of its queues."""
@@ -177,7 +165,7 @@ class VirtioMmio:
 
     def needs_reset(self) -> None:
         """Set NEEDS_RESET, and tell the driver."""
-        self._needs_reset = True
+        self._driver.needs_reset = True
         self._raise(CHANGED)
 
     def _raise(self, bits: int) -> None:
@@ -206,11 +194,6 @@ class VirtioMmio:
         reader = self._READERS.get(offset)
         return 0 if reader is None else reader(self)
 
-    def _read_features(self) -> int:
-        if self._device_half > 1:
-            return 0
-        return self._device.features >> 32 * self._device_half & _LOW
-
     def _read_max_size(self) -> int:
         if self._selected < len(self._queues):
             return self._device.queue_sizes[self._selected]
@@ -219,19 +202,16 @@ class VirtioMmio:
     def _read_ready(self) -> int:
         return int(self._selected < len(self._queues) and self._queues[self._selected].ready)
 
-    def _read_status(self) -> int:
-        return self._status | (NEEDS_RESET if self._needs_reset else 0)
-
     _READERS: dict[int, Callable[[VirtioMmio], int]] = {  # noqa: RUF012 - never changed
         0x000: lambda _: MAGIC,
         0x004: lambda _: 2,
         0x008: lambda self: self._device.device_id,
         0x00C: lambda _: VENDOR,
-        0x010: _read_features,
+        0x010: lambda self: self._driver.offered(self._device_half),
         0x034: _read_max_size,
         0x044: _read_ready,
         0x060: lambda self: self._raised,
-        0x070: _read_status,
+        0x070: lambda self: self._driver.shown,
         # No shared memory: its length and address are all ones.
         0x0B0: lambda _: _LOW,
         0x0B4: lambda _: _LOW,
@@ -264,10 +244,8 @@ class VirtioMmio:
         self._save()
 
     def _write_features(self, value: int) -> None:
-        if self._driver_half < 2 and not self._status & FEATURES_OK:
-            shift = 32 * self._driver_half
-            self._features = self._features & ~(_LOW << shift) | value << shift
-            self._save()
+        self._driver.want(self._driver_half, value)
+        self._save()
 
     def _open_queue(self) -> _Queue | None:
         """Return the selected queue if the driver may still set it up."""
@@ -289,7 +267,7 @@ class VirtioMmio:
 
     def _write_ready(self, value: int) -> None:
         queue = self._open_queue()
-        if queue is not None and value == 1 and self._status & FEATURES_OK:
+        if queue is not None and value == 1 and self._driver.is_agreed:
             queue.ready = True
             self._device.start_queue(self._selected, size=queue.size, **queue.addresses)
         elif queue is None and value == 0 and self._selected < len(self._queues):
@@ -311,10 +289,7 @@ class VirtioMmio:
             self._save()
             self._acknowledge(_LOW)
             return
-        value = (self._status | value) & 0xFF & ~NEEDS_RESET
-        if value & FEATURES_OK & ~self._status and not self._device.negotiate(self._features):
-            value &= ~FEATURES_OK
-        self._status = value
+        self._driver.advance(value & 0xFF)
         self._save()
 
     _WRITERS: dict[int, Callable[[VirtioMmio, int], None]] = {  # noqa: RUF012 - never changed

@@ -12,8 +12,8 @@
 # A fifth capability is a window: a guest reaches the areas by configuration space alone.
 #
 # Rules
-#   1. The driver's steps are as for virtio-mmio: what it writes is kept only if the step that it
-#      is in allows it. So a queue is started once, with features that were negotiated.
+#   1. The driver's steps are those of `negotiation.py`. So a queue is started once, with features
+#      that were negotiated.
 #   2. The registers of a queue are one set, which shows the selected queue. Selecting another
 #      one, and each write, loads them from that queue. So a queue that does not exist, or is
 #      enabled, keeps what it had.
@@ -40,12 +40,9 @@ from ..pci.function import PciFunction
 from ..registers import RegisterBank
 from ..server import IoreqServer
 from .device import VirtioDevice
+from .negotiation import CHANGED, DRIVER_OK, USED, Negotiation
 from .record import DeviceRecord
 
-DRIVER_OK, FEATURES_OK, NEEDS_RESET = 4, 8, 0x40
-"""Bits of the status. The driver writes all but NEEDS_RESET."""
-USED, CHANGED = 1, 2
-"""Bits of isr."""
 NO_VECTOR = 0xFFFF
 
 _VENDOR, _FIRST_DEVICE, _SUBSYSTEM = 0x1AF4, 0x1040, 0x1100
@@ -141,20 +138,22 @@ class VirtioPci:
             self.function.on_write = self._save
 
     def __repr__(self) -> str:
-        return f"<VirtioPci {self.function.bdf}, status {self._shown_status:#x}, {self._device!r}>"
+        return f"<VirtioPci {self.function.bdf}, status {self._driver.shown:#x}, {self._device!r}>"
 
     def _add_registers(self, name: str) -> None:
         """Make the common area: each register at the offset of virtio_pci_common_cfg."""
         bank = self._common = RegisterBank(name, _COMMON_BYTES)
         self._device_half = bank.add("device_feature_select", 0x00, 4, mask=_LOW)
-        bank.add("device_feature", 0x04, 4, read=self._read_device_features)
+        bank.add(
+            "device_feature", 0x04, 4, read=lambda: self._driver.offered(self._device_half.value)
+        )
         self._driver_half = bank.add("driver_feature_select", 0x08, 4, mask=_LOW)
         bank.add(
             "driver_feature",
             0x0C,
             4,
-            read=self._read_driver_features,
-            write=self._write_driver_features,
+            read=lambda: self._driver.wanted(self._driver_half.value),
+            write=lambda value: self._driver.want(self._driver_half.value, value),
         )
         self._config_vector = bank.add(
             "config_msix_vector", 0x10, 2, value=NO_VECTOR, write=self._write_config_vector
@@ -198,8 +197,8 @@ class VirtioPci:
         )
 
     def _forget(self) -> None:
-        self._needs_reset = self._reset_due = False
-        self._status = self._features = 0
+        self._driver = Negotiation(self._device)
+        self._reset_due = False
         self._common.reset()
         self._queues = [
             {"size": size, "vector": NO_VECTOR, "enabled": 0}
@@ -213,7 +212,8 @@ class VirtioPci:
     def _save(self) -> None:
         """Keep what the driver has written. Which queues are in use is a part of the record."""
         if self._device.record is not None:
-            state = _STATE.pack(0 if self._reset_due else self._status, self._features)
+            driver = self._driver
+            state = _STATE.pack(0 if self._reset_due else driver.status, driver.features)
             queues = [_QUEUE_STATE.pack(*queue.values()) for queue in self._queues]
             parts = [state, self._common.save(), *queues, self.function.save()]
             self._device.record.save(b"".join(parts))
@@ -237,12 +237,7 @@ class VirtioPci:
         if not status or (status & DRIVER_OK and not any(in_use)):
             record.clear()  # it was killed amid a reset
             return
-        if status & FEATURES_OK and not self._device.negotiate(features):
-            raise ValueError(
-                f"the driver has accepted features {features:#x}, and {self._device!r} offers "
-                f"{self._device.features:#x}; make it as it was before, or restart the guest"
-            )
-        self._status, self._features = status, features
+        self._driver.restore(status, features)
         self._common.restore(state[_STATE.size : queues_at])
         saved = _QUEUE_STATE.iter_unpack(state[queues_at:end])
         for queue, enabled, values in zip(self._queues, in_use, saved, strict=True):
@@ -278,7 +273,7 @@ class VirtioPci:
     @property
     def is_running(self) -> bool:
         """Whether the driver has set DRIVER_OK."""
-        return bool(self._status & DRIVER_OK)
+        return self._driver.is_running
 
     def interrupt_queue(self, index: int) -> None:
         """Tell the driver that a queue has used buffers."""
@@ -291,7 +286,7 @@ class VirtioPci:
 
     def needs_reset(self) -> None:
         """Set NEEDS_RESET, and tell the driver."""
-        self._needs_reset = True
+        self._driver.needs_reset = True
         self._interrupt(self._config_vector.value, CHANGED)
 
     def set_line(self) -> None:
@@ -368,27 +363,12 @@ class VirtioPci:
 
     # --- the common area ------------------------------------------------------------------------
 
-    def _read_device_features(self) -> int:
-        return _half_of(self._device.features, self._device_half.value)
-
-    def _read_driver_features(self) -> int:
-        return _half_of(self._features, self._driver_half.value)
-
-    def _write_driver_features(self, value: int) -> None:
-        half = self._driver_half.value
-        if half < 2 and not self._status & FEATURES_OK:
-            self._features = self._features & ~(_LOW << 32 * half) | value << 32 * half
-
     def _read_status(self) -> int:
         if self._reset_due:
             with contextlib.suppress(TimeoutError):  # reported when the driver has written 0
                 self._reset()
                 self._save()
-        return self._shown_status
-
-    @property
-    def _shown_status(self) -> int:
-        return self._status | (NEEDS_RESET if self._needs_reset else 0)
+        return self._driver.shown
 
     def _write_status(self, value: int) -> None:
         if not value:
@@ -396,12 +376,8 @@ class VirtioPci:
             self._save()
             self._reset()
             return
-        if self._reset_due:
-            return
-        value = (self._status | value) & ~NEEDS_RESET
-        if value & FEATURES_OK & ~self._status and not self._device.negotiate(self._features):
-            value &= ~FEATURES_OK
-        self._status = value
+        if not self._reset_due:
+            self._driver.advance(value)
 
     def _write_config_vector(self, value: int) -> None:
         self._config_vector.value = self._vector(value)
@@ -430,12 +406,7 @@ class VirtioPci:
 
     def _enable(self, index: int, value: int) -> None:
         queue = self._queues[index]
-        if value == 1 and not queue["enabled"] and self._status & FEATURES_OK:
+        if value == 1 and not queue["enabled"] and self._driver.is_agreed:
             queue["enabled"] = 1
             areas = {area: queue[area] for area in ("descriptors", "driver", "device")}
             self._device.start_queue(index, size=queue["size"], **areas)
-
-
-def _half_of(features: int, half: int) -> int:
-    """Return 32 of 64 features; there are none in further halves."""
-    return features >> 32 * half & _LOW if half < 2 else 0

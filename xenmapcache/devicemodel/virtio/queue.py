@@ -63,6 +63,8 @@ MAX_BYTES = 128 << 20
 
 _DESCRIPTOR = struct.Struct("<QIHH")
 _USED = struct.Struct("<II")
+_AHEAD = 4
+"""Descriptors that are read at once."""
 _ADDRESS_END = 1 << 64
 _WRAP = 0xFFFF
 
@@ -113,6 +115,8 @@ class Virtqueue:
         index, size: as given.
         in_flight: the requests that were popped and not pushed, by head.
         stopped: the driver has reset the device; the owner of the queue sets it and looks at it.
+        notifies: the ring was empty at the last :meth:`pop`, so the driver notifies of the next
+            request. The owner of the queue clears it if it leaves requests in the ring.
 
     Raises:
         BrokenDriverError: a number that the driver chose is against the rules.
@@ -150,6 +154,7 @@ class Virtqueue:
                 )
         self.in_flight: dict[int, Request] = {}
         self.stopped = False
+        self.notifies = False
         self._cache = cache
         self._descriptors, self._driver, self._device = descriptors, driver, device
         self._fence = fence
@@ -176,7 +181,9 @@ class Virtqueue:
         if not self._is_waiting():
             self._ask_for_notification()
             if not self._is_waiting():
+                self.notifies = True
                 return None
+        self.notifies = False
         self._suppress_notifications()
         head = self._read_u16(self._driver + 4 + 2 * (self._next % self.size))
         request = self._chain(head)
@@ -220,20 +227,26 @@ class Virtqueue:
             BrokenDriverError: the device area cannot be written.
             ValueError: a request is not in flight.
         """
+        record, first = self._record, self._used
         for request, written in completed:
             if self.in_flight.get(request.head) is not request:
                 raise ValueError(f"queue {self.index}: {request!r} is not in flight")
-            record, entry = self._record, self._device + 4 + 8 * (self._used % self.size)
             if record is not None:
                 record.publish(request.head)
+            entry = self._device + 4 + 8 * (self._used % self.size)
             self._write(entry, _USED.pack(request.head, as_int("written", written)))
             self._used = self._used + 1 & _WRAP
-            self._keep_order()
-            self._write(self._device + 2, self._used.to_bytes(2, "little"))
-            if record is not None:
+            if record is not None:  # it knows of one that was given back, not of two
+                self._publish()
                 record.end(request.head, self._used)
             del self.in_flight[request.head]
+        if record is None and self._used != first:
+            self._publish()
         return self._is_interrupt_wanted()
+
+    def _publish(self) -> None:
+        self._keep_order()  # the driver reads the entries after idx
+        self._write(self._device + 2, self._used.to_bytes(2, "little"))
 
     # --- chains ---------------------------------------------------------------------------------
 
@@ -241,15 +254,24 @@ class Virtqueue:
         """Return the request that begins with a descriptor."""
         if head in self.in_flight:
             raise self._broken(f"head {head} is in flight already")
-        index, table = head, b""
+        # A copy of a few descriptors from `start` on: those of a chain often follow each other.
+        index, start, table, is_indirect = head, 0, b"", False
         ranges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
         total = 0
         while True:
-            address, length, flags, following = self._descriptor(table, index)
+            if not start <= index < start + len(table) // 16:
+                if is_indirect or index >= self.size:
+                    count = len(table) // 16 if is_indirect else self.size
+                    raise self._broken(f"descriptor {index} must be below {count}")
+                start = index
+                count = min(_AHEAD, self.size - index)
+                table = self._read(self._descriptors + 16 * index, 16 * count)
+            address, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * (index - start))
             if flags & INDIRECT:
-                if table:
+                if is_indirect:
                     raise self._broken(f"head {head}: a table of descriptors names another one")
                 table, index = self._table(head, address, length, flags), 0
+                start, is_indirect = 0, True
                 continue
             writable = bool(flags & WRITE)
             if ranges[1] and not writable:
@@ -268,15 +290,6 @@ class Virtqueue:
             GuestBuffer(self._cache, ranges[0], DmaDirection.TO_DEVICE),
             GuestBuffer(self._cache, ranges[1], DmaDirection.FROM_DEVICE),
         )
-
-    def _descriptor(self, table: bytes, index: int) -> tuple[int, int, int, int]:
-        """Return address, length, flags and next of a descriptor."""
-        count = len(table) // 16 or self.size
-        if index >= count:
-            raise self._broken(f"descriptor {index} must be below {count}")
-        if table:
-            return _DESCRIPTOR.unpack_from(table, 16 * index)
-        return _DESCRIPTOR.unpack(self._read(self._descriptors + 16 * index, 16))
 
     def _table(self, head: int, address: int, length: int, flags: int) -> bytes:
         """Return a copy of a table of indirect descriptors."""

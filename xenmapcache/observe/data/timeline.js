@@ -12,7 +12,8 @@
   const END = data.span / 1e9, FULL = [-0.02 * END, 1.02 * END], SHORTEST = 1e-7;
   const BARS = 1500, COLUMNS = 300, CELLS = 300;
   const STYLES = ['to-device', 'from-device', 'bidirectional', 'device', 'window', 'stale'];
-  let [from, to] = FULL, query = '', paper = 0, waiting = [], hasDetails = false;
+  let [from, to] = FULL, query = '', paper = 0, isWaiting = false, hasDetails = false;
+  const outdated = new Set();
 
   const escape = text => text.replace(/[&<>"]/g, each => `&#${each.charCodeAt(0)};`);
   const hex = number => '0x' + number.toString(16);
@@ -102,11 +103,11 @@
       x: x.flatMap(at => [at, at, null]), y: x.flatMap(() => [top, bottom, null]),
     };
     if (!marked) return [line];
-    const many = shown.length > (isPhone() ? 6 : 20);
+    const many = shown.length > (isPhone() ? 6 : 20), room = (to - from) * 0.04;  // for a text
     return [line, {
       type: 'scatter', mode: many ? 'markers' : 'markers+text', x, y: x.map(() => top), hovertext: text,
       hoverinfo: 'text', textposition: 'middle right', cliponaxis: false,
-      text: shown.map(k => level.total[k] > 1 ? `×${number(level.total[k])}` : ''),
+      text: shown.map((k, n) => level.total[k] > 1 && !(x[n + 1] - x[n] < room) ? `×${number(level.total[k])}` : ''),
       marker: { symbol: 'triangle-down', size: 11, color: colour('invalidate') },
     }];
   }
@@ -206,6 +207,7 @@
       { key: 'quiesce_max', name: 'quiesce, longest', value: seconds('quiesce_max') }], { ticksuffix: 's' }),
   };
   function drawChart(name) {
+    outdated.delete(name);
     const chart = element(name), made = charts[name]();
     if (!made) {
       chart.innerHTML = '<p class="empty">Nothing of this kind is in the recording.</p>';
@@ -219,22 +221,33 @@
     });
     chart.on('plotly_doubleclick', () => show(...FULL));
   }
-  // The first chart at once; the others follow one by one, so that the page stays responsive.
+  // The first chart at once; then, one by one, those that are in sight; each other one when it is
+  // scrolled there. So the page stays responsive, and opens in the time of what it shows.
   function draw() {
     tell();
-    const isIdle = !waiting.length;
-    waiting = Object.keys(charts);
-    drawChart(waiting.shift());
+    Object.keys(charts).forEach(name => outdated.add(name));
+    drawChart('dma');
     performance.mark('first chart');
-    if (isIdle) setTimeout(drawNext);
+    drawLater();
+  }
+  function drawLater() {
+    if (!isWaiting) setTimeout(drawNext);
+    isWaiting = true;
+  }
+  function isInSight(name) {
+    const box = element(name).getBoundingClientRect();
+    return box.top < window.innerHeight + 100 && box.bottom > -100;
   }
   function drawNext() {
-    if (waiting.length) drawChart(waiting.shift());
-    if (waiting.length) setTimeout(drawNext);
-    else {
-      performance.mark('all charts');
-      if (!hasDetails) addDetails();
+    isWaiting = false;
+    const next = Object.keys(charts).find(name => outdated.has(name) && isInSight(name));
+    if (next) {
+      drawChart(next);
+      drawLater();
+      return;
     }
+    performance.mark('charts in sight');
+    if (!hasDetails) addDetails();
   }
   // The finer levels of detail; what is shown at first does not need them.
   async function addDetails() {
@@ -247,8 +260,8 @@
     root.dataset.drawn = 'details';
   }
   function drawAll() {
-    draw();
-    while (waiting.length) drawNext();
+    tell();
+    Object.keys(charts).forEach(drawChart);
   }
   function show(start, end) {
     const span = Math.min(Math.max(end - start, SHORTEST), FULL[1] - FULL[0]);
@@ -300,6 +313,7 @@
       show(start - room, start + length + room);
       element(button.dataset.chart).scrollIntoView({ block: 'center' });
     });
+  for (const event of ['scroll', 'resize']) window.addEventListener(event, drawLater, { passive: true });
   let usual = 'light';
   window.addEventListener('beforeprint', () => { usual = root.dataset.theme; paper = 700; paint('light'); drawAll(); });
   window.addEventListener('afterprint', () => { paper = 0; paint(usual); drawAll(); });

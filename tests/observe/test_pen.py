@@ -1,0 +1,140 @@
+"""The pen's shortcut: leases and reports of pages are stored by their values, past the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.observe.recordings import START, released, taken
+from xenmapcache import MapCache, open_backend
+from xenmapcache.events import (
+    Event,
+    LeaseReleased,
+    LeaseTaken,
+    PagesDirtied,
+    RequestHandled,
+)
+from xenmapcache.observe.recorder import Recorder, record
+from xenmapcache.observe.recording import read
+from xenmapcache.stream import EventStream, Shortcut
+
+DIRTIED = PagesDirtied(START, 0x5000, 0x1000)
+
+
+class Subject:
+    """What an event is about."""
+
+    def __init__(self, told: bool | None) -> None:
+        self.told = told
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run.jsonl"
+
+
+@pytest.fixture
+def recorder(path: Path) -> Iterator[Recorder]:
+    with Recorder(path, "1MiB") as made:
+        yield made
+
+
+@pytest.fixture
+def stream(recorder: Recorder) -> EventStream:
+    made = EventStream()
+    recorder.add(made.attach)
+    return made
+
+
+@pytest.fixture
+def shortcut(stream: EventStream) -> Shortcut:
+    assert stream.shortcut is not None
+    return stream.shortcut
+
+
+def frequent(path: Path) -> list[Event]:
+    """Return the events of a recording that a shortcut stores."""
+    kinds = (LeaseTaken, LeaseReleased, PagesDirtied)
+    return [event for event in read(path) if isinstance(event, kinds)]
+
+
+def different(one: Event, other: Event) -> set[str]:
+    """Return in which attributes two events of a class differ."""
+    assert type(one) is type(other)
+    return {name for name in one._fields if getattr(one, name) != getattr(other, name)}
+
+
+def test_a_cache_uses_it(path: Path) -> None:
+    """What it stores is what another observer hears; with another one, the queue is used."""
+    heard: list[Event] = []
+    with MapCache(open_backend("mock", memory="4M")) as cache, record(cache, path):
+        for _ in range(2):
+            cache.map_dma(0x5000, 0x1000, owner="disk").release()
+            assert cache.stream.shortcut is not None
+        alone = frequent(path)
+        with cache.observe(heard.append):
+            cache.map_dma(0x5000, 0x1000, owner="disk").release()
+    both = frequent(path)
+    kinds = [LeaseTaken, PagesDirtied, LeaseReleased]
+    assert [*map(type, both)] == kinds * 3
+    assert both[6:] == [event for event in heard if type(event) in kinds]
+    for event, later in zip(alone[:3], both[6:], strict=True):
+        assert different(event, later) <= {"time", "lease"}
+
+
+def test_a_cache_whose_events_find_no_room(path: Path) -> None:
+    """They come by the queue, in their order."""
+    with MapCache(open_backend("mock", memory="4M")) as cache, record(cache, path) as recorder:
+        cache.map_dma(0x5000, 0x1000, owner="disk").release()
+        halves = recorder.halves
+        halves._end = halves.limit = halves.position
+        lease = cache.map_dma(0x5000, 0x1000, owner="disk")
+        halves._end = halves.limit = halves.position
+        lease.release()
+    assert [*map(type, frequent(path))] == [LeaseTaken, PagesDirtied, LeaseReleased] * 2
+
+
+def test_it_stores_and_marks(path: Path, recorder: Recorder, shortcut: Shortcut) -> None:
+    """What is held is restated later; an end that nobody would understand is left out."""
+    lease = Subject(told=False)
+    assert shortcut.taken(lease, tuple(taken(1)))
+    assert (lease.told, [*recorder.held]) == (True, [1])
+    assert shortcut.dirtied(tuple(DIRTIED))
+    assert shortcut.released(lease, tuple(released(1)))
+    assert (lease.told, recorder.held) == (False, {})
+    assert shortcut.released(lease, tuple(released(1)))
+    assert lease.told is None
+    assert shortcut.taken(lease, tuple(taken(1)))
+    assert (lease.told, recorder.held) == (None, {})
+    assert list(read(path)) == [taken(1), DIRTIED, released(1)]
+
+
+def test_any_lease(path: Path, shortcut: Shortcut) -> None:
+    """Also one that was stale, or lost pages, or that the recorder has forgotten."""
+    odd = LeaseReleased(START, 7, stale=True, copied=2, lost=1)
+    assert shortcut.released(Subject(told=True), tuple(odd))
+    assert list(read(path)) == [odd]
+
+
+@pytest.mark.parametrize("cause", ["queued", "full", "broken"])
+def test_what_it_leaves_to_the_queue(
+    path: Path, recorder: Recorder, stream: EventStream, shortcut: Shortcut, cause: str
+) -> None:
+    """Then nothing is stored or marked; the event takes its place in the queue."""
+    first = RequestHandled(START, 0, 0, True, 0x3F8, 1, 900)
+    if cause == "queued":
+        stream.put(first)
+    elif cause == "full":
+        recorder.halves._end = recorder.halves.limit = recorder.halves.position
+    count = 1 if cause == "broken" else None  # such a line cannot be made
+    lease, ending = Subject(told=False), Subject(told=True)
+    assert not shortcut.taken(lease, tuple(taken(1))[:count])
+    assert not shortcut.released(ending, tuple(released(1))[:count])
+    assert not shortcut.dirtied(tuple(DIRTIED)[:count])
+    assert (lease.told, ending.told, recorder.held) == (False, True, {})
+    assert list(read(path)) == []
+    stream.put(taken(1), lease)
+    stream.deliver()
+    assert list(read(path)) == [first, taken(1)][cause != "queued" :]
