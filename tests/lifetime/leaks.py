@@ -150,11 +150,6 @@ class Use:
             if self.leaked is not None and not number % 100:
                 self.leaked.append(object())
         self.guest.settle()
-        if isinstance(self.guest, FakeGuest):
-            # A library that was opened is some hundred objects; the last one may live on.
-            for operation in self.operations:
-                with contextlib.suppress(*errors):
-                    operation()
         self.kept.clear()
         self.guest.settle()
         self.cache.invalidate()

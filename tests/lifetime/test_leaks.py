@@ -38,11 +38,17 @@ def use(source: str, operations: int, *options: str) -> list[Grown]:
     return [Grown(each["grew"], each["held"]) for each in reports]
 
 
-def leaks(grew: dict[str, int], operations: int) -> list[str]:
-    """Return what grew by more than one for some hundreds of operations, or at all."""
+def leaks(grew: dict[str, int], operations: int, once: int = 0) -> list[str]:
+    """Return what grew by more than one for some hundreds of operations, or at all.
+
+    Args:
+        grew: what grew, and by how much.
+        operations: how many there were.
+        once: blocks that may be there or not, however many operations there are.
+    """
     most = dict.fromkeys(grew, 0) | {
         "resident_kib": 1024,
-        "blocks": operations // 400,
+        "blocks": operations // 400 + once,
         "objects": operations // 10_000,
     }
     return [name for name, number in grew.items() if number > most[name]]
@@ -66,7 +72,8 @@ def test_so_do_the_bindings(binding: str, tmp_path: Path) -> None:
     """They are the code for live domains, over the stand-in."""
     need("_cffi_backend")
     library = str(build(tmp_path))
-    operations = max(LEAKS // 10, 20_000)
+    operations = max(LEAKS // 10, 40_000)
     (grown,) = use(binding, operations, "--library", library, "--folder", str(tmp_path / "copies"))
-    assert leaks(grown.grew, operations) == [], grown
+    # A search opens a library, some 130 objects in cycles, and the last ones may not be freed yet.
+    assert leaks(grown.grew, operations, once=200) == [], grown
     assert not any(grown.held.values()), grown
