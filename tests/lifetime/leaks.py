@@ -149,7 +149,6 @@ class Use:
                 chosen[number % 10_000]()
             if self.leaked is not None and not number % 100:
                 self.leaked.append(object())
-        self.guest.settle()
         self.kept.clear()
         self.guest.settle()
         self.cache.invalidate()
