@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from itertools import groupby
 from operator import index
 
 PAGE_SHIFT = 12
@@ -84,3 +86,14 @@ def parse_size(size: int | str) -> int:
     if count < 0:
         raise ValueError(f"size {count} is negative")
     return count
+
+
+def page_runs(gfn: int, flags: Iterable[bool]) -> list[tuple[int, int]]:
+    """Return the runs of pages with a flag, as (gfn, count); the first flag is that of ``gfn``."""
+    runs = []
+    for is_set, group in groupby(flags):
+        count = sum(1 for _ in group)
+        if is_set:
+            runs.append((gfn, count))
+        gfn += count
+    return runs

@@ -222,6 +222,27 @@ class Backend(abc.ABC):
         """
         raise UnsupportedOperationError(f"the backend {self.name!r} keeps no dirty pages")
 
+    def track_dirty_vram(self, gfn: int, count: int) -> list[tuple[int, int]]:  # noqa: ARG002 - a contract
+        """Return which pages of a screen the guest has written since the last call.
+
+        The first call, and each one for another range, returns the complete range. There is one
+        range for each guest, for all who track one: QEMU tracks the screen that it shows.
+
+        Args:
+            gfn: first frame number of the range.
+            count: pages; 0 ends the tracking.
+
+        Returns:
+            Runs of pages, as (gfn, count), in ascending order; runs do not touch.
+
+        Raises:
+            UnsupportedOperationError: the source has no guest that runs, or cannot track it.
+            XenCallError: it failed.
+        """
+        raise UnsupportedOperationError(
+            f"the backend {self.name!r} has no running guest whose writes could be tracked"
+        )
+
     def pause(self) -> None:
         """Stop the guest's vCPUs, so that its memory stays as it is, until :meth:`unpause`.
 

@@ -50,6 +50,10 @@ CALLS: dict[str, tuple[Callable[[DeviceModel], object], tuple[object, ...]]] = {
         lambda model: model.modified_memory(DOMID, 9, 2),
         (DOMID, 1, 2, 0, 9),
     ),
+    "track_dirty_vram": (
+        lambda model: model.track_dirty_vram(DOMID, 9, 2),
+        (DOMID, 9, 2),
+    ),
     "inject_msi": (
         lambda model: model.inject_msi(DOMID, 0xFEE0_1000, 0x4031),
         (DOMID, 0xFEE0_1000, 0x4031),

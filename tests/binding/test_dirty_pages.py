@@ -14,7 +14,7 @@ from tests.fake_xen.fixtures import MakeFake
 from xenmapcache import Capability, DmaDirection, MapCache, open_backend
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.domain import DomainBackend
-from xenmapcache.binding.devicemodel import MODIFIED, MODIFIED_BULK, DeviceModel
+from xenmapcache.binding.devicemodel import MODIFIED, MODIFIED_BULK, TRACK_VRAM, DeviceModel
 from xenmapcache.errors import UnsupportedOperationError, XenCallError
 
 OPEN, CLOSE = "xendevicemodel_open", "xendevicemodel_close"
@@ -213,3 +213,39 @@ def test_interrupted_probe(
     opened = [call.name for call in fake.calls if call.name.endswith("_open")]
     closed = [call.name for call in fake.calls if call.name.endswith("_close")]
     assert len(opened) == len(closed) == 2
+
+
+# --- a screen that the guest writes to ---------------------------------------------------
+
+
+def test_written_pages_of_a_screen(backend: DomainBackend) -> None:
+    """The runs of written pages of the range come once each, and no others."""
+    for gfn, count in ((3, 1), (4, 2), (11, 9), (38, 3)):
+        backend.mark_dirty(gfn, count)
+    assert backend.track_dirty_vram(4, 36) == [(4, 2), (11, 9), (38, 2)]
+    assert backend.track_dirty_vram(4, 36) == []
+    assert backend.track_dirty_vram(40, 1) == [(40, 1)]
+
+
+def test_the_end_of_tracking(backend: DomainBackend, fake: FakeXen) -> None:
+    """No pages are nothing that was written; Xen is told that the tracking has ended."""
+    assert backend.track_dirty_vram(0, 0) == []
+    assert fake.calls[-1] == (TRACK_VRAM, (ANY, DOMID, 0, 0), ())
+
+
+def test_a_screen_while_the_guest_is_migrated(backend: DomainBackend, fake: FakeXen) -> None:
+    """ENODATA says that any page may be written; other errors are raised."""
+    fake.plan(TRACK_VRAM, Behaviour.FAIL, errno.ENODATA)
+    assert backend.track_dirty_vram(4, 9) == [(4, 9)]
+    fake.plan(TRACK_VRAM, Behaviour.FAIL, errno.EINVAL)
+    with pytest.raises(XenCallError, match=TRACK_VRAM):
+        backend.track_dirty_vram(4, 9)
+
+
+def test_a_screen_without_the_library(
+    opener: Callable[[FakeXen], DomainBackend], fake: FakeXen
+) -> None:
+    """A backend that cannot call libxendevicemodel says that it cannot track."""
+    fake.plan(OPEN, Behaviour.FAIL, errno.EACCES)
+    with opener(fake) as backend, pytest.raises(UnsupportedOperationError, match="tracked"):
+        backend.track_dirty_vram(4, 9)

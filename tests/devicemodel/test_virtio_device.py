@@ -21,6 +21,7 @@ from xenmapcache.devicemodel.virtio import (
     VirtioMmio,
     VirtioRng,
 )
+from xenmapcache.devicemodel.virtio.job import Done
 from xenmapcache.guest import Segments
 
 BASE, RING, DATA = 0xFE00_0000, 0x10000, 0x40000
@@ -598,6 +599,21 @@ def test_a_quick_request_is_done_when_the_notification_returns(
     driver.kick()
     assert ring.used() == [(n, 16) for n in range(4)]
     assert (driver.line.rises, len(rng._engine._idle), cache.leases()) == (1, 1, ())
+
+
+def test_a_request_that_ends_amid_a_reset(
+    guest: MockDomain, slow: Blocking, driver: MmioDriver
+) -> None:
+    """Its end had begun when the queue was stopped: it is not answered, and its end not called."""
+    ring = Ring(guest, RING, 8)
+    driver.start(ring)
+    ring.offer(ring.chain(writable=[(DATA, 16)]))
+    queue = slow._queues[0]
+    request = queue.pop()
+    assert request is not None
+    queue.stopped = True
+    assert not slow._complete(queue, [Done(request, foreign, 1)])
+    assert ring.used() == []
 
 
 def test_requests_before_a_broken_one_are_answered(

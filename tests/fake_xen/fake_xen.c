@@ -749,6 +749,21 @@ EXPORT int xendevicemodel_modified_memory_bulk(handle *dmod, domid_t domid,
 }
 #endif
 
+/* What was reported as written stands for what the guest writes. */
+EXPORT int xendevicemodel_track_dirty_vram(handle *dmod, domid_t domid, uint64_t first_pfn,
+                                           uint32_t nr, unsigned long *dirty_bitmap)
+{
+    RECORD(U(dmod), domid, first_pfn, nr);
+    if (begin(__func__, dmod, domid))
+        return -1;
+    memset(dirty_bitmap, 0, (nr + 7) / 8);
+    for (uint32_t i = 0; i < nr; i++) {
+        ((unsigned char *)dirty_bitmap)[i / 8] |= state->dirty[first_pfn + i] << i % 8;
+        state->dirty[first_pfn + i] = 0;
+    }
+    return finish(dmod, 0);
+}
+
 EXPORT int xendevicemodel_inject_msi(handle *dmod, domid_t domid, uint64_t msi_addr,
                                      uint32_t msi_data)
 {

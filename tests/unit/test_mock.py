@@ -383,3 +383,25 @@ def test_a_range_over_a_whole_hole_ends_at_the_hole(domain: MockDomain) -> None:
     with pytest.raises(FaultError) as caught:
         domain.read(HOLE[0] - 4, HOLE[1] + 8)
     assert (caught.value.address, caught.value.length) == (HOLE[0], HOLE[1] + 4)
+
+
+def test_written_pages_of_a_screen(domain: MockDomain, backend: Backend) -> None:
+    """At first the complete range counts as written, then only what has changed since."""
+    assert backend.track_dirty_vram(4, 8) == [(4, 8)]
+    assert backend.track_dirty_vram(4, 8) == []
+    domain.write(0x3FFF, b"1234")
+    domain.write(0x6000, b"5")
+    domain.write(0xBFFF, b"67")
+    assert backend.track_dirty_vram(4, 8) == [(4, 1), (6, 1), (11, 1)]
+    assert backend.track_dirty_vram(4, 8) == []
+    assert backend.track_dirty_vram(5, 8) == [(5, 8)]
+    assert backend.track_dirty_vram(0, 0) == []
+    assert backend.track_dirty_vram(5, 8) == [(5, 8)]
+
+
+def test_a_page_of_a_screen_that_goes(domain: MockDomain, backend: Backend) -> None:
+    """A page that was given up counts as written, once."""
+    backend.track_dirty_vram(4, 8)
+    domain.balloon_out(0x5000, 0x1000)
+    assert backend.track_dirty_vram(4, 8) == [(5, 1)]
+    assert backend.track_dirty_vram(4, 8) == []

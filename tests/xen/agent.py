@@ -19,6 +19,7 @@ from enum import IntEnum, auto
 from pathlib import Path
 from typing import Final
 
+from tests.xen.lab.guest_config import LAB, made_config
 from tests.xen.lab.ramdisk import newc
 
 CONTROL: Final = 0x600
@@ -26,20 +27,8 @@ PORTS: Final = 12
 NAME: Final = "agent"
 CPUS: Final = 2
 MEMORY: Final = 128
+"""MiB of RAM."""
 PROGRAM: Final = Path("/payload/agent")
-LAB: Final = Path("/lab")
-# Huge pages for the buffer, of which agent.c says why it wants them.
-CONFIG: Final = f"""
-name = "{NAME}"
-type = "pvh"
-kernel = "{LAB}/vmlinux"
-ramdisk = "/run/agent.img"
-extra = "console=hvc0 nokaslr mitigations=off panic=-1 hugepages=5"
-memory = {MEMORY}
-vcpus = {CPUS}
-on_crash = "destroy"
-on_reboot = "destroy"
-"""
 # Debian's privcmd lets an ordinary guest make no hypercall unless it is told to.
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
@@ -289,11 +278,24 @@ class Agent:
 
 
 class AgentGuest:
-    """The guest; `domid` creates it when it is not there."""
+    """The guest; `domid` creates it when it is not there.
 
-    def __init__(self) -> None:
+    Args:
+        guest_type: "pvh" or "hvm".
+    """
+
+    def __init__(self, guest_type: str) -> None:
         self._image = Path("/run/agent.img")
         self._config = Path("/run/agent.cfg")
+        # Huge pages for the buffer, of which agent.c says why it wants them.
+        self._text = made_config(
+            guest_type,
+            name=NAME,
+            ramdisk=str(self._image),
+            memory=MEMORY,
+            vcpus=CPUS,
+            extra="hugepages=5",
+        )
 
     @property
     def domid(self) -> int:
@@ -314,7 +316,7 @@ class AgentGuest:
             ]
         )
         self._image.write_bytes((LAB / "guest.img").read_bytes() + ours)
-        self._config.write_text(CONFIG)
+        self._config.write_text(self._text)
         if _xl("create", "-q", str(self._config)) is None:
             raise RuntimeError(f"xl create {self._config} failed")
 
@@ -325,7 +327,7 @@ class AgentGuest:
 
 def missing() -> str | None:
     """Why the guest cannot be had here, if so."""
-    needed: Sequence[Path] = (PROGRAM, LAB / "guest.img", LAB / "vmlinux")
+    needed: Sequence[Path] = (PROGRAM, LAB / "guest.img")
     absent = [str(path) for path in needed if not path.exists()]
     return (
         f"the guest with the agent is made of the lab's files: no {absent[0]}" if absent else None

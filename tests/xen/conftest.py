@@ -78,13 +78,22 @@ def no_files_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def hvm_guests(machine: Platform) -> None:
+    """For a test that makes an HVM guest of its own, whatever the machine's other guests are."""
+    if "hvm" not in machine.architecture.guests:
+        pytest.skip("this machine has no HVM guests")
+    if machine.dom0 != "pv":
+        pytest.skip("QEMU for HVM guests has only been tried in a PV Dom0")
+
+
+@pytest.fixture(scope="session")
 def agent_guest(live_domid: int, machine: Platform) -> Iterator[AgentGuest]:
     """The guest; it boots when its domid is first asked for, and again if it was destroyed."""
     if not machine.architecture.ports:
         pytest.skip("the agent is given its orders by I/O ports, and this machine has none")
     if reason := agents.missing():
         pytest.skip(reason)
-    guest = AgentGuest()
+    guest = AgentGuest(machine.guest)
     guest.destroy()  # of a pytest that died
     yield guest
     guest.destroy()
@@ -170,7 +179,7 @@ def balloon(
 
     Args:
         served: the guest's server.
-        mib: as for `set_memory`.
+        mib: of RAM.
         full: what the agent's `total` was before, if it has begun to give up memory.
         while_waiting: called again and again until then.
     """

@@ -1,4 +1,4 @@
-"""A Linux guest with Debian's own drivers and no QEMU: what it does is a shell script of the test.
+"""A Linux guest with Debian's own drivers: what it does is a shell script of the test.
 
 The script's lines that begin with ``STOCK`` are read from the guest's console. The guest is created
 paused, so that a device model can take its place first.
@@ -16,28 +16,17 @@ from pathlib import Path
 from typing import Final
 
 from tests.xen.conftest import xl
+from tests.xen.lab.guest_config import LAB, Setting, made_config
 from tests.xen.lab.ramdisk import newc
 
 NAME: Final = "stock"
 MEMORY: Final = 256
-LAB: Final = Path("/lab")
+"""MiB of RAM."""
 PAYLOAD: Final = Path("/payload")
 IMAGE: Final = Path("/run/stock.img")
 CONFIG: Final = Path("/run/stock.cfg")
-TEXT: Final = f"""
-name = "{NAME}"
-type = "pvh"
-kernel = "{LAB}/vmlinux"
-ramdisk = "{IMAGE}"
-extra = "console=hvc0 nokaslr mitigations=off panic=-1 ARGUMENTS"
-memory = {MEMORY}
-maxmem = {MEMORY}
-vcpus = 2
-on_crash = "destroy"
-on_reboot = "destroy"
-"""
-ARGUMENTS: Final = "pci=noacpi,noearly"
-"""What makes the kernel look at the bus."""
+ARGUMENTS: Final = {"pvh": "pci=noacpi,noearly"}
+"""What makes the kernel look at our bus."""
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mkdir -p /sys /tmp
@@ -60,7 +49,7 @@ until [ -b /dev/vda ] || [ $tries -ge 300 ]; do tries=$((tries + 1)); sleep 0.1;
 
 def missing() -> str | None:
     """Why the guest cannot be had here, if so."""
-    needed = (LAB / "guest.img", LAB / "drivers.img", LAB / "vmlinux")
+    needed = (LAB / "guest.img", LAB / "drivers.img")
     absent = [str(path) for path in needed if not path.exists()]
     return (
         f"a guest with stock drivers is made of the lab's files: no {absent[0]}" if absent else None
@@ -99,8 +88,10 @@ def stock_guest(
     script: str,
     console: Callable[[str], str],
     *programs: str,
-    arguments: str = ARGUMENTS,
+    guest_type: str = "pvh",
+    arguments: str | None = None,
     configuration: str = "",
+    **settings: Setting,
 ) -> Iterator[StockGuest]:
     """Create a guest, paused, that runs a script; it is destroyed at the end.
 
@@ -108,8 +99,10 @@ def stock_guest(
         script: for its shell.
         console: returns what it has printed so far.
         programs: names of programs of tests/xen/guest, which it gets in /bin.
-        arguments: for its kernel.
+        guest_type: "pvh", without QEMU, or "hvm", with it.
+        arguments: for its kernel; by default, what makes it look at our bus.
         configuration: more lines of it, for xl.
+        settings: others than those of the lab's guests.
     """
     ours = newc(
         [
@@ -123,7 +116,10 @@ def stock_guest(
     )
     images = [(LAB / name).read_bytes() for name in ("guest.img", "drivers.img")]
     IMAGE.write_bytes(b"".join(images) + ours)
-    CONFIG.write_text(TEXT.replace("ARGUMENTS", arguments) + configuration)
+    settings = {"vcpus": 2, "ramdisk": str(IMAGE), "name": NAME, **settings}
+    extra = ARGUMENTS.get(guest_type, "") if arguments is None else arguments
+    text = made_config(guest_type, memory=MEMORY, extra=extra, **settings)
+    CONFIG.write_text(text + configuration)
     subprocess.run(["xl", "destroy", NAME], capture_output=True, check=False)
     log = Path(f"/var/log/xen/console/guest-{NAME}.log")
     before = len(console(NAME)) if log.exists() else 0

@@ -26,7 +26,7 @@ from xenmapcache.devicemodel import IoreqServer
 pytestmark = pytest.mark.xen
 
 PORT = 0x700
-MMIO = 0xF0000000
+MMIO = 0xF8000000
 SIZES = (1, 2, 4)
 COUNT = 5
 EDGE = 2 * MiB

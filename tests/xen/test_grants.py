@@ -12,6 +12,7 @@ import pytest
 
 from tests.xen import stock_guest as stock
 from tests.xen.conftest import wait_for
+from tests.xen.lab.platform import Platform
 from tests.xen.stock_guest import stock_guest
 from xenmapcache import FaultError, GrantError, GuestMemory, MapCache, open_backend
 from xenmapcache.address import PAGE_SIZE
@@ -49,12 +50,14 @@ def content(kind: int, count: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def guest(guest_console: Callable[[str], str]) -> Iterator[tuple[int, list[int]]]:
+def guest(
+    guest_console: Callable[[str], str], machine: Platform
+) -> Iterator[tuple[int, list[int]]]:
     """The domain, and its first reference of each kind."""
     if reason := stock.missing():
         pytest.skip(reason)
     script = f"granter {WRITABLE} {READ_ONLY} || echo STOCK refused\n"
-    with stock_guest(script, guest_console, "granter") as made:
+    with stock_guest(script, guest_console, "granter", guest_type=machine.guest) as made:
         made.unpause()
         yield made.domid, [int(ref) for ref in made.wait("refs").split()]
 

@@ -1,4 +1,4 @@
-"""Debian's own virtio_pci and virtio_blk in a PVH guest without QEMU, on a disk of ours."""
+"""Debian's own virtio_pci and virtio_blk on a disk of ours: a PVH guest without QEMU, or HVM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tests.xen.stock_guest import MEMORY, WAITING, StockGuest, stock_guest
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import MiB
 from xenmapcache.devicemodel import IoreqServer, PciBus
+from xenmapcache.devicemodel.guest_type import guest_type as toolstack_type
 from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioPci
 
 pytestmark = pytest.mark.xen
@@ -28,15 +29,21 @@ BDF = "0000:00:05.0"
 LENGTH = 64 * MiB
 ROUNDS = 24
 
-Console = Callable[[str], str]
+Run = Callable[..., AbstractContextManager[StockGuest]]
 
 
-@pytest.fixture(autouse=True)
-def _lab(machine: Platform) -> None:
+@pytest.fixture
+def run(guest_console: Callable[[str], str], machine: Platform) -> Run:
+    """Makes a guest that runs a script."""
     if not machine.architecture.ports:
         pytest.skip("a guest looks for PCI devices by I/O ports, and this machine has none")
     if reason := stock.missing():
         pytest.skip(reason)
+
+    def run(script: str, **options: str) -> AbstractContextManager[StockGuest]:
+        return stock_guest(script, guest_console, guest_type=machine.guest, **options)
+
+    return run
 
 
 @pytest.fixture
@@ -65,19 +72,18 @@ class Disk:
 
 
 @contextmanager
-def served(
-    script: str, file: Path, console: Console, arguments: str = stock.ARGUMENTS
-) -> Iterator[Disk]:
+def served(script: str, file: Path, run: Run, **options: str) -> Iterator[Disk]:
     """Run a guest that has the disk from its first instruction on."""
     with (
-        stock_guest(script, console, arguments=arguments) as guest,
+        run(script, **options) as guest,
         open_backend("xen", domid=guest.domid) as backend,
         MapCache(backend) as cache,
         file.open("r+b") as opened,
     ):
         server = IoreqServer(guest.domid, cache)
         with VirtioBlock(server, opened, serial="lab") as block:
-            PciBus(server).plug()
+            if toolstack_type(guest.domid) == "pvh":
+                PciBus(server).plug()
             pci = VirtioPci(server, BDF, block)
             pci.plug()
             with server, server.serving():
@@ -91,7 +97,7 @@ def sum_of(path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_stock_driver_reads_and_writes(file: Path, guest_console: Console) -> None:
+def test_a_stock_driver_reads_and_writes(file: Path, run: Run) -> None:
     """64 MiB come back as they were written, through both vCPUs, and are what the file holds."""
     script = f"""{WAITING}
 echo "STOCK sectors $(cat /sys/block/vda/size) serial $(cat /sys/block/vda/serial)"
@@ -104,7 +110,7 @@ rm /tmp/r
 echo "STOCK read $(dd if=/dev/vda bs=1M count=64 iflag=direct 2>/dev/null | md5sum | cut -c1-32)"
 sync
 """
-    with served(script, file, guest_console) as disk:
+    with served(script, file, run) as disk:
         assert disk.guest.wait("sectors") == f"{LENGTH // 512} serial lab"
         made = disk.guest.wait("made")
         assert disk.guest.wait("read") == made
@@ -133,39 +139,9 @@ ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "found"),
-    [
-        ("", False),
-        ("pci=conf1", False),
-        ("pci=noacpi", True),
-        ("acpi=noirq", True),
-        ("pci=lastbus=1", True),
-    ],
-)
-def test_what_makes_the_kernel_look_at_the_bus(
-    file: Path, guest_console: Console, arguments: str, found: bool
-) -> None:
-    """No ACPI for interrupts, or a last bus to look at: a PVH guest's tables describe no bus."""
-    script = f"""
-{WAITING.replace("300", "100")}
-echo "STOCK functions $(ls /sys/bus/pci/devices | wc -l)"
-echo "STOCK read $(dd if=/dev/vda bs=4k count=4 iflag=direct 2>/dev/null | wc -c)"
-echo "STOCK cpus $(nproc)"
-dmesg | grep -i -e pci -e irq -e acpi | sed 's/^/STOCK log /'
-"""
-    with served(script, file, guest_console, arguments) as disk:
-        functions, read = disk.guest.wait("functions"), disk.guest.wait("read")
-        sys.stdout.write(f"{arguments}: {functions} {read} {disk.guest.wait('cpus')}\n")
-        disk.guest.wait("end")
-        sys.stdout.write("\n".join(line for line in disk.guest.said() if line.startswith("log")))
-        assert (functions, read) == (("2", "16384") if found else ("0", "0"))
-
-
-@pytest.mark.slow
-def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> None:
+def test_the_guest_balloons_meanwhile(file: Path, run: Run) -> None:
     """20 changes of the guest's memory: no stale lease, no failure, no lost byte."""
-    with served(WORK, file, guest_console) as disk:
+    with served(WORK, file, run) as disk:
         disk.guest.wait("round 1")
         target = f"/local/domain/{disk.guest.domid}/memory/target"
         for number in range(20):
@@ -180,7 +156,7 @@ def test_the_guest_balloons_meanwhile(file: Path, guest_console: Console) -> Non
         disk.check()
 
 
-def test_reset_unplug_and_rescan(file: Path, guest_console: Console) -> None:
+def test_reset_unplug_and_rescan(file: Path, run: Run) -> None:
     """The driver is unbound and bound; the device is taken out, and a rescan finds it again."""
     device = f"/sys/bus/pci/devices/{BDF}"
     script = f"""{WAITING}
@@ -196,7 +172,7 @@ echo "STOCK removed"
 until [ -b /dev/vda ]; do sleep 0.5; echo 1 > /sys/bus/pci/rescan; done
 echo "STOCK found $(pattern)"
 """
-    with served(script, file, guest_console) as disk:
+    with served(script, file, run) as disk:
         first = disk.guest.wait("first")
         assert disk.guest.wait("again") == first
         disk.guest.wait("removed")
@@ -227,12 +203,10 @@ KILLS = 5
 
 
 @pytest.mark.slow
-def test_the_command_is_killed_under_load(
-    file: Path, tmp_path: Path, guest_console: Console
-) -> None:
+def test_the_command_is_killed_under_load(file: Path, tmp_path: Path, run: Run) -> None:
     """The guest goes on after each kill and restart; no write that was answered is lost."""
     record = tmp_path / "record"
-    with stock_guest(WORK, guest_console) as guest:
+    with run(WORK) as guest:
         for kill in range(KILLS):
             with command(file, record) as process:
                 if not kill:

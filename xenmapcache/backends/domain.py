@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 
-from ..address import PAGE_MASK, PAGE_SHIFT, as_int
+from ..address import PAGE_MASK, PAGE_SHIFT, as_int, page_runs
 from ..backend import Backend, Capability
 from ..binding import libc
 from ..binding.control import GET_INFO_LIST, MAXIMUM_GPFN, PAUSE, Control
@@ -267,6 +267,22 @@ class DomainBackend(Backend):
             except XenCallError as error:
                 if error.errno != _errno.ESRCH:
                     raise
+
+    def track_dirty_vram(self, gfn: int, count: int) -> list[tuple[int, int]]:
+        """Return which pages the guest has written; see :meth:`Backend.track_dirty_vram`.
+
+        Follows ``xendevicemodel_track_dirty_vram``. While the guest is being migrated, Xen keeps
+        no track of its own, and each call returns the complete range.
+        """
+        if self._device_model is None:
+            return super().track_dirty_vram(gfn, count)
+        try:
+            bitmap = self._device_model.track_dirty_vram(self.domid, gfn, count)
+        except XenCallError as error:
+            if error.errno != _errno.ENODATA:
+                raise
+            return page_runs(gfn, [True] * count)
+        return page_runs(gfn, [bool(bitmap[at // 8] >> at % 8 & 1) for at in range(count)])
 
     def pause(self) -> None:
         """Stop the guest's vCPUs, as ``xl pause`` does; see :meth:`Backend.pause`.

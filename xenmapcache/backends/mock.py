@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from operator import ne
 from typing import ClassVar
 
+from ..address import PAGE_SIZE, page_runs
 from ..backend import Backend, Capability
 from ..errors import ClosedError
 from ..grants import MAX_MAPPED, MAX_REFS
@@ -50,6 +52,7 @@ class MockBackend(Backend):
         self._pid = os.getpid()
         self._closed = False
         self._paused = False
+        self._tracked: tuple[int, list[bytes | None]] = (0, [])
 
     def __repr__(self) -> str:
         return f"<MockBackend of {self.domain!r}>"
@@ -98,6 +101,22 @@ class MockBackend(Backend):
             raise ClosedError("this mock backend is closed")
         if self.log_dirty:
             self.domain.mark_dirty(gfn, count)
+
+    def track_dirty_vram(self, gfn: int, count: int) -> list[tuple[int, int]]:
+        """Return which pages have changed; see :meth:`Backend.track_dirty_vram`.
+
+        Other than Xen, it compares what the pages hold.
+        """
+        self._check_open()
+        mapping = self.domain.map(gfn, count, writable=False) if count else None
+        pages = [
+            mapping.memory[at : at + PAGE_SIZE] if mapping and mapping.valid(at, 1) else None
+            for at in range(0, count * PAGE_SIZE, PAGE_SIZE)
+        ]
+        (first, before), self._tracked = self._tracked, (gfn, pages)
+        if (first, len(before)) != (gfn, count):
+            return page_runs(gfn, [True] * count)
+        return page_runs(gfn, map(ne, pages, before))
 
     def pause(self) -> None:
         """Pause the guest unless it is paused; see :meth:`Backend.pause`."""

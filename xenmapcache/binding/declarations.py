@@ -129,6 +129,9 @@ int xendevicemodel_unmap_pcidev_from_ioreq_server(xendevicemodel_handle *dmod, d
                                                   uint8_t device, uint8_t function);
 int xendevicemodel_modified_memory(xendevicemodel_handle *dmod, domid_t domid,
                                    uint64_t first_pfn, uint32_t nr);
+int xendevicemodel_track_dirty_vram(xendevicemodel_handle *dmod, domid_t domid,
+                                    uint64_t first_pfn, uint32_t nr,
+                                    unsigned long *dirty_bitmap);
 int xendevicemodel_inject_msi(xendevicemodel_handle *dmod, domid_t domid, uint64_t msi_addr,
                               uint32_t msi_data);
 int xendevicemodel_set_isa_irq_level(xendevicemodel_handle *dmod, domid_t domid, uint8_t irq,

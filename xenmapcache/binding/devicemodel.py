@@ -14,6 +14,7 @@ from .declarations import DEVICE_MODEL
 from .handle import Handle
 
 MODIFIED, MODIFIED_BULK = "xendevicemodel_modified_memory", "xendevicemodel_modified_memory_bulk"
+TRACK_VRAM = "xendevicemodel_track_dirty_vram"
 _BUFIOREQ_OFF, _BUFIOREQ_LEGACY = 0, 1
 # struct xen_dm_op_modified_memory_extent: u32 nr, u32 pad, u64 first_pfn
 _EXTENT = struct.Struct("=IIQ")
@@ -177,6 +178,26 @@ class DeviceModel(Handle):
             self.check(MODIFIED_BULK, domid, domid, extent, 1)
         else:
             self.check(MODIFIED, domid, domid, gfn, count)
+
+    def track_dirty_vram(self, domid: int, gfn: int, count: int) -> bytes:
+        """Return which pages were written since the last call for the same range.
+
+        Xen keeps one range for each guest. The first call for another range sets every bit.
+
+        Args:
+            domid: the guest.
+            gfn: the first page's frame number.
+            count: pages; 0 ends the tracking.
+
+        Returns:
+            A bitmap: bit 0 of byte 0 is the first page.
+
+        Raises:
+            XenCallError: it failed; ENODATA: Xen did not keep track, and all pages may be written.
+        """
+        bitmap = array("L", bytes(-(-count // 64) * 8 or 8))
+        self.check(TRACK_VRAM, domid, domid, gfn, count, bitmap)
+        return bitmap.tobytes()[: -(-count // 8)]
 
     # --- interrupts -------------------------------------------------------------
 

@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from . import guest_config as guest_configs
 from . import ramdisk
+from .guest_config import guest_config
 from .hypervisor import hypervisor
 from .platform import Platform
 from .prerequisites import LabUnavailableError, require, tool
@@ -41,6 +43,8 @@ MODULES: Final = (
 GUEST_MODULES: Final = ("xen_privcmd",)  # hypercalls of the agent; see tests/xen/guest
 DRIVERS: Final = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_rng", "xen_gntalloc")
 """Of a guest with Debian's own drivers; see tests/xen/stock_guest.py."""
+OURS: Final = (ramdisk.__file__, guest_configs.__file__)
+"""What else makes an image."""
 # Hundreds of megabytes that Dom0 never opens: half of the time of building an image.
 EXCLUDED: Final = (
     "/usr/share/doc/*",
@@ -116,7 +120,7 @@ def image(platform: Platform) -> Image:
 def _key(platform: Platform) -> str:
     content = (platform.release, platform.architecture, platform.packages)
     digest = hashlib.sha256(repr(content).encode())
-    for path in sorted([*BAKED.iterdir(), Path(__file__), Path(ramdisk.__file__)]):
+    for path in sorted([*BAKED.iterdir(), Path(__file__), *map(Path, OURS)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -224,8 +228,7 @@ def _bake(platform: Platform, tree: Path, work: Path) -> None:
     for kind in architecture.guests:
         (lab / kind).mkdir()
         for name, memory in architecture.sizes.items():
-            text = baked[f"{kind}.cfg"].decode()
-            text = text.replace("@NAME@", name).replace("@MEMORY@", str(memory))
+            text = guest_config(baked[f"{kind}.cfg"].decode(), name=name, memory=memory)
             (lab / kind / f"{name}.cfg").write_text(text)
     for unused in (modules, tree / "boot"):
         shutil.rmtree(unused)

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+SCREENS: Final = {"hvm": 16}
+"""MiB that libxl counts as a guest's memory and that are not RAM; see ``videoram`` in hvm.cfg."""
+
 
 @dataclass(frozen=True)
 class Release:
@@ -129,7 +132,8 @@ class Platform:
         return self.architecture.ram, self.architecture.sizes["guest"] << 20
 
     def set_memory(self, name: str, mib: int) -> list[str]:
-        """The command that has a guest balloon to a size in MiB."""
+        """The command that has a guest balloon to a size in MiB, without its screen's memory."""
+        mib += SCREENS.get(self.guest, 0)
         values = {"name": name, "mib": mib, "kib": mib << 10}
         return [part.format(**values) for part in self.architecture.set_memory]
 

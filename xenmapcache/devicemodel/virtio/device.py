@@ -354,8 +354,7 @@ class VirtioDevice:
         jobs: list[tuple[Request, Job]] = []
         while len(jobs) < most:
             if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
-                queue.notifies = False  # the end of a request looks for further ones
-                break
+                break  # at the limit: `notifies` is False, because the last pop has found one
             try:
                 request = queue.pop()
                 if request is None:

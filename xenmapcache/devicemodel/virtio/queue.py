@@ -116,7 +116,7 @@ class Virtqueue:
         in_flight: the requests that were popped and not pushed, by head.
         stopped: the driver has reset the device; the owner of the queue sets it and looks at it.
         notifies: the ring was empty at the last :meth:`pop`, so the driver notifies of the next
-            request. The owner of the queue clears it if it leaves requests in the ring.
+            request.
 
     Raises:
         BrokenDriverError: a number that the driver chose is against the rules.
