@@ -8,7 +8,10 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE =
 # For coverage: what no test comes to is not to be a matter of luck.
 MORE := XENMAPCACHE_MODEL=$${XENMAPCACHE_MODEL:-100} XENMAPCACHE_FUZZ=$${XENMAPCACHE_FUZZ:-300} \
-	XENMAPCACHE_RACES=$${XENMAPCACHE_RACES:-3}
+	XENMAPCACHE_RACES=$${XENMAPCACHE_RACES:-3} \
+	XENMAPCACHE_EXAMPLES=$${XENMAPCACHE_EXAMPLES:-1} \
+	XENMAPCACHE_BINDINGS=$${XENMAPCACHE_BINDINGS:-both} \
+	XENMAPCACHE_INTERRUPTS=$${XENMAPCACHE_INTERRUPTS:-1}
 # A few tests of each kind: the machine, a live guest, INVALIDATE, a device model, what Xen tells.
 XEN_QUICK := tests/xen/test_lab_smoke.py tests/xen/test_live_guest.py tests/xen/test_survey.py \
 	tests/xen/test_invalidate.py

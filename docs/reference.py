@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from enum import EnumType
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +18,7 @@ PAGE = Path(__file__).parent / "api.md"
 BEGIN, END = "<!-- at a glance -->", "<!-- end of at a glance -->"
 
 _DIRECTIVE = re.compile(
-    r"^\.\. auto(?P<kind>class|function|exception):: (?P<name>[\w.]+)(?:\(\))?\n"
+    r"^\.\. auto(?P<kind>class|function|exception):: (?P<name>[\w.]+)(?P<made>\(\))?\n"
     r"(?P<options>(?: {3}.*\n)*)",
     re.MULTILINE,
 )
@@ -32,13 +33,15 @@ def find(name: str) -> object:
 def summary(thing: object) -> str:
     """Return the first sentence of a docstring, on one line, as Markdown."""
     paragraph = (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
-    sentence = re.split(r"(?<=[.;])\s", paragraph)[0].rstrip(";.") + "."
+    sentence = re.split(r"(?<=[.])\s", paragraph)[0]
     sentence = re.sub(r":\w+:`[.~]*([^`]+)`", r"`\1`", sentence)
     return sentence.replace("``", "`")
 
 
 def arguments(function: object) -> str:
-    """Return the names of a function's arguments; optional ones have a default or a star."""
+    """Return the names of the arguments of a function or class; optional ones end in "=..."."""
+    if isinstance(function, EnumType):
+        return ""
     try:
         signature = inspect.signature(function)  # type: ignore[arg-type] # it may be a class
     except (TypeError, ValueError):
@@ -49,6 +52,8 @@ def arguments(function: object) -> str:
         for name, parameter in signature.parameters.items()
         if name != "self"
     ]
+    if not names and isinstance(function, type):
+        return ""
     return f"({', '.join(names)})"
 
 
@@ -69,11 +74,14 @@ def members(thing: type, options: str) -> Iterator[str]:
 
 
 def glance(page: str) -> str:
-    """Return the section for a page's directives."""
+    """Return the section for a page's directives.
+
+    A class has arguments if users make its objects. In the page, "()" marks the other classes.
+    """
     lines = []
     for match in _DIRECTIVE.finditer(page):
         thing = find(match["name"])
-        called = arguments(thing) if match["kind"] == "function" else ""
+        called = "" if match["kind"] == "exception" or match["made"] else arguments(thing)
         lines.append(f"- **`{match['name']}{called}`**: {summary(thing)}")
         if isinstance(thing, type):
             lines += members(thing, match["options"])

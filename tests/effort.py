@@ -2,8 +2,8 @@
 
 A limit in calls is one that no busy machine moves. The numbers are those of ``make test``. The
 gates (``.ci/run``, ``.ci/nightly``, ``make coverage``) try more, by these variables:
-``XENMAPCACHE_MODEL``, ``XENMAPCACHE_FUZZ``, ``XENMAPCACHE_RACES``, ``XENMAPCACHE_LEAKS`` and
-``XENMAPCACHE_INTERRUPTS``.
+``XENMAPCACHE_MODEL``, ``XENMAPCACHE_FUZZ``, ``XENMAPCACHE_EXAMPLES``, ``XENMAPCACHE_RACES``,
+``XENMAPCACHE_BINDINGS``, ``XENMAPCACHE_LEAKS`` and ``XENMAPCACHE_INTERRUPTS``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,15 @@ RACES: Final = int(os.environ.get("XENMAPCACHE_RACES", "1"))
 """How many times as long threads and processes race that seldom meet; three times in the gates."""
 LEAKS: Final = int(os.environ.get("XENMAPCACHE_LEAKS", "40000"))
 """How many operations are to leave nothing behind."""
+BOTH_BINDINGS: Final = os.environ.get("XENMAPCACHE_BINDINGS", "one") == "both"
+"""Whether the crash matrix has each cell of a live domain over cffi and over ctypes."""
+EXAMPLES: Final = float(os.environ.get("XENMAPCACHE_EXAMPLES", "0.25"))
+"""Which share of the usual number of examples hypothesis tries."""
+
+
+def examples(usual: int) -> int:
+    """Return how many examples a test tries, of a usual number of them."""
+    return max(10, round(usual * EXAMPLES))
 
 
 @contextlib.contextmanager

@@ -279,8 +279,7 @@ class Mapping:
             if own:
                 unmap(address, length)
             raise
-        view = memoryview(memory).cast("B")
-        self._bytes = view if writable else view.toreadonly()
+        self._bytes: memoryview | None = None
         self.address = address
         self.gfn = gfn
         self.count = count
@@ -311,11 +310,16 @@ class Mapping:
         Touching it, or ``memory``, where a page is not valid crashes; :meth:`view` does not
         let you.
         """
-        if FREE_THREADED:
-            # One that others slice as well loses count of its slices (python/cpython#155606).
+        view = self._bytes
+        if view is None:
+            # Not in __init__: a bucket that is only read needs none, and a view takes 312 bytes.
             view = memoryview(self.memory).cast("B")
-            return view if self.writable else view.toreadonly()
-        return self._bytes
+            if not self.writable:
+                view = view.toreadonly()
+            # Without a GIL, a shared view loses count of its slices (python/cpython#155606).
+            if not FREE_THREADED:
+                self._bytes = view
+        return view
 
     @property
     def holes(self) -> int:

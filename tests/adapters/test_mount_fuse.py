@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_main import environment
+from tests.cli.process import environment
 from tests.images import linux_guest, tools
 from xenmapcache import BackendUnavailableError, MockDomain, open_backend, write_lime, write_vmcore
 from xenmapcache.adapters.mount import check_fuse
 from xenmapcache.address import PAGE_SIZE, MiB
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

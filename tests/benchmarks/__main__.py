@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> Report:
             options.rounds,
             rows,
             [footprint(each, paths[each.format], options.size) for each in measured],
-            import_figures({each.modules for each in measured}, options.rounds + 2),
+            import_figures({each.modules for each in measured}, options.rounds),
             [] if options.without_promises else list(files.promises(paths, options.rounds)),
             [] if options.without_promises else promises(),
         )

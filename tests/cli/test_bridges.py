@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import MODULE, environment
 from tests.images import linux_guest
 from xenmapcache import open_backend, write_lime
 from xenmapcache.cli import main

@@ -19,7 +19,7 @@ import pytest
 
 import xenmapcache.doctor
 from tests.cli.conftest import Machine
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import MODULE, environment
 from tests.fake_xen import DOMID
 from tests.fake_xen.fixtures import MakeFake
 from xenmapcache import Backend, ClosedError, MockHypervisor, XenCallError, open_backend

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pty
 import re
 import signal
 import stat
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import MODULE, environment, on_terminal
 from tests.images.writers import memory
 from tests.unit.test_source import lime
 from xenmapcache import FaultError, MapCache, MockDomain, MockHypervisor, XenCallError, open_source
@@ -318,25 +317,13 @@ def test_a_full_disk_leaves_nothing(
 
 def test_progress_on_a_terminal_only(folder: Path) -> None:
     """A terminal on stderr sees a bar with rate and time; stdout stays for the result."""
-    command = [*MODULE, "dump", "mock:64M", "-o", str(folder / "f")]
-    leader, follower = pty.openpty()
+    arguments = ("dump", "mock:64M", "-o", str(folder / "f"))
     variables = environment(TERM="xterm-256color", COLUMNS="120", NO_COLOR="")
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=follower, env=variables
-    ) as process:
-        os.close(follower)
-        shown = b""
-        try:
-            while chunk := os.read(leader, 65536):
-                shown += chunk
-        except OSError:
-            pass  # Linux's way to say that the other side has closed
-        assert process.stdout is not None
-        assert process.stdout.read() == b""
-    os.close(leader)
-    assert process.returncode == 0
+    shown, stdout = on_terminal(*arguments, environment=variables, streams=("stderr",))
+    assert stdout == b""
     assert b"dumping mock:64M" in shown
     assert b"MiB" in shown
+    command = [*MODULE, *arguments]
     quiet = subprocess.run(command, capture_output=True, env=environment(), check=True, timeout=60)
     assert (quiet.stdout, quiet.stderr) == (b"", b"")
 

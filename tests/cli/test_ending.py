@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.cli.test_main import environment
+from tests.cli.process import environment
 from xenmapcache.cli.ending import Ending
 
 SIGNALS = [

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import environment, on_terminal
 from tests.images import kdump_files, writers, xl_files
 from xenmapcache.cli import main
 
@@ -80,20 +78,8 @@ def test_progress_while_a_saved_guest_is_read(tmp_path: Path) -> None:
     """Reading an image's index takes long, so a terminal on stderr sees how far it is."""
     path = tmp_path / "guest.save"
     path.write_bytes(xl_files.save(xl_files.pages(*GFNS), version=3))
-    leader, follower = pty.openpty()
     variables = environment(TERM="xterm-256color", COLUMNS="200", NO_COLOR="")
-    command = [*MODULE, "info", "--json", str(path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=follower, env=variables
-    ) as process:
-        os.close(follower)
-        shown = b""
-        try:
-            while chunk := os.read(leader, 65536):
-                shown += chunk
-        except OSError:
-            pass  # Linux's way to say that the other side has closed
-        assert process.stdout is not None
-        assert json.loads(process.stdout.read())["pages"] == 4
-    os.close(leader)
+    arguments = ("info", "--json", str(path))
+    shown, stdout = on_terminal(*arguments, environment=variables, streams=("stderr",))
+    assert json.loads(stdout)["pages"] == 4
     assert b"reading " in shown

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_main import environment
+from tests.cli.process import environment
 from xenmapcache.cli.parser import make_parser
 
 ROOT = Path(__file__).parents[2]

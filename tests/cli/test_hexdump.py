@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from xenmapcache.cli import output
 from xenmapcache.cli.hexdump import Hexdump
 
@@ -33,7 +34,7 @@ def expected(address: int, data: bytes, *, squeeze: bool) -> list[str]:
     return [*lines, f"{address + len(data):08x}"]
 
 
-@settings(deadline=None)  # the machine may be busy
+@settings(max_examples=examples(100), deadline=None)  # the machine may be busy
 @given(st.lists(PIECES, max_size=12), st.lists(st.integers(0, 50000), max_size=4), st.booleans())
 @example([bytes(16), bytes(16)], [16], True)
 def test_lines_do_not_depend_on_chunks(pieces: list[bytes], cuts: list[int], squeeze: bool) -> None:

@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +15,8 @@ import pytest
 
 import xenmapcache
 import xenmapcache_command
+from tests.cli.process import MODULE, environment, on_terminal
 from xenmapcache.cli import main
-
-ROOT = Path(__file__).parents[2]
-MODULE = [sys.executable, "-W", "error", "-m", "xenmapcache"]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """Return an environment in which this tree is imported."""
-    return os.environ | {"PYTHONPATH": str(ROOT)} | variables
 
 
 @pytest.mark.parametrize(
@@ -258,23 +250,8 @@ def test_colours_only_on_a_terminal() -> None:
     ).stdout
     assert plain.isascii()
     assert b"\x1b" not in plain
-    leader, follower = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [*MODULE, "demo"],
-            stdout=follower,
-            env=environment(TERM="xterm-256color", NO_COLOR=""),
-        )
-        os.close(follower)
-        shown = b""
-        try:
-            while chunk := os.read(leader, 65536):
-                shown += chunk
-        except OSError:
-            pass  # Linux's way to say that the other side has closed
-        assert process.wait(60) == 0
-    finally:
-        os.close(leader)
+    variables = environment(TERM="xterm-256color", NO_COLOR="")
+    shown = on_terminal("demo", environment=variables).terminal
     assert b"\x1b[" in shown
     assert b"LOST" in shown
 

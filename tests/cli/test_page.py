@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.process import environment
 from tests.cli.test_generated import COMMANDS
-from tests.cli.test_main import environment
 from tests.docs.test_docs import DOCS, blocks, program, run
 
 PAGE = DOCS / "commands.md"

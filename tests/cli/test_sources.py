@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import MODULE, environment, on_terminal
 from tests.unit.test_source import lime
 from xenmapcache import (
     Backend,
@@ -205,22 +203,12 @@ def test_read_gives_the_bytes_to_a_pipe_and_a_hexdump_to_a_terminal(guest: str) 
     assert shell("read", guest, "0x10", "6").stdout == b"needle"
     assert shell("read", guest, "0x10", "6", "--hexdump").stdout.startswith(b"00000010  6e 65")
 
-    def on_terminal(*options: str) -> bytes:
-        leader, follower = pty.openpty()
-        command = [*MODULE, "read", guest, "0x10", "6", *options]
-        with subprocess.Popen(command, stdout=follower, env=environment()):
-            os.close(follower)
-            shown = b""
-            try:
-                while chunk := os.read(leader, 65536):
-                    shown += chunk
-            except OSError:
-                pass  # Linux's way to say that the other side has closed
-        os.close(leader)
-        return shown
+    def shown(*options: str) -> bytes:
+        arguments = ("read", guest, "0x10", "6", *options)
+        return on_terminal(*arguments, environment=environment()).terminal
 
-    assert on_terminal().startswith(b"00000010  6e 65")
-    assert on_terminal("--raw") == b"needle"
+    assert shown().startswith(b"00000010  6e 65")
+    assert shown("--raw") == b"needle"
 
 
 @pytest.mark.slow
@@ -585,9 +573,9 @@ def test_what_is_resident_stays_bounded(run: Run, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(sources, "MapCache", Watched)
     monkeypatch.setattr(MockBackend, "map", watched)
-    for arguments in (["find", "mock:128M", "x"], ["strings", "mock:128M"]):
+    for arguments in (["find", "mock:80M", "x"], ["strings", "mock:80M"]):
         run(*arguments, status=1)
-    run("diff", "mock:128M", "mock:128M")
+    run("diff", "mock:80M", "mock:80M")
     assert 32 << 20 < most <= sources.MAX_RESIDENT
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import xenmapcache.cli
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import environment, on_terminal
 from xenmapcache import ClosedError, CorruptImageError, MapCache, XenCallError, open_backend
 from xenmapcache.cli import main
 from xenmapcache.escape import LOGGERS, printable, printable_lines
@@ -76,19 +75,11 @@ def test_names_do_not_reach_the_terminal_raw(
 @pytest.mark.usefixtures("evil")
 def test_progress_and_report_on_a_terminal_are_escaped() -> None:
     """The bar's title and the line about the finished file show the name, escaped."""
-    leader, follower = pty.openpty()
-    command = [*MODULE, "dump", f"raw:{EVIL}", "-o", f"{EVIL}.out"]
-    variables = environment(TERM="dumb", COLUMNS="200", NO_COLOR="1")
-    with subprocess.Popen(command, stdout=follower, stderr=follower, env=variables) as process:
-        os.close(follower)
-        shown = b""
-        try:
-            while chunk := os.read(leader, 65536):
-                shown += chunk
-        except OSError:
-            pass  # Linux's way to say that the other side has closed
-        assert process.wait(60) == 0
-    os.close(leader)
+    shown, _ = on_terminal(
+        *("dump", f"raw:{EVIL}", "-o", f"{EVIL}.out"),
+        environment=environment(TERM="dumb", COLUMNS="200", NO_COLOR="1"),
+        streams=("stdout", "stderr"),
+    )
     assert b"OWNED" in shown
     assert b"\x1b]0" not in shown
     assert b"\x07" not in shown

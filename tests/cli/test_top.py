@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import pytest
 
-from tests.cli.test_main import MODULE, environment
+from tests.cli.process import MODULE, environment
 from tests.observe.monitor_kit import SNAPSHOT, S
 from xenmapcache.cli import main, top, view
 from xenmapcache.cli.keys import END, ESCAPE, RESIZED, SUSPENDED, Keys

@@ -21,10 +21,18 @@ HERE = (
     "fake-xenctrl-ctypes",
     *IMAGES,
 )
+QUICK = ("mock", "fake-xen-cffi", "coredump-pv", "raw", "elfcore-unaligned", "kdump")
+"""Enough for ``make test-quick``: one of each way to map or read, and of each shape of an index."""
 LIVE = ("xen-cffi", "xen-ctypes", "xenctrl-cffi", "xenctrl-ctypes")
 
 
-@pytest.fixture(params=[*HERE, *(pytest.param(name, marks=pytest.mark.xen) for name in LIVE)])
+def _param(name: str) -> object:
+    if name in LIVE:
+        return pytest.param(name, marks=pytest.mark.xen)
+    return name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=map(_param, (*HERE, *LIVE)))
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     """An open guest."""
     yield from open_guest(request.param, request)

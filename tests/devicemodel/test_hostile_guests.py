@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from tests.kit import (
     Memory,
     ask,
@@ -37,7 +38,9 @@ PORT, VGA, ONES = 0x510, 0xA0000, 0xFFFFFFFF
 
 
 @settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(200),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(read=st.integers(0, ONES), entries=st.integers(0, ONES), filler=st.binary(max_size=64))
 def test_every_ring_is_emptied(server: IoreqServer, read: int, entries: int, filler: bytes) -> None:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.devicemodel.pcidriver import BDF, PciDriver, claims_of
+from tests.effort import examples
 from tests.kit import Memory, ask, wait_for_the_log
 from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer, report
@@ -69,7 +70,9 @@ DEVICE_STEPS = st.tuples(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(150),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(st.lists(st.one_of(CONFIG_STEPS, CONFIG_STEPS, BAR_STEPS, DEVICE_STEPS), max_size=40))
 def test_any_accesses_are_answered(

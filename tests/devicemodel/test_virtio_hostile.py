@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.devicemodel.virtio_kit import ALL_FEATURES, Line, Ring
+from tests.effort import examples
 from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioMmio, Virtqueue
@@ -128,7 +129,7 @@ def packed(descriptors: list[tuple[int, int, int, int]]) -> bytes:
     return b"".join(struct.pack("<QIHH", *each) for each in descriptors)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(steps=STEPS, features=st.sampled_from([0, 1 << 28, 1 << 29, 3 << 28]))
 def test_rings_with_anything(steps: list[Step], features: int) -> None:
     """Each notification ends after a bounded number of reads of the ring."""
@@ -159,7 +160,7 @@ def test_rings_with_anything(steps: list[Step], features: int) -> None:
         disk.check_a_good_driver()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(areas=st.tuples(ADDRESSES, ADDRESSES, ADDRESSES), idx=IDX)
 def test_rings_anywhere(areas: tuple[int, int, int], idx: int) -> None:
     """The areas may overlap each other, the data, or nothing that exists."""
@@ -173,7 +174,7 @@ def test_rings_anywhere(areas: tuple[int, int, int], idx: int) -> None:
         disk.check_a_good_driver()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(content=st.lists(st.binary(min_size=1, max_size=64), min_size=1, max_size=8))
 def test_a_page_of_noise(content: list[bytes]) -> None:
     """Rings, tables and headers that are any bytes."""

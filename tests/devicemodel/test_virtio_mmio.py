@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.devicemodel.virtio_kit import ALL_FEATURES, Line, MmioDriver, Ring
+from tests.effort import examples
 from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioMmio, VirtioRng
@@ -221,7 +222,7 @@ def test_its_text_and_its_end(mmio: VirtioMmio, guest: MockDomain, driver: MmioD
     assert driver.read(0) == 0xFFFFFFFF
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(accesses=ACCESSES, content=st.binary(max_size=64))
 def test_random_accesses(accesses: list[tuple[bool, int, int, int]], content: bytes) -> None:
     """Whatever a guest reads and writes, it gets numbers of that size, and a reset helps."""

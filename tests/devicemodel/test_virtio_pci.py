@@ -24,6 +24,7 @@ from tests.devicemodel.virtio_pci_kit import (
     Slow,
     VirtioPciDriver,
 )
+from tests.effort import examples
 from tests.kit import link_of
 from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer, PciBus
@@ -430,7 +431,9 @@ ACCESSES = st.lists(
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(100),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(ACCESSES, st.binary(max_size=256))
 def test_random_accesses(

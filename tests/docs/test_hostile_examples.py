@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from examples.block_device import BlockDevice
 from examples.framebuffer import Display
+from tests.effort import examples
 from tests.kit import Memory, ask
 from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer
@@ -59,7 +60,9 @@ REQUESTS = st.builds(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(300),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(request=REQUESTS)
 def test_every_request_is_answered(
@@ -73,7 +76,9 @@ def test_every_request_is_answered(
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(100),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(registers=st.lists(st.tuples(st.integers(0, 7), NUMBERS), max_size=12))
 def test_every_register_takes_every_value(

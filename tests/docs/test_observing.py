@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from tests.cli.test_main import environment
+from tests.cli.process import environment
 from tests.cli.test_page import MARK, install_command
 from tests.docs.test_docs import DOCS, README, blocks, python_blocks
 from tests.observe import qemu_logs as logs

@@ -7,6 +7,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -68,3 +69,12 @@ def test_the_version_has_one_source() -> None:
         if f'"{xenmapcache.__version__}"' in path.read_text(encoding="utf-8")
     ]
     assert holders == [Path("__init__.py")]
+
+
+@pytest.mark.skipif(not PYPROJECT.is_file(), reason=f"no file {PYPROJECT}")
+def test_no_address_of_the_project_is_invented() -> None:
+    """The metadata may be without addresses, but none has a name that is reserved for examples."""
+    addresses = project()["project"].get("urls", {}).values()
+    hosts = [urlsplit(address).hostname or "" for address in addresses]
+    reserved = {"example", "invalid", "localhost", "test"}
+    assert not [host for host in hosts if reserved & set(host.split("."))]

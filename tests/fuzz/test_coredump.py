@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.effort import FUZZ, calls_at_most
+from tests.effort import calls_at_most
+from tests.fuzz.bounded import bounded, write
 from tests.images.xl_files import PADDING, PV_SECTIONS, PVH_SECTIONS, Core, dump_core, dump_core_pv
 from xenmapcache import CorruptImageError
 from xenmapcache.address import PAGE_SIZE
@@ -21,11 +21,6 @@ from xenmapcache.backends.coredump import CoredumpBackend
 
 pytestmark = pytest.mark.slow
 
-bounded = settings(
-    max_examples=FUZZ,
-    deadline=None,  # `check` limits the work instead
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 PFNS = [0, 1, 2, 5, 6, 0x100]
 SEEDS = [dump_core(PFNS), dump_core_pv(PFNS, shift=8), dump_core([0, PADDING, 1, PADDING])]
 HEADERS = 64 + 64 * 6 + 200
@@ -44,9 +39,7 @@ PLACES = st.one_of(
 @calls_at_most(100_000)
 def check(path: Path, content: bytes) -> None:
     """Open it and read every present page."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
-    os.utime(path, (1, 1))
+    write(path, content)
     try:
         with CoredumpBackend(path=path) as backend:
             assert len(backend._index.gfns) == backend.pages <= len(content) // PAGE_SIZE

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.effort import FUZZ, calls_at_most
-from tests.images.writers import Load, check_parts, elf_core, elf_core_of, memory, note
+from tests.effort import calls_at_most
+from tests.fuzz.bounded import bounded, check_pages, write
+from tests.images.writers import Load, elf_core, elf_core_of, memory, note
 from xenmapcache import CorruptImageError, UnsupportedOperationError
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.elfcore import ElfCoreBackend
 
 pytestmark = pytest.mark.slow
 
-bounded = settings(
-    max_examples=FUZZ,
-    deadline=None,  # `check` limits the work instead
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 RANGES = [(1, 2), (0x10, 1), (0, 3)]
 SEEDS = [
     elf_core_of(RANGES),
@@ -41,35 +36,17 @@ def file(tmp_path: Path) -> Path:
 
 
 def check(path: Path, content: bytes) -> None:
-    """Open it, whole and what is intact of it, and read every present page."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
-    os.utime(path, (1, 1))
+    """Open it, whole and what is intact of it, and read all pages; or an error names the file."""
+    write(path, content)
     for salvage in (False, True):
-        check_pages(path, content, salvage)
-
-
-@calls_at_most(10_000)
-def check_pages(path: Path, content: bytes, salvage: bool) -> None:
-    """Each page that is present is right; or there is an error that names the file."""
-    try:
-        with ElfCoreBackend(path=path, salvage=salvage) as backend:
-            backend.describe()
-            assert sum(len(note.data) for note in backend.notes) <= 8 * len(content)
-            check_parts(content, backend)
-            in_parts = {run.gfn for run in backend.runs(0, 1 << 40) if run.fragments is not None}
-            end = 0
-            for gfn, count in backend.present(0, 1 << 40):
-                assert end <= gfn
-                end = gfn + count
-                mapping = backend.map(gfn, count, writable=False)
-                assert mapping.errors is None
-                for page in range(count):
-                    data = bytes(mapping.view(page * PAGE_SIZE, PAGE_SIZE))
-                    assert data in content or gfn + page in in_parts
-            assert end * PAGE_SIZE == backend.memory_end
-    except (CorruptImageError, UnsupportedOperationError) as error:
-        assert str(path) in str(error)
+        with calls_at_most(10_000):
+            try:
+                with ElfCoreBackend(path=path, salvage=salvage) as backend:
+                    backend.describe()
+                    assert sum(len(note.data) for note in backend.notes) <= 8 * len(content)
+                    check_pages(backend, content)
+            except (CorruptImageError, UnsupportedOperationError) as error:
+                assert str(path) in str(error)
 
 
 PLACES = st.one_of(st.integers(0, HEADERS), st.integers(0, len(SEEDS[0])))

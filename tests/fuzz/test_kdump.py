@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.effort import FUZZ, calls_at_most
+from tests.effort import calls_at_most
+from tests.fuzz.bounded import bounded, write
 from tests.images import kdump_files as files
 from tests.images.writers import memory, note
 from xenmapcache import BackendUnavailableError, CorruptImageError, UnsupportedOperationError
@@ -21,11 +21,6 @@ from xenmapcache.formats.pagebitmap import PageBitmap
 
 pytestmark = pytest.mark.slow
 
-bounded = settings(
-    max_examples=FUZZ,
-    deadline=None,  # `check` limits the work instead
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 PAGES = files.pages_of([(0, 3), (0x10, 1), (0x300, 2)])
 NOTES = note(b"CORE", 1, bytes(40)) * 2
 SEEDS = [
@@ -54,9 +49,7 @@ def check(path: Path, content: bytes, salvage: bool) -> None:
 
     That the package of a compression is missing, which a changed flag asks for, is an error, too.
     """
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
-    os.utime(path, (1, 1))
+    write(path, content)
     try:
         with KdumpBackend(path=path, salvage=salvage) as backend:
             backend.describe()

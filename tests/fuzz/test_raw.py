@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.effort import FUZZ, calls_at_most
-from tests.images.writers import check_parts, lime, lime_range
+from tests.effort import calls_at_most
+from tests.fuzz.bounded import bounded, check_pages, write
+from tests.images.writers import lime, lime_range
 from xenmapcache import CorruptImageError, UnsupportedOperationError
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backends.raw import RawBackend
@@ -20,11 +20,6 @@ from xenmapcache.formats.lime import MAGIC as LIME_MAGIC
 
 pytestmark = pytest.mark.slow
 
-bounded = settings(
-    max_examples=FUZZ,
-    deadline=None,  # `check` limits the work instead
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 SEED = lime([(1, 2), (0x10, 1), (4, 1)])
 NUMBERS = st.sampled_from([0, 1, 0xFFF, 0x1000, 0x1FFF, 2**31, 2**32, 2**52 - 1, 2**63, 2**64 - 1])
 
@@ -35,34 +30,15 @@ def file(tmp_path: Path) -> Path:
 
 
 def check(path: Path, content: bytes) -> None:
-    """Open it, whole and what is intact of it, and read all pages."""
-    path.unlink(missing_ok=True)
-    path.write_bytes(content)
-    os.utime(path, (1, 1))
+    """Open it, whole and what is intact of it, and read all pages; or an error names the file."""
+    write(path, content)
     for salvage in (False, True):
-        check_pages(path, content, salvage)
-
-
-@calls_at_most(10_000)
-def check_pages(path: Path, content: bytes, salvage: bool) -> None:
-    """Each page that is present is right; or there is an error that names the file."""
-    try:
-        with RawBackend(path=path, salvage=salvage) as backend:
-            check_parts(content, backend)
-            in_parts = {run.gfn for run in backend.runs(0, 1 << 40) if run.fragments is not None}
-            end = 0
-            for gfn, count in backend.present(0, 1 << 40):
-                assert end <= gfn
-                end = gfn + count
-                assert count <= 1 + len(content) // PAGE_SIZE + len(content) // 16
-                mapping = backend.map(gfn, count, writable=False)
-                assert mapping.errors is None
-                for page in range(count):
-                    data = bytes(mapping.view(page * PAGE_SIZE, PAGE_SIZE))
-                    assert data in content or gfn + page in in_parts
-            assert end * PAGE_SIZE == backend.memory_end
-    except (CorruptImageError, UnsupportedOperationError) as error:
-        assert str(path) in str(error)
+        with calls_at_most(10_000):
+            try:
+                with RawBackend(path=path, salvage=salvage) as backend:
+                    check_pages(backend, content)
+            except (CorruptImageError, UnsupportedOperationError) as error:
+                assert str(path) in str(error)
 
 
 @bounded

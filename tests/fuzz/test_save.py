@@ -10,10 +10,11 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tests.effort import FUZZ, calls_at_most
+from tests.effort import calls_at_most
+from tests.fuzz.bounded import bounded
 from tests.images.xl_files import XTAB, libxc, libxl, pages, record, save, xl
 from xenmapcache import CorruptImageError
 from xenmapcache.address import PAGE_SIZE
@@ -21,11 +22,6 @@ from xenmapcache.backends.save import SaveBackend
 
 pytestmark = pytest.mark.slow
 
-bounded = settings(
-    max_examples=FUZZ,
-    deadline=None,  # `check` limits the work instead
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 SEEDS = [
     save(pages(0, 1, (2, XTAB)), pages(1, copy=1)),
     save(pages((7, 4), (8, 9), 3), version=2, kind=1),

@@ -408,9 +408,9 @@ def test_a_flood_of_records(file: Path) -> None:
 @pytest.mark.slow
 def test_the_index_is_small(file: Path) -> None:
     """An index takes 16 bytes a page; while it is made, half as much again."""
-    gfns = list(range(20000))
+    gfns = list(range(8000))
     for order in (gfns, gfns[::2] + gfns[1::2]):
-        batches = [pages(*order[i : i + 1000]) for i in range(0, 20000, 1000)]
+        batches = [pages(*order[i : i + 1000]) for i in range(0, 8000, 1000)]
         file.write_bytes(save(*batches))
         del batches
         SaveBackend(path=file).close()
@@ -420,7 +420,7 @@ def test_the_index_is_small(file: Path) -> None:
         size, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         backend.close()
-        assert size < 16 * 20000 + 16000
+        assert size < 16 * 8000 + 16000
 
 
 def test_records_of_pages_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

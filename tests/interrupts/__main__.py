@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("point", nargs="?", type=int)
     parser.add_argument("--samples", type=int, help="about N points of each combination")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alternate", action="store_true", help="only every second combination")
+    parser.add_argument("--until", metavar="REGEX", help="stop at the first finding that has it")
     parser.add_argument("--list", action="store_true", help="print the table")
     parser.add_argument("--json", action="store_true", help="print each report as a line of JSON")
     parser.add_argument("--folder", type=Path, help="where the injector is, or will be, built")
@@ -45,15 +47,17 @@ def main() -> int:
         except MissingError as error:
             print(error, file=sys.stderr)
             return 77
-        runner = Runner(injector, Path(name), options.samples, options.seed)
+        runner = Runner(injector, Path(name), options.samples, options.seed, options.until)
         return run_all(runner, rows, options)
 
 
 def run_all(runner: Runner, rows: list[Operation], options: argparse.Namespace) -> int:
     """Run what was chosen, print the reports, and return 1 if something is wrong."""
     failed = 0
-    for row in rows:
+    for number, row in enumerate(rows):
         handlers = [each for each in row.handlers if fnmatch.fnmatch(each, options.handler)]
+        if options.alternate:
+            handlers = handlers[number % 2 :: 2]
         for report in runner.run(row, handlers, options.point):
             if options.json:
                 print(json.dumps(vars(report) | {"findings": [*map(str, report.findings)]}))

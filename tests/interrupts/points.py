@@ -8,6 +8,7 @@ import importlib
 import json
 import mmap
 import os
+import re
 import struct
 import sys
 import zlib
@@ -95,7 +96,13 @@ class _Child:
     """Runs points in this process, one after the other, and writes what it finds as JSON."""
 
     def __init__(
-        self, injector: Injector, operation: Operation, handler: str, folder: Path, out: TextIO
+        self,
+        injector: Injector,
+        operation: Operation,
+        handler: str,
+        folder: Path,
+        out: TextIO,
+        until: str | None,
     ) -> None:
         self.injector = injector
         self.operation = operation
@@ -103,16 +110,28 @@ class _Child:
         self.folder = folder
         self.out = out
         self.pid = os.getpid()
+        self.until = until
         self.findings = 0
+        self.enough = False
         self.resources: Resources | None = None
 
     def say(self, **what: object) -> None:
         """Write a line of JSON."""
-        self.findings += "problem" in what
         print(json.dumps(what | {"handler": self.handler}), file=self.out, flush=True)
 
+    def report(self, point: int, where: str, problem: str) -> None:
+        """Write a finding, and see whether there are enough of them."""
+        self.findings += 1
+        finding = Finding(self.operation.name, self.handler, point, where, problem)
+        looked_for = self.until is not None and re.search(self.until, str(finding))
+        self.enough = self.enough or bool(looked_for) or self.findings > _MOST_FINDINGS
+        self.say(point=point, where=where, problem=problem)
+
     def points(self) -> list[int]:
-        """Run it once to warm up, once to find its points, and return them."""
+        """Run it once to warm up, once to find its points, and return them.
+
+        Where a signal can be handled does not depend on what its handler does.
+        """
         found: list[int] = []
         for _ in range(2):
             world = self.world()
@@ -158,7 +177,7 @@ class _Child:
         if os.getpid() != self.pid:
             left = self.left(outcome.error)
             if not left:
-                self.say(point=point, where=outcome.where, problem=f"child: {outcome.error!r:.200}")
+                self.report(point, outcome.where, f"child: {outcome.error!r:.200}")
             os._exit(0 if left else 1)
         where, fired = outcome.where, outcome.fired
         problems = world.problems
@@ -179,7 +198,7 @@ class _Child:
             if not any(name in text for name in _OURS)
         ]
         for problem in dict.fromkeys(problems):
-            self.say(point=point, where=where, problem=problem)
+            self.report(point, where, problem)
         return fired
 
     def left(self, error: BaseException | None) -> bool:
@@ -219,10 +238,20 @@ class Runner:
         folder: for files that operations need.
         samples: how many points of a combination are run; None for all.
         seed: which ones.
+        until: a regular expression; the first finding that has it, as it is printed, ends
+            the run.
     """
 
-    def __init__(self, injector: Injector, folder: Path, samples: int | None, seed: int) -> None:
+    def __init__(
+        self,
+        injector: Injector,
+        folder: Path,
+        samples: int | None,
+        seed: int,
+        until: str | None = None,
+    ) -> None:
         self.injector = injector
+        self.until = until
         self.folder = folder
         self.samples = samples
         self.seed = seed
@@ -312,18 +341,22 @@ class Runner:
         out: TextIO,
     ) -> None:
         begin, first = _PLACE.unpack_from(place)
+        found: dict[str, list[int]] = {}
         for number, handler in enumerate(handlers[begin:], begin):
             _PLACE.pack_into(place, 0, number, first)
-            child = _Child(self.injector, operation, handler, self.folder, out)
-            faulthandler.dump_traceback_later(POINT_LIMIT, exit=True)
-            points = child.points()
+            child = _Child(self.injector, operation, handler, self.folder, out, self.until)
+            kind = handler if handler in ("allocation", "depth") else "signal"
+            if kind not in found:
+                faulthandler.dump_traceback_later(POINT_LIMIT, exit=True)
+                found[kind] = child.points()
+            points = found[kind]
             child.say(total=len(points))
             if point is not None:
                 points = [point]
             elif self.samples is not None:
                 points = chosen(points, self.samples, self.seed, f"{operation.name} {handler}")
             for each in points:
-                if each >= first and child.findings <= _MOST_FINDINGS:
+                if each >= first and not child.enough:
                     _PLACE.pack_into(place, 0, number, each)
                     if child.run(each):
                         child.say(tried=each)

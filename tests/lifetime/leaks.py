@@ -110,7 +110,7 @@ class FakeGuest:
 class Use:
     """One random operation after the other."""
 
-    def __init__(self, guest: MockGuest | FakeGuest, leak: bool) -> None:
+    def __init__(self, guest: MockGuest | FakeGuest) -> None:
         self.guest = guest
         self.cache = MapCache(
             guest.backend, bucket_shift=14, max_resident=RESIDENT, on_stale="copy"
@@ -118,7 +118,7 @@ class Use:
         self.memory = GuestMemory(self.cache)
         self.random = random.Random(SEED)
         self.kept: list[object] = []
-        self.leaked: list[object] | None = [] if leak else None
+        self.leaked: list[object] | None = None
         weighted: dict[Callable[[], object], int] = {
             self.read: 480,
             self.write: 250,
@@ -249,11 +249,11 @@ class Use:
 
 
 def main() -> None:
-    """Warm it up, use it N times, and print what grew."""
+    """Warm it up, and use it N times."""
     parser = argparse.ArgumentParser()
     parser.add_argument("source", choices=["mock", "cffi", "ctypes"])
     parser.add_argument("operations", type=int)
-    parser.add_argument("--leak", action="store_true")
+    parser.add_argument("--leak", action="store_true", help="then again, with a leak")
     parser.add_argument("--library", type=Path)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
@@ -263,12 +263,20 @@ def main() -> None:
         if options.source == "mock"
         else FakeGuest(options.library, options.folder, options.source)
     )
-    use = Use(guest, options.leak)
+    use = Use(guest)
     use.state()
     # The mock's log of calls, its largest memory, is full then.
     use.run(100_000 if options.source == "mock" else 20_000)
+    report(use, options.operations)
+    if options.leak:
+        use.leaked = []
+        report(use, options.operations)
+
+
+def report(use: Use, operations: int) -> None:
+    """Use a cache, and print what grew."""
     before = use.state()
-    use.run(options.operations)
+    use.run(operations)
     after = use.state()
     grew = {name: now - then for name, now, then in zip(State._fields, after, before, strict=True)}
     held = {name: getattr(after, name) for name in State._fields[4:]}

@@ -25,7 +25,13 @@ from .mutant import Mutant
 PACKAGE = Path(xenmapcache.__file__).parent
 TESTS = Path(__file__).parents[1]
 
-EFFORT = {"XENMAPCACHE_FUZZ": "300", "XENMAPCACHE_MODEL": "100", "XENMAPCACHE_RACES": "3"}
+EFFORT = {
+    "XENMAPCACHE_BINDINGS": "both",
+    "XENMAPCACHE_EXAMPLES": "1",
+    "XENMAPCACHE_FUZZ": "300",
+    "XENMAPCACHE_MODEL": "100",
+    "XENMAPCACHE_RACES": "3",
+}
 """What the tests were to find when the mutants were made: see ``tests/effort.py``."""
 _PATIENCE = 10.0
 """A run hangs if it takes this many times as long as its tests do unbroken, and some grace."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.benchmarks.policies import Ours
+from tests.effort import examples
 from tests.observe import qemu_logs as logs
 from xenmapcache.events import BucketMapped, RequestKey, RequestsHandled
 from xenmapcache.formats.qemu_log import LogParser
@@ -283,7 +284,7 @@ def test_a_tally_folds_small_counts() -> None:
 STEPS = st.lists(st.one_of(st.none(), st.integers(0, 7)), max_size=60)
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(STEPS)
 def test_the_model_counts_what_the_cache_maps(steps: list[int | None]) -> None:
     """Over the mock, with the policy of the benchmark; None is an invalidation."""
@@ -321,7 +322,7 @@ TRACE = logs.trace(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     st.sampled_from([GOOD, TRACE]),
     st.lists(st.tuples(st.integers(24, 600), st.binary(max_size=12)), max_size=8),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from tests.observe import qemu_logs as logs
 from xenmapcache.events import Accessed, BucketMapped, BucketReplaced, Event, Invalidated, LeaseHeld
 from xenmapcache.formats.qemu_blocks import FORMS, form_of
@@ -150,7 +151,7 @@ def logs_of_qemu(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(logs_of_qemu(), st.integers(20, 2000))
 def test_both_ways_are_the_same(data: bytes, step: int) -> None:
     """Whatever the log has, in chunks of any size."""
@@ -287,7 +288,7 @@ def test_dummies_of_older_versions_are_found() -> None:
     assert LogParser().feed(logs.text(line)) == [BucketReplaced(None, 0xA0, 0x10)]
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(RUNS, st.integers(2, 8), st.integers(1, 4))
 def test_runs_are_counted_as_single_calls(
     runs: list[list[int] | None], buckets: int, keys: int

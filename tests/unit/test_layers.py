@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import xenmapcache
+from tests.statements import statements
 
 PACKAGE = Path(xenmapcache.__file__).parent
 
@@ -50,7 +52,7 @@ def imports_of(path: Path, package: Path) -> Iterator[tuple[str, str]]:
     Imports for type checkers count, too: who reads a module has to read those as well.
     """
     folder = path.relative_to(package).parent.parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith(f"{package.name}."):
@@ -68,6 +70,7 @@ def imports_of(path: Path, package: Path) -> Iterator[tuple[str, str]]:
                 yield module, alias.name
 
 
+@functools.cache
 def graph_of(package: Path) -> Graph:
     """Return which modules of the package each of its modules imports."""
     files = {name_of(path, package): path for path in sorted(package.rglob("*.py"))}
@@ -90,7 +93,6 @@ def cycle_in(graph: Graph) -> list[str]:
     return []
 
 
-GRAPH = graph_of(PACKAGE)
 SHARED = {f"backends.{name}" for name in ("domain", "image", "room", "survey")}
 
 
@@ -104,18 +106,18 @@ def test_rooms_import_only_from_lower_rooms(path: Path) -> None:
     allowed = {other for other, level in LEVEL.items() if level < LEVEL[room]} | {room}
     if room in ("cli", "doctor"):
         allowed |= {""}  # the package itself, for its version
-    assert {target.partition(".")[0] for target in GRAPH[module]} <= allowed
+    assert {target.partition(".")[0] for target in graph_of(PACKAGE)[module]} <= allowed
 
 
 def test_no_module_imports_one_that_imports_it() -> None:
     """There is an order of all modules in which each imports only from those before it."""
-    graph = {module: targets for module, targets in GRAPH.items() if module}
+    graph = {module: targets for module, targets in graph_of(PACKAGE).items() if module}
     assert not cycle_in({module: targets - {""} for module, targets in graph.items()})
 
 
 def test_a_room_is_not_imported_from_inside() -> None:
     """A module names the sibling that it needs, not the room, which imports all of its modules."""
-    for module, targets in GRAPH.items():
+    for module, targets in graph_of(PACKAGE).items():
         room, _, rest = module.rpartition(".")
         assert not (room and rest and room in targets), module
 
@@ -141,7 +143,7 @@ def test_cycles_are_found(tmp_path: Path, files: dict[str, str], cycle: set[str]
 
 def test_backends_do_not_import_each_other() -> None:
     """Each backend is one file. Live ones share three files, and files one."""
-    for module, targets in GRAPH.items():
+    for module, targets in graph_of(PACKAGE).items():
         if module.startswith("backends."):
             siblings = {target for target in targets if target.startswith("backends.")}
             assert siblings <= SHARED, module

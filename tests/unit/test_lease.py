@@ -6,10 +6,9 @@ import asyncio
 import ctypes
 import errno
 import gc
-import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -27,7 +26,6 @@ from xenmapcache import (
     XenCallError,
 )
 from xenmapcache.backend import Capability
-from xenmapcache.cache.record import LeaseRecord
 
 AT = 0x200000
 
@@ -379,28 +377,6 @@ def test_a_view_is_the_callers_own(domain: MockDomain, cache: MapCache) -> None:
     assert domain.dirty_gfns == {0x200}
 
 
-class Refusal(logging.Filter):
-    """Raises at the first record that it sees."""
-
-    armed = True
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if self.armed:
-            self.armed = False
-            raise KeyboardInterrupt
-        return True
-
-
-@pytest.fixture
-def interrupted() -> Iterator[None]:
-    """The next warning is interrupted."""
-    refusal = Refusal()
-    logger = logging.getLogger("xenmapcache")
-    logger.addFilter(refusal)
-    yield
-    logger.removeFilter(refusal)
-
-
 @pytest.mark.usefixtures("interrupted")
 def test_a_forced_close_that_was_interrupted_goes_on(cache: MapCache) -> None:
     """The second close(force=True) drops what the first did not come to."""
@@ -444,24 +420,6 @@ def test_a_source_without_dirty_pages(domain: MockDomain, backend: Backend) -> N
         cache.write(AT + 8, b"by write")
     assert domain.read(AT, 16) == b"by leaseby write"
     assert domain.dirty_gfns == set()
-
-
-@pytest.fixture
-def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lease], None]:
-    """A function that lets a lease be released by another thread right after it was looked up."""
-    registry = cache._registry
-    held = registry.held
-
-    def overtake(lease: Lease) -> None:
-        def released_since(only: LeaseKind | None = None) -> list[LeaseRecord]:
-            found = held(only)
-            if not lease.released:
-                lease.release()
-            return found
-
-        monkeypatch.setattr(registry, "held", released_since)
-
-    return overtake
 
 
 def test_a_resolve_that_a_release_overtakes(

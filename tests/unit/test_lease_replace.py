@@ -16,7 +16,6 @@ from xenmapcache import (
     FaultError,
     Lease,
     LeaseError,
-    LeaseKind,
     MapCache,
     Mapping,
     MappingLostError,
@@ -24,27 +23,8 @@ from xenmapcache import (
     XenCallError,
 )
 from xenmapcache.binding import libc
-from xenmapcache.cache.record import LeaseRecord
 
 AT = 0x200000
-
-
-@pytest.fixture
-def overtaken(cache: MapCache, monkeypatch: pytest.MonkeyPatch) -> Callable[[Lease], None]:
-    """A function that lets a lease be released by another thread right after it was looked up."""
-    registry = cache._registry
-    held = registry.held
-
-    def overtake(lease: Lease) -> None:
-        def released_since(only: LeaseKind | None = None) -> list[LeaseRecord]:
-            found = held(only)
-            if not lease.released:
-                lease.release()
-            return found
-
-        monkeypatch.setattr(registry, "held", released_since)
-
-    return overtake
 
 
 def test_replace_moves_a_device_lease(domain: MockDomain, cache: MapCache) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -21,28 +21,6 @@ from xenmapcache import (
 )
 
 AT = 0x200000
-
-
-class Refusal(logging.Filter):
-    """Raises at the first record that it sees."""
-
-    armed = True
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if self.armed:
-            self.armed = False
-            raise KeyboardInterrupt
-        return True
-
-
-@pytest.fixture
-def interrupted() -> Iterator[None]:
-    """The next warning is interrupted."""
-    refusal = Refusal()
-    logger = logging.getLogger("xenmapcache")
-    logger.addFilter(refusal)
-    yield
-    logger.removeFilter(refusal)
 
 
 def test_a_lease_that_ended_in_time_is_not_stale(cache: MapCache) -> None:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.effort import examples
 from xenmapcache import FaultError, Mapping, MappingLostError, MockDomain, MockHypervisor
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE
 from xenmapcache.binding import libc
@@ -126,7 +127,7 @@ class P2mMachine(RuleBasedStateMachine):
 
 
 TestP2m = P2mMachine.TestCase
-TestP2m.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestP2m.settings = settings(max_examples=examples(40), stateful_step_count=25, deadline=None)
 
 
 def pieces_of_the_memfd() -> int:

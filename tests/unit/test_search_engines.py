@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.effort import examples
 from xenmapcache import GuestMemory, MapCache, MockHypervisor, open_backend
 from xenmapcache.address import MiB
 from xenmapcache.guest import automaton, printable
@@ -24,7 +25,9 @@ TEXTS = st.lists(SCRAPS, max_size=40).map(b"".join)
 # --- printable runs -----------------------------------------------------------------
 
 
-@settings(deadline=None)  # the first one may import, and the machine may be busy
+@settings(
+    max_examples=examples(100), deadline=None
+)  # the first one may import, and the machine may be busy
 @given(TEXTS, st.integers(1, 6), st.sampled_from(["ascii", "utf-16le"]), st.data())
 @example(b"\xffa\0b\0\xffc\0d\0", 2, "utf-16le", None)
 def test_numpy_finds_the_runs_that_an_expression_finds(
@@ -42,7 +45,9 @@ def test_numpy_finds_the_runs_that_an_expression_finds(
     assert (list(firsts), list(stops)) == slow.find(bytearray(text), start, end)
 
 
-@settings(deadline=None)  # the first one may import, and the machine may be busy
+@settings(
+    max_examples=examples(100), deadline=None
+)  # the first one may import, and the machine may be busy
 @given(
     TEXTS,
     st.integers(0, 1 << 48),
@@ -117,7 +122,9 @@ SUBJECTS = st.lists(st.sampled_from(list(b"ab1 .-A\n\0\xff\xe9\xc9\x0b]\\")), ma
 )
 
 
-@settings(deadline=None)  # the first one may import, and the machine may be busy
+@settings(
+    max_examples=examples(100), deadline=None
+)  # the first one may import, and the machine may be busy
 @given(EXPRESSIONS, SUBJECTS, st.sampled_from([0, re.IGNORECASE, re.DOTALL]), st.data())
 @example(rb"(?:a|ab)(?:1|)", b"ab1 ab1", 0, None)
 @example(rb"[a\s]\s", b"\x0b\x0b a", 0, None)
@@ -205,7 +212,9 @@ def test_zeros_in_matches(expression: bytes, matches_zero: bool) -> None:
     assert translation.matches_zero is matches_zero
 
 
-@settings(deadline=None)  # the first one may import, and the machine may be busy
+@settings(
+    max_examples=examples(100), deadline=None
+)  # the first one may import, and the machine may be busy
 @given(
     st.lists(st.sampled_from([bytes(4096), bytes(100), b"a1b", b"x" * 5000]), max_size=6),
     st.integers(0, 9000),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import xenmapcache
+from tests.statements import statements
 
 PACKAGE = Path(xenmapcache.__file__).parent
 TESTS = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def too_long(path: Path, limit: int) -> Iterator[str]:
     lines = text.count("\n")
     if lines > limit:
         yield f"{path.name}: {lines} lines, at most {limit}"
-    for node in ast.walk(ast.parse(text)):
+    for node in statements(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             if length > MAX_FUNCTION:

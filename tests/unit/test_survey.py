@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xenmapcache import Backend, ClosedError, open_backend
@@ -64,6 +64,7 @@ def test_a_page_that_lies_alone_is_found(offset: int) -> None:
     assert list(page_runs(found, 0, 1 << 20)) == [(0, 512), (40 * WINDOW_PAGES + offset, 1)]
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.sets(st.integers(0, 12 * WINDOW_PAGES - 1), max_size=40), st.integers(-1, 5))
 def test_no_window_with_a_page_is_missed(pages: set[int], more: int) -> None:
     """Also if Xen counts pages that have no frame number, which a guest has given up, say."""

@@ -140,4 +140,5 @@ def serve(library: Path, folder: Path) -> None:
             sys.stdout.flush()
 
 
-serve(Path(sys.argv[1]), Path(sys.argv[2]))
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Path(sys.argv[2]))

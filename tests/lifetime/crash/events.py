@@ -193,9 +193,13 @@ def near_the_recursion_limit(world: World, hold: Hold) -> None:
     """At every depth near the limit, memory is mapped, dropped and unmapped, or not."""
     del hold
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # finalizers meet the limit, too
-    for depth in range(_DEEPEST - _FRAMES, _DEEPEST):
-        with contextlib.suppress(RecursionError):
-            _at_depth(depth, lambda: _use_and_drop(world))
+
+    def deeper() -> None:
+        for depth in range(_FRAMES):
+            with contextlib.suppress(RecursionError):
+                _at_depth(depth, lambda: _use_and_drop(world))
+
+    _at_depth(_DEEPEST - _FRAMES, deeper)
     sys.unraisablehook = hook
     reached = False
     with contextlib.suppress(RecursionError):

@@ -73,8 +73,6 @@ def expected(row: str, column: str) -> str:
     return _OTHERS.get(column, {}).get(row, BYTES)
 
 
-CELLS = [(row, column) for row in ROWS for column in COLUMNS]
-
 BEHAVIOURS = {
     "NULL, an errno": "XenCallError",
     "NULL, errno 0": "XenCallError",
