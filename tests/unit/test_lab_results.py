@@ -12,6 +12,8 @@ from tests.xen.lab.report import decode, failed, on_machine
 
 pytest_plugins = ["pytester"]
 
+ROOT = Path(__file__).parents[2]
+
 JUNIT = """<testsuites><testsuite>
 <testcase classname="tests.xen.test_dump" name="test_a"><properties>
 <property name="measured" value="much"/>
@@ -70,9 +72,10 @@ def test_a_skip_keeps_its_reason(request: pytest.FixtureRequest) -> None:
 
 
 def test_pytest_writes_the_machine_into_junit_files(
-    pytester: pytest.Pytester,
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a property of each test, which the table is made from."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # no install brings the tests
     pytester.makeconftest(
         """
         import pytest

@@ -23,6 +23,14 @@ def strict(backend: Backend) -> Iterator[MapCache]:
     cache.close(force=True)
 
 
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Cycles live until the test itself has them collected."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
 def numpy_array(view: memoryview) -> object:
     return pytest.importorskip("numpy").frombuffer(view, dtype="u1")
 
@@ -82,6 +90,7 @@ def test_a_view_to_be_read_is_read_only(strict: MapCache) -> None:
         assert not lease.view.readonly
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_view_in_a_garbage_cycle_is_in_use_until_it_is_freed(strict: MapCache) -> None:
     """Code of the cycle may still run, so the collector does not decide."""
     lease = strict.map_dma(AT, 8, owner="t")
@@ -94,6 +103,7 @@ def test_a_view_in_a_garbage_cycle_is_in_use_until_it_is_freed(strict: MapCache)
     lease.release()
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_finalizer_of_a_garbage_cycle_still_has_its_view(strict: MapCache) -> None:
     """The collector handles weak references first, and must not know of the exporter."""
     lease = strict.map_dma(AT, 8, owner="t")
@@ -155,16 +165,13 @@ def test_without_the_option_a_view_is_nobodys_business(cache: MapCache) -> None:
 # --- a cache that is dropped --------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_a_dropped_cache_names_its_leases_at_once(backend: Backend) -> None:
     """Reference counts alone do it; the lease's memory is safe, and can be released."""
     cache = MapCache(backend)
     lease = cache.map_dma(AT, 8, owner="disk0")
-    gc.disable()
-    try:
-        with pytest.warns(ResourceWarning, match=r"dropped, and leases are held \(1\): .*'disk0'"):
-            del cache
-    finally:
-        gc.enable()
+    with pytest.warns(ResourceWarning, match=r"dropped, and leases are held \(1\): .*'disk0'"):
+        del cache
     lease.view[:] = b"as usual"
     lease.release()
 
