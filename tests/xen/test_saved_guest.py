@@ -176,7 +176,7 @@ def test_every_page_is_the_live_one(
     request: pytest.FixtureRequest,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Each page of RAM in a file equals the live page; a file has all pages that the guest has."""
+    """Each page of RAM in a file equals the live page; a file has all pages of RAM."""
     saved: Saved = request.getfixturevalue(guest)
     path: Path = getattr(saved, kind)
     with (
@@ -210,8 +210,8 @@ def test_every_page_is_the_live_one(
     assert len(there - ram) <= (4 if guest == "booted" else 0)
     if (guest, kind) == ("booted", "xl"):
         assert missing == there - ram
-    else:
-        assert missing == set()
+    else:  # a survey does not look for Xen's own pages where the guest has no page of RAM
+        assert missing <= there - ram
 
 
 def spans(numbers: set[int]) -> str:
