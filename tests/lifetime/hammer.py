@@ -165,7 +165,7 @@ class Hammer:
         assert not any(pin.lease_ids for pin in now.clock.pins.values())
         assert all(now.buckets[index].memory is now.readable[index] for index in now.readable)
         assert set(now.writable) == set(now.readable)
-        # Where the last lease of a bucket ended last of all, nobody has put it back on the clock yet.
+        # If the last lease of a bucket ended last of all, nobody has put it back on the clock.
         now.clock.put_back(cache._table.returned)
         assert sorted(now.clock.order) == sorted(now.buckets)
         assert not now.notes
