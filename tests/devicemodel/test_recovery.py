@@ -12,7 +12,7 @@ import pytest
 from tests.kit import connection_of, in_thread, put_state
 from xenmapcache import MapCache, MockDomain, XenCallError
 from xenmapcache.devicemodel import IoreqServer
-from xenmapcache.ioreq import RequestKind, RequestSlot, State
+from xenmapcache.ioreq import BufferedRing, Request, RequestKind, RequestSlot, State, is_idle
 from xenmapcache.mock.ioreq_server import MockIoreqServer
 
 PORT, VGA = 0x510, 0xA0000
@@ -329,3 +329,11 @@ def test_closed_while_xen_refuses(
     with pytest.raises(XenCallError):
         server.close()
     assert (end(seen), old.destroyed) == (7, True)
+
+
+def test_a_server_whose_ring_holds_a_write_is_not_idle() -> None:
+    """Its pages have to stay until the write is carried out."""
+    page, ring = memoryview(bytearray(4096)), memoryview(bytearray(4096))
+    assert is_idle(page, ring)
+    assert BufferedRing(ring).append(Request(None, RequestKind.MMIO, False, VGA, 7, 1))
+    assert not is_idle(page, ring)
