@@ -39,6 +39,7 @@ FEATURES: Final = {
     "tests.xen.test_drgn": "drgn",
     "tests.xen.test_mount": "`xenmapcache mount`",
     "tests.xen.test_holders": "`xenmapcache holders`",
+    "tests.xen.test_observing": "monitor and recording of a device model",
 }
 """What the tests of a module, or of a folder, show."""
 BEGIN: Final = "<!-- seen: begin -->"
