@@ -40,6 +40,10 @@ FEATURES: Final = {
     "tests.xen.test_mount": "`xenmapcache mount`",
     "tests.xen.test_holders": "`xenmapcache holders`",
     "tests.xen.test_observing": "monitor and recording of a device model",
+    "tests.xen.test_firmware_disk": "firmware boots from a disk of ours",
+    "tests.xen.test_guest_end": "the end of a guest ends its server",
+    "tests.xen.test_address_space": "page tables of a live guest",
+    "tests.xen.test_devicemodel_speed": "how long requests and INVALIDATEs take",
 }
 """What the tests of a module, or of a folder, show."""
 BEGIN: Final = "<!-- seen: begin -->"
