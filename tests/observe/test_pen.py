@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,33 @@ def test_what_it_leaves_to_the_queue(
     stream.put(taken(1), lease)
     stream.deliver()
     assert list(read(path)) == [first, taken(1)][cause != "queued" :]
+
+
+@pytest.mark.parametrize("name", ["taken", "released", "dirtied"])
+def test_what_a_signal_handler_raises_goes_on(path: Path, shortcut: Shortcut, name: str) -> None:
+    """Only the pen's own faults are left to the queue, which shows them."""
+
+    class Number:
+        """One in whose look a signal comes."""
+
+        def __int__(self) -> int:
+            signal.raise_signal(signal.SIGALRM)
+            return START
+
+    def on_time(number: int, frame: object) -> None:
+        raise TimeoutError("of a handler")
+
+    subject = Subject(told=name == "released")
+    late: dict[str, Callable[[], bool]] = {
+        "taken": lambda: shortcut.taken(subject, taken(3)._replace(start=Number())),  # type: ignore[arg-type] # stands for an int
+        "released": lambda: shortcut.released(subject, LeaseReleased(START, Number())),  # type: ignore[arg-type] # as above
+        "dirtied": lambda: shortcut.dirtied(DIRTIED._replace(start=Number())),  # type: ignore[arg-type] # as above
+    }
+    before = signal.signal(signal.SIGALRM, on_time)
+    try:
+        with pytest.raises(TimeoutError, match="of a handler"):
+            late[name]()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert subject.told is (name == "released")
+    assert frequent(path) == []

@@ -11,6 +11,7 @@ values: see :class:`.stream.Shortcut`.
 #   2. In the stretch, what may fail for want of memory comes before the position moves. What comes
 #      after that cannot fail.
 #   3. A shortcut that fails, or finds no room, leaves the event to the queue, where a fault shows.
+#      What a signal handler raises is another matter: it reaches the caller.
 
 from __future__ import annotations
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from .halves import Halves
 
 _MAX_TEMPLATES: Final = 4096
+_FAULTS: Final = (MemoryError, TypeError, ValueError)
+"""What a line that cannot be made, or a closed file, raises. Others are a signal handler's."""
 _NO_CHANGE: Final[tuple[Any, Any, Any]] = (None, None, None)
 _TAKEN: Final = ("time", "lease", "start", "length")
 _RELEASED: Final = ("time", "lease")
@@ -239,7 +242,7 @@ def _make_taken(
                 memory[halves.position : end] = line
                 halves.position = last
                 subject.told = True
-        except Exception:
+        except _FAULTS:
             return False
         return True
 
@@ -270,7 +273,7 @@ def _make_released(
                     del held[lease]
             else:
                 subject.told = None
-        except Exception:
+        except _FAULTS:
             return False
         return True
 
@@ -293,7 +296,7 @@ def _make_dirtied(
                 return False
             memory[halves.position : end] = line
             halves.position = last
-        except Exception:
+        except _FAULTS:
             return False
         return True
 
