@@ -35,13 +35,13 @@ from xenmapcache.devicemodel.virtio import VirtioPci, VirtioRng
 def slow(server: IoreqServer) -> Iterator[Slow]:
     with Slow(server) as slow:
         yield slow
-        slow.go.set()
 
 
 @pytest.fixture
 def served(server: IoreqServer, slow: Slow) -> Iterator[IoreqServer]:
     with server, server.serving():
         yield server
+        slow.go.set()  # or the server's end would wait for its transfers
 
 
 @pytest.fixture
