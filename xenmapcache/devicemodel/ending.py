@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import time
@@ -23,6 +24,8 @@ _TRIES = 3
 """How often a step is done that signal handlers interrupt."""
 _TAKE_S = 1.0
 """How long a vCPU of a domain that runs may take to see its answer."""
+_REPORT_S = 1.0
+"""How long a close waits for a log line that another thread writes."""
 _GIVEN_UP = "given up"
 
 
@@ -47,6 +50,8 @@ class Ending:
         self._on_end = on_end
         self._pid = os.getpid()
         self._may_give_up: list[bool] = [True]  # popped by the one thread that does it
+        self._reports: list[Callable[[], None]] = []  # popped by the one thread that writes it
+        self._reported = False
 
     def close(self, connection: Connection) -> list[BaseException]:
         """Get no further requests, carry out those that wait, and destroy the server.
@@ -163,6 +168,8 @@ class Ending:
             self._may_give_up.pop()
         except IndexError:
             return  # another thread does it
+        # The end of Python does not wait for the watcher's thread.
+        atexit.register(self.wait_for_report)
         job = connection.current
         connection.closed = True
         errors: list[Exception] = []
@@ -183,16 +190,43 @@ class Ending:
         connection.kept_pages = True  # not before the last look at them
         connection.destroyed = True
         connection.calls.watcher.stop()
-        running = describe(job) if job is not None else "nothing"
+        self._reports.append(partial(self._log_given_up, job, errors))
+        self._report()
+
+    def _log_given_up(self, job: Job | None, errors: list[Exception]) -> None:
         safely(
             logger.error,
             "domain %d: the ioreq server was closed while foreign code still runs: %s; "
             "leases held: %s%s",
             self._domid,
-            running,
+            describe(job) if job is not None else "nothing",
             leases_of(self._cache),
             "".join(f"; {error}" for error in errors),
         )
+
+    def _report(self) -> None:
+        """Write the log line of :meth:`give_up`, unless another thread does it."""
+        try:
+            report = self._reports.pop()
+        except IndexError:
+            return
+        try:
+            report()
+        finally:
+            self._reported = True
+            atexit.unregister(self.wait_for_report)
+
+    def wait_for_report(self) -> None:
+        """Return when the log has the line of :meth:`give_up`, if that was called.
+
+        A log handler that does not return is not waited for.
+        """
+        end = time.monotonic() + _REPORT_S
+        while not (self._may_give_up or self._reported or time.monotonic() >= end):
+            if os.getpid() != self._pid:
+                return  # the thread is the parent's
+            self._report()
+            time.sleep(0.001)
 
     def _give_up_on(self, connection: Connection, channel: Channel) -> None:
         """Answer one vCPU with all ones, unless its handler's thread answers it."""

@@ -213,6 +213,7 @@ class Runtime:
                     self._tell_closed()
                 else:
                     self._close(connection)
+                self.ending.wait_for_report()
         except BaseException:
             signals.put_back()  # an interrupt came at the very beginning of the exit
             raise
