@@ -85,7 +85,8 @@ class Shortcut:
     Each function takes a subject and the values of the event's attributes in their order. It stores
     the event and marks the subject as :meth:`EventStream.put` does, and returns True. Or it returns
     False and has done nothing: something is queued that comes first, or there is no room. Then the
-    event goes through the queue. Only what a signal handler raises leaves it.
+    event goes through the queue. What a signal handler raises leaves it, whatever the exception is,
+    and so does a MemoryError; then, too, it has done nothing.
 
     Attributes:
         taken: stores a :class:`.LeaseTaken`, and marks the lease as known.

@@ -592,7 +592,7 @@ def test_a_close_returns_when_the_log_has_the_line(
     server.open()
     thread, _ = in_thread(server._runtime.give_up)
     assert waiting.entered.wait(20)
-    monkeypatch.setattr(ending.time, "sleep", lambda _: waiting.leave.set())
+    monkeypatch.setattr(time, "sleep", lambda _: waiting.leave.set())
     server.close()
     assert len(waiting.written) == 1
     thread.join()
@@ -619,7 +619,7 @@ def test_a_child_waits_for_no_line_of_its_parent(
     server.open()
     thread, _ = in_thread(server._runtime.give_up)
     assert waiting.entered.wait(20)
-    monkeypatch.setattr(ending.time, "sleep", pytest.fail)
+    monkeypatch.setattr(time, "sleep", pytest.fail)
     monkeypatch.setattr(server._runtime.ending, "_pid", 0)
     server._runtime.ending.wait_for_report()
     waiting.leave.set()

@@ -16,7 +16,7 @@ from .info import DmaDirection, LeaseKind
 from .lease import Lease
 from .locked import locked
 from .mapper import Mapper
-from .record import NEVER_STALE, LeaseRecord, call_stack
+from .record import NEVER_STALE, LeaseRecord, as_owner, call_stack
 from .registry import LeaseRegistry
 from .strict import Views
 
@@ -77,8 +77,8 @@ class Leasing:
     ) -> Lease:
         """Return a lease; see :meth:`MapCache.map_dma` and :meth:`MapCache.map_device`."""
         table = self._table
-        if not isinstance(owner, str):
-            raise TypeError(f"owner must be a str, not {type(owner).__name__}")
+        if type(owner) is not str:
+            owner = as_owner(owner)
         grants = None
         # What check_guest_range() would find right, in a third of the time.
         if not (

@@ -36,6 +36,17 @@ class _Here(threading.local):
 _here = _Here()
 
 
+def as_owner(owner: str) -> str:
+    """Return an owner's name as an exact str: methods of a subclass would be foreign code.
+
+    Raises:
+        TypeError: it is not a str.
+    """
+    if not isinstance(owner, str):
+        raise TypeError(f"owner must be a str, not {type(owner).__name__}")
+    return str.__str__(owner)
+
+
 class LeaseRecord:
     """A lease as its registry keeps it.
 

@@ -32,7 +32,7 @@ from .lease import Lease
 from .leasing import Leasing
 from .locked import locked
 from .mapper import Mapper
-from .record import LeaseRecord
+from .record import LeaseRecord, as_owner
 from .registry import LeaseRegistry
 from .strict import Views
 
@@ -73,8 +73,8 @@ class Windows:
 
     def window(self, address: int, length: int | None, holes: Holes, owner: str) -> Lease:
         """Return a window; see :meth:`MapCache.window`."""
-        if not isinstance(owner, str):
-            raise TypeError(f"owner must be a str, not {type(owner).__name__}")
+        if type(owner) is not str:
+            owner = as_owner(owner)
         if holes not in get_args(Holes):
             raise ValueError(f"holes must be one of {get_args(Holes)}, not {holes!r}")
         self._table.check_open()

@@ -10,8 +10,11 @@ values: see :class:`.stream.Shortcut`.
 #      loses an event, nor has it stored twice. What is done before that can be done again.
 #   2. In the stretch, what may fail for want of memory comes before the position moves. What comes
 #      after that cannot fail.
-#   3. A shortcut that fails, or finds no room, leaves the event to the queue, where a fault shows.
-#      What a signal handler raises is another matter: it reaches the caller.
+#   3. A shortcut that finds no room, or a closed file, leaves the event to the queue. It catches
+#      nothing: a signal handler may raise any exception in here, and that must reach the caller.
+#      So nothing in here may fail for a reason of the pen's. The values are numbers and exact
+#      texts, which can always be written. A file is closed only after `limit` says that nothing
+#      fits. Only memory may be missing, as in each step of the operation that is told of.
 
 from __future__ import annotations
 
@@ -44,8 +47,6 @@ if TYPE_CHECKING:
     from .halves import Halves
 
 _MAX_TEMPLATES: Final = 4096
-_FAULTS: Final = (MemoryError, TypeError, ValueError)
-"""What a line that cannot be made, or a closed file, raises. Others are a signal handler's."""
 _NO_CHANGE: Final[tuple[Any, Any, Any]] = (None, None, None)
 _TAKEN: Final = ("time", "lease", "start", "length")
 _RELEASED: Final = ("time", "lease")
@@ -226,24 +227,21 @@ def _make_taken(
     get_template, new_template = lines.templates.get, lines.new
 
     def taken(subject: Subject, values: tuple[Any, ...]) -> bool:
-        try:
-            time, lease, kind, start, length, owner, direction, thread, stale, origin = values
-            common = kind, owner, direction, thread, stale, origin
-            form = get_template(common) or new_template(common, LeaseTaken(*values), _TAKEN)
-            line = form % (time, lease, start, length)
-            size = len(line)
-            # No call from here on.
-            end = halves.position + size
-            last = end - 1
-            if end > halves.limit or queue:
-                return False
-            if subject.told is not None:
-                held[lease] = line
-                memory[halves.position : end] = line
-                halves.position = last
-                subject.told = True
-        except _FAULTS:
+        time, lease, kind, start, length, owner, direction, thread, stale, origin = values
+        common = kind, owner, direction, thread, stale, origin
+        form = get_template(common) or new_template(common, LeaseTaken(*values), _TAKEN)
+        line = form % (time, lease, start, length)
+        size = len(line)
+        # No call from here on.
+        end = halves.position + size
+        last = end - 1
+        if end > halves.limit or queue:
             return False
+        if subject.told is not None:
+            memory[halves.position : end] = line  # overwritten if memory for the next is missing
+            held[lease] = line
+            halves.position = last
+            subject.told = True
         return True
 
     return taken
@@ -256,25 +254,22 @@ def _make_released(
     form, line_of = lines.released_form, lines.released
 
     def released(subject: Subject, values: tuple[Any, ...]) -> bool:
-        try:
-            time, lease, stale, copied, lost = values
-            line = line_of(values) if stale or copied or lost else form % (time, lease)
-            size = len(line)
-            # No call from here on.
-            end = halves.position + size
-            last = end - 1
-            if end > halves.limit or queue:
-                return False
-            if subject.told:
-                memory[halves.position : end] = line
-                halves.position = last
-                subject.told = False
-                if lease in held:
-                    del held[lease]
-            else:
-                subject.told = None
-        except _FAULTS:
+        time, lease, stale, copied, lost = values
+        line = line_of(values) if stale or copied or lost else form % (time, lease)
+        size = len(line)
+        # No call from here on.
+        end = halves.position + size
+        last = end - 1
+        if end > halves.limit or queue:
             return False
+        if subject.told:
+            memory[halves.position : end] = line
+            halves.position = last
+            subject.told = False
+            if lease in held:
+                del held[lease]
+        else:
+            subject.told = None
         return True
 
     return released
@@ -286,18 +281,15 @@ def _make_dirtied(
     halves, memory, form = recorder.halves, recorder.halves.memory, lines.dirtied_form
 
     def dirtied(values: tuple[Any, ...]) -> bool:
-        try:
-            line = form % values
-            size = len(line)
-            # No call from here on.
-            end = halves.position + size
-            last = end - 1
-            if end > halves.limit or queue:
-                return False
-            memory[halves.position : end] = line
-            halves.position = last
-        except _FAULTS:
+        line = form % values
+        size = len(line)
+        # No call from here on.
+        end = halves.position + size
+        last = end - 1
+        if end > halves.limit or queue:
             return False
+        memory[halves.position : end] = line
+        halves.position = last
         return True
 
     return dirtied
