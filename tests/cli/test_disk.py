@@ -259,6 +259,21 @@ def test_a_guest_without_a_bus(
     assert capsys.readouterr().err == f"xenmapcache: error: {message}\n"
 
 
+def test_an_arm_guest(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error says what serves an Arm guest, and nothing is claimed."""
+    arm = MockHypervisor().create_domain(memory="16M", machine="arm64")
+    monkeypatch.setattr(disk, "open_guest", lambda _: (arm, open_backend("mock", domain=arm)))
+    assert main(["disk", "web", str(path)]) == 2
+    assert capsys.readouterr().err == (
+        "xenmapcache: error: this command makes a PCI device, and an Arm guest has no PCI bus "
+        "here; serve it a VirtioBlock by VirtioMmio from Python (see docs/device-models-live.md, "
+        "Arm)\n"
+    )
+    assert not arm.ioreq_servers
+
+
 @pytest.mark.parametrize("name", ["7", "xen:7"])
 def test_a_live_guest(guest: MockDomain, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A number or a name is that of a live guest."""

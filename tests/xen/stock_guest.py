@@ -6,6 +6,7 @@ paused, so that a device model can take its place first.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import stat
 import subprocess
@@ -45,6 +46,17 @@ tries=0
 until [ -b /dev/vda ] || [ $tries -ge 300 ]; do tries=$((tries + 1)); sleep 0.1; done
 """
 """A part of a script: until the disk is there, for at most 30 s."""
+ROUNDS: Final = 24
+WORK: Final = f"""{WAITING}
+for round in $(seq {ROUNDS}); do
+    dd if=/dev/urandom of=/tmp/r bs=1M count=2 2>/dev/null
+    dd if=/tmp/r of=/dev/vda bs=64k seek=$((round * 32)) oflag=direct 2>/dev/null
+    dd if=/dev/vda of=/tmp/b bs=64k skip=$((round * 32)) count=32 iflag=direct 2>/dev/null
+    cmp -s /tmp/r /tmp/b && echo "STOCK round $round"
+done
+"""
+"""Writes to a disk without pause, and says which rounds can be read again as they were written."""
+ALL_ROUNDS: Final = [f"round {number + 1}" for number in range(ROUNDS)]
 
 
 def missing() -> str | None:
@@ -71,6 +83,10 @@ class StockGuest:
         """Return what the script has printed after ``STOCK``, line by line, without the markers."""
         return re.findall(r"^STOCK (.*?)\r?$", self._console(), re.MULTILINE)
 
+    def rounds(self) -> list[str]:
+        """Return the rounds of ``WORK`` that were read as they were written."""
+        return [line for line in self.said() if line.startswith("round")]
+
     def wait(self, start: str, patience: float = 240) -> str:
         """Wait for a line of the script that begins so, and return the rest of it."""
         deadline = time.monotonic() + patience
@@ -81,6 +97,11 @@ class StockGuest:
             )
             time.sleep(0.5)  # the guest needs the processor more
         return found[-1].removeprefix(start).strip()
+
+
+def sum_of(path: Path) -> str:
+    """The MD5 sum of a file, as the guest's md5sum prints it."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,8 @@ import pytest
 from tests.xen import stock_guest as stock
 from tests.xen.conftest import Recorder, set_memory, wait_for
 from tests.xen.lab.platform import Platform
-from tests.xen.stock_guest import WAITING, StockGuest, stock_guest
-from xenmapcache import DmaDirection, MapCache, UnsupportedOperationError, open_backend
+from tests.xen.stock_guest import ALL_ROUNDS, WAITING, WORK, StockGuest, stock_guest, sum_of
+from xenmapcache import DmaDirection, GuestMemory, MapCache, UnsupportedOperationError, open_backend
 from xenmapcache.address import PAGE_SIZE, MiB
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioMmio
@@ -32,19 +32,26 @@ VIRTIO, VIRTIO_IRQ = 0x2000000, 33
 DISK = """
 disk = ["vdev=xvda,backendtype=standalone,specification=virtio,target=/lab/guest.img"]
 """
+ANY_DEVICE = """
+virtio = ["type=virtio,device,transport=mmio,grant_usage=0"]
+"""
 STATES = """
-folder=/local/domain/0/backend/virtio_disk
 while sleep 0.1; do
-    for domain in $(xenstore-list $folder 2> /dev/null); do
-        state=$folder/$domain/51712/state
-        case "$(xenstore-read $state 2> /dev/null)" in
-            1) xenstore-write $state 2 ;;
-            5) xenstore-write $state 6 ;;
-        esac
+    for folder in /local/domain/0/backend/virtio_disk /local/domain/0/backend/virtio; do
+        for domain in $(xenstore-list $folder 2> /dev/null); do
+            for device in $(xenstore-list $folder/$domain 2> /dev/null); do
+                state=$folder/$domain/$device/state
+                case "$(xenstore-read $state 2> /dev/null)" in
+                    1) xenstore-write $state 2 ;;
+                    5) xenstore-write $state 6 ;;
+                esac
+            done
+        done
     done
 done
 """
-"""What libxl waits for when it adds such a disk, and when it removes it."""
+"""What libxl waits for when it adds such a device, and when it removes it."""
+DEVICE_TREE_MAGIC = bytes.fromhex("d00dfeed")
 Console = Callable[[str], str]
 
 
@@ -73,7 +80,7 @@ class Served:
 def served(
     script: str,
     console: Console,
-    claim: Callable[[IoreqServer, MapCache], object],
+    claim: Callable[[IoreqServer], AbstractContextManager[object]],
     configuration: str = "",
 ) -> Iterator[Served]:
     """Run a guest with devices from its first instruction on.
@@ -81,7 +88,7 @@ def served(
     Args:
         script: of the guest.
         console: returns what it has printed.
-        claim: makes the devices.
+        claim: makes the devices, and returns what closes them.
         configuration: more lines of it.
     """
     with (
@@ -90,10 +97,15 @@ def served(
         MapCache(backend) as cache,
     ):
         server = IoreqServer(guest.domid, cache)
-        claim(server, cache)
-        with server, server.serving():
+        with claim(server), server, server.serving():
             guest.unpause()
             yield Served(guest, cache, server)
+
+
+def xenstore(path: str) -> str:
+    """Return an entry of xenstore."""
+    command = ["xenstore-read", path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.fixture
@@ -129,8 +141,9 @@ def test_device_memory_while_the_guest_balloons(guest_console: Console, machine:
     """
     device = Recorder()
 
-    def claim(server: IoreqServer, _cache: MapCache) -> None:
+    def claim(server: IoreqServer) -> AbstractContextManager[object]:
         server.claim_mmio(DEVICE, 64, device)
+        return nullcontext()
 
     with served(script, guest_console, claim) as it:
         it.guest.wait("begins")
@@ -152,12 +165,48 @@ def test_device_memory_while_the_guest_balloons(guest_console: Console, machine:
         assert it.server.failures == 0
 
 
+@pytest.mark.usefixtures("_states")
+def test_libxl_announces_any_virtio_device(guest_console: Console, machine: Platform) -> None:
+    """`virtio = [...]` gets the address and interrupt that a disk gets."""
+    if not machine.release.any_virtio:
+        pytest.skip("libxl has no `virtio = [...]` before Xen 4.18")
+    with (
+        stock_guest("", guest_console, configuration=ANY_DEVICE) as guest,
+        open_backend("xen", domid=guest.domid) as backend,
+        MapCache(backend) as cache,
+    ):
+        node = f"/local/domain/0/backend/virtio/{guest.domid}/0"
+        assert int(xenstore(f"{node}/base"), 16) == VIRTIO
+        assert int(xenstore(f"{node}/irq")) == VIRTIO_IRQ
+        start, _ = machine.memory
+        memory = GuestMemory(cache)
+        trees = []
+        for address, _ in memory.find(DEVICE_TREE_MAGIC, start, stock.MEMORY * MiB):
+            if (size := int.from_bytes(memory.read(address + 4, 4), "big")) < MiB:
+                trees.append(memory.read(address, size))
+        announced = [f"virtio@{VIRTIO:x}\0".encode() in tree for tree in trees]
+        assert announced.count(True) == 1
+        assert b"virtio,mmio\0" in trees[announced.index(True)]
+
+
+@contextmanager
+def served_disk(script: str, console: Console, path: Path) -> Iterator[Served]:
+    """Run a guest with a disk of 64 MiB, of which libxl has told it."""
+    with path.open("w+b") as opened:
+        opened.truncate(64 * MiB)
+
+        def claim(server: IoreqServer) -> AbstractContextManager[object]:
+            block = VirtioBlock(server, opened, serial="lab")
+            VirtioMmio(server, VIRTIO, block, interrupt=partial(server.set_irq_level, VIRTIO_IRQ))
+            return block
+
+        with served(script, console, claim, DISK) as it:
+            yield it
+
+
 @pytest.mark.usefixtures("_ioreq_servers", "_states")
 def test_debians_virtio_driver_on_our_disk(guest_console: Console, tmp_path: Path) -> None:
     """Its virtio_mmio and virtio_blk write and read a disk, told by interrupts of ours."""
-    path = tmp_path / "disk.img"
-    with path.open("wb") as created:
-        created.truncate(8 * MiB)
     script = f"""{WAITING}
     dd if=/dev/urandom of=/tmp/noise bs=64k count=32 2> /dev/null
     dd if=/tmp/noise of=/dev/vda bs=64k conv=fsync 2> /dev/null
@@ -166,14 +215,36 @@ def test_debians_virtio_driver_on_our_disk(guest_console: Console, tmp_path: Pat
     echo "STOCK read $(dd if=/dev/vda bs=64k count=32 2> /dev/null | md5sum | cut -c1-32)"
     echo "STOCK interrupts $(sed -n 's/^ *[0-9]*: *\\([0-9]*\\).*virtio.*/\\1/p' /proc/interrupts)"
     """
-    with path.open("r+b") as opened:
+    with served_disk(script, guest_console, tmp_path / "disk.img") as it:
+        wrote = it.guest.wait("wrote")
+        assert it.guest.wait("read") == wrote
+        assert int(it.guest.wait("interrupts").split()[0]) > 10
+        assert (it.server.failures, it.server.lost_answers) == (0, 0)
 
-        def claim(server: IoreqServer, cache: MapCache) -> None:
-            block = VirtioBlock(server, opened, serial="lab")
-            VirtioMmio(server, VIRTIO, block, interrupt=partial(server.set_irq_level, VIRTIO_IRQ))
 
-        with served(script, guest_console, claim, DISK) as it:
-            wrote = it.guest.wait("wrote")
-            assert it.guest.wait("read") == wrote
-            assert int(it.guest.wait("interrupts").split()[0]) > 10
-            assert (it.server.failures, it.server.lost_answers) == (0, 0)
+@pytest.mark.usefixtures("_ioreq_servers", "_states")
+def test_the_guest_balloons_while_its_disk_is_busy(
+    guest_console: Console, machine: Platform, tmp_path: Path
+) -> None:
+    """INVALIDATEs come while the driver works: no lease is stale, and no byte is lost."""
+    script = f"""{WORK}
+    echo "STOCK sum $(dd if=/dev/vda bs=64k iflag=direct 2> /dev/null | md5sum | cut -c1-32)"
+    """
+    path = tmp_path / "disk.img"
+    with served_disk(script, guest_console, path) as it:
+        it.guest.wait("round 1")
+        changes = 0
+        while (before := len(it.guest.rounds())) < len(ALL_ROUNDS):
+            changes += 1
+            set_memory(machine, stock.NAME, stock.MEMORY - 20 * (1 + changes % 2))
+            wait_for(lambda: len(it.guest.rounds()) > before, "another round", 120)
+        invalidations = it.server.invalidations
+        read = it.guest.wait("sum")
+        assert it.guest.rounds() == ALL_ROUNDS
+        stats = it.cache.stats()
+        assert changes > 5
+        assert invalidations > 10
+        assert (stats.stale_dma_released, stats.stale_dma_held) == (0, 0)
+        assert (it.server.failures, it.server.lost_answers) == (0, 0)
+        it.guest.wait("end")
+    assert sum_of(path) == read

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 import subprocess
 import sys
@@ -16,7 +15,15 @@ import pytest
 from tests.xen import stock_guest as stock
 from tests.xen.conftest import wait_for, xl
 from tests.xen.lab.platform import Platform
-from tests.xen.stock_guest import MEMORY, WAITING, StockGuest, stock_guest
+from tests.xen.stock_guest import (
+    ALL_ROUNDS,
+    MEMORY,
+    WAITING,
+    WORK,
+    StockGuest,
+    stock_guest,
+    sum_of,
+)
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import MiB
 from xenmapcache.devicemodel import IoreqServer, PciBus
@@ -27,7 +34,6 @@ pytestmark = pytest.mark.xen
 
 BDF = "0000:00:05.0"
 LENGTH = 64 * MiB
-ROUNDS = 24
 
 Run = Callable[..., AbstractContextManager[StockGuest]]
 
@@ -91,11 +97,6 @@ def served(script: str, file: Path, run: Run, *, pin: int = 0, **options: str) -
                 yield Disk(guest, cache, server, pci)
 
 
-def sum_of(path: Path) -> str:
-    """The MD5 sum of a file, as the guest's md5sum prints it."""
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
 @pytest.mark.slow
 def test_a_stock_driver_reads_and_writes(file: Path, run: Run) -> None:
     """64 MiB come back as they were written, through both vCPUs, and are what the file holds."""
@@ -119,25 +120,6 @@ sync
     assert sum_of(file) == made
 
 
-WORK = f"""{WAITING}
-for round in $(seq {ROUNDS}); do
-    dd if=/dev/urandom of=/tmp/r bs=1M count=2 2>/dev/null
-    dd if=/tmp/r of=/dev/vda bs=64k seek=$((round * 32)) oflag=direct 2>/dev/null
-    dd if=/dev/vda of=/tmp/b bs=64k skip=$((round * 32)) count=32 iflag=direct 2>/dev/null
-    cmp -s /tmp/r /tmp/b && echo "STOCK round $round"
-done
-"""
-"""Writes without pause, and says which of them can be read again as they were written."""
-
-
-def rounds_of(guest: StockGuest) -> list[str]:
-    """What a guest with this work has said."""
-    return [line for line in guest.said() if line.startswith("round")]
-
-
-ALL_ROUNDS = [f"round {number + 1}" for number in range(ROUNDS)]
-
-
 @pytest.mark.slow
 def test_the_guest_balloons_meanwhile(file: Path, run: Run) -> None:
     """20 changes of the guest's memory: no stale lease, no failure, no lost byte."""
@@ -151,7 +133,7 @@ def test_the_guest_balloons_meanwhile(file: Path, run: Run) -> None:
             if number % 2 == 0:
                 wait_for(lambda: disk.server.invalidations > before, "an INVALIDATE")  # noqa: B023 - called at once
         disk.guest.wait("end", 300)
-        assert rounds_of(disk.guest) == ALL_ROUNDS
+        assert disk.guest.rounds() == ALL_ROUNDS
         assert disk.server.invalidations >= 10
         disk.check()
 
@@ -234,6 +216,6 @@ def test_the_command_is_killed_under_load(file: Path, tmp_path: Path, run: Run) 
                 assert process.wait(60) == -signal.SIGKILL
         with command(file, record) as process:
             guest.wait("end", 300)
-            assert rounds_of(guest) == ALL_ROUNDS
+            assert guest.rounds() == ALL_ROUNDS
             xl("destroy", stock.NAME)
             assert process.wait(60) == 0  # it sees the guest's end

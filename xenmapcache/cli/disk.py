@@ -33,7 +33,11 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "(in Linux virtio_pci and virtio_blk, as /dev/vda). A PVH guest needs no QEMU for it.\n"
         "Run the command in Dom0, as root. Start it while the guest is paused, because the guest\n"
         "scans its bus only once. The disk has the complete sectors (512 bytes) of the file. The\n"
-        "command ends when the guest has ended, and on Ctrl-C and SIGTERM.",
+        "command ends when the guest has ended, and on Ctrl-C and SIGTERM.\n"
+        "\n"
+        "The disk is a PCI device. An Arm guest has no PCI bus here, so the command refuses it: a\n"
+        "short Python program serves it the same disk by virtio-mmio (docs/device-models-live.md,\n"
+        "Arm).",
         f'  # in web.cfg: type = "pvh", extra = "root=/dev/vda {_ARGUMENTS}"\n'
         "  xl create -p web.cfg\n"
         "  xenmapcache disk web web.img --record /run/web.record &\n"
@@ -135,7 +139,13 @@ def _opened(path: str, read_only: bool) -> Iterator[int]:
 def _kind(options: argparse.Namespace, domain: int | IoreqDomain) -> str:
     """Return whether the guest is PVH or HVM."""
     from ..devicemodel.guest_type import guest_type
+    from ..devicemodel.opening import architecture_of
 
+    if architecture_of(domain, buffered=False).mmio_only:
+        raise CommandError(
+            "this command makes a PCI device, and an Arm guest has no PCI bus here; serve it a "
+            "VirtioBlock by VirtioMmio from Python (see docs/device-models-live.md, Arm)"
+        )
     kind = options.type or (guest_type(domain) if isinstance(domain, int) else "pvh")
     if kind is None:
         raise CommandError(

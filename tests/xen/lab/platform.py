@@ -16,12 +16,21 @@ SCREENS: Final = {"hvm": 16}
 
 @dataclass(frozen=True)
 class Release:
-    """One Xen, and what comes with it in the same Debian."""
+    """One Xen, and what comes with it in the same Debian.
+
+    Args:
+        xen: its release.
+        suite: of Debian.
+        kernel: of Dom0.
+        python: of Dom0.
+        any_virtio: whether libxl announces virtio devices other than disks.
+    """
 
     xen: str
     suite: str
     kernel: str
     python: str
+    any_virtio: bool
 
 
 @dataclass(frozen=True)
@@ -201,8 +210,8 @@ ARM: Final = Architecture(
     ),
 )
 RELEASES: Final = (
-    Release(xen="4.17", suite="bookworm", kernel="6.1", python="3.11"),
-    Release(xen="4.20", suite="trixie", kernel="6.12", python="3.13"),
+    Release(xen="4.17", suite="bookworm", kernel="6.1", python="3.11", any_virtio=False),
+    Release(xen="4.20", suite="trixie", kernel="6.12", python="3.13", any_virtio=True),
 )
 PLATFORMS: Final = {
     platform.name: platform
