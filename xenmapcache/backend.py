@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from itertools import groupby
-from typing import TYPE_CHECKING, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, Self
 
 from . import flat
 from .address import PAGE_SHIFT, PAGE_SIZE, GiB
@@ -37,6 +37,20 @@ class Capability(enum.Flag):
     """It wants to be told which pages were written."""
 
 
+class RoomUser(Protocol):
+    """What maps memory up to a limit: a cache's budget.
+
+    Attributes:
+        limit: in bytes.
+    """
+
+    limit: int
+
+    @property
+    def may_map(self) -> int:
+        """How many bytes it may still map."""
+
+
 class Backend(abc.ABC):
     """A source of guest memory. Also a context manager.
 
@@ -46,6 +60,7 @@ class Backend(abc.ABC):
         memory_end: one past the last guest address that may exist, or None if
             that is unknown.
         mapping_room: how many bytes of it a cache maps at most, unless ``max_resident`` is given.
+            Of a live guest whose pages take Dom0's memory, what a cache gets that is made now.
         log_dirty: whether :meth:`mark_dirty` reports written pages. Set it to False while the
             guest is not being migrated, to save a hypercall per write. Without
             :attr:`Capability.DIRTY` it has no effect.
@@ -94,6 +109,15 @@ class Backend(abc.ABC):
             XenCallError: the call failed as a whole.
             ClosedError: the backend is closed.
         """
+
+    def share_room(self, user: RoomUser) -> int:  # noqa: ARG002 - a contract
+        """Return :attr:`mapping_room` for a new cache, and count on what that cache may map.
+
+        Args:
+            user: of the new cache. Its limit may be set, and what it may still map is taken off
+                the room of caches that are made later, for as long as it lives.
+        """
+        return self.mapping_room
 
     def present(self, gfn: int, count: int) -> Iterator[tuple[int, int]] | None:  # noqa: ARG002 - a contract
         """Return the runs of pages that exist in a range.

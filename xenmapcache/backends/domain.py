@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from ..address import PAGE_MASK, PAGE_SHIFT, as_int, page_runs
-from ..backend import Backend, Capability
+from ..backend import Backend, Capability, RoomUser
 from ..binding import libc
 from ..binding.control import GET_INFO_LIST, MAXIMUM_GPFN, PAUSE, Control
 from ..binding.declarations import CONTROL, DEVICE_MODEL, GRANT_TABLE, Library
@@ -24,7 +24,7 @@ from ..grants import MAX_MAPPED, MAX_REFS
 from ..grants.xen import XenGrants
 from ..mapping import Mapping
 from . import survey
-from .room import mapping_room
+from .room import mapping_room, share_room
 
 logger = logging.getLogger("xenmapcache")
 
@@ -195,10 +195,14 @@ class DomainBackend(Backend):
             return bytes([1]) * len(gfns)
         return bytes([not error or error in PAGE_HINTS for error in errors])
 
-    @cached_property
-    def mapping_room(self) -> int:  # type: ignore[override] # asked for when it is needed
+    @property
+    def mapping_room(self) -> int:  # type: ignore[override] # it changes with what is mapped
         """How many bytes a cache maps at most by default: less where that takes Dom0's memory."""
         return mapping_room()
+
+    def share_room(self, user: RoomUser) -> int:
+        """Return what a new cache maps at most; see :class:`Backend`."""
+        return share_room(user)
 
     def _tell_why_not(self, reason: Exception) -> None:
         logger.info(

@@ -8,11 +8,12 @@ be seen which. When that memory runs out, the kernel kills processes before a ma
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Final
 
 from ..address import MiB
-from ..backend import Backend
+from ..backend import Backend, RoomUser
 
 GUEST_TYPE = Path("/sys/hypervisor/guest_type")
 MEMINFO = Path("/proc/meminfo")
@@ -20,16 +21,46 @@ MIN_ROOM: Final = 64 * MiB
 _SHARE: Final = 4
 
 
-def mapping_room() -> int:
-    """Return a bound for the memory that a cache maps, in bytes.
+# Each cache that was made here, until it is garbage. The callbacks are C functions, which no
+# interrupt can come into. Two threads may make caches at once: each adds its own, with the highest
+# limit that it can get, before it looks at the others.
+_users: dict[weakref.ref[RoomUser], None] = {}
 
-    That is a quarter of the available memory where mapped pages may take it, but at least 64 MiB.
+
+def mapping_room() -> int:
+    """Return a bound for the memory that a cache maps which is made now, in bytes.
+
+    Where mapped pages may take the available memory, that is a quarter of what the caches of this
+    process leave of it, but at least 64 MiB.
     """
+    available = _available()
+    return Backend.mapping_room if available is None else _part_of(available)
+
+
+def share_room(user: RoomUser) -> int:
+    """Return that bound for a new cache, whose own room is taken off that of later ones."""
+    available = _available()
+    if available is None:
+        return Backend.mapping_room
+    user.limit = available // _SHARE
+    _users[weakref.ref(user, _users.pop)] = None
+    return _part_of(available, user)
+
+
+def _available() -> int | None:
+    """Return how many bytes mapped pages may take; None if they take none, or nobody knows."""
     try:
         if GUEST_TYPE.read_text().strip() == "PV":
-            return Backend.mapping_room
+            return None
         lines = MEMINFO.read_text().splitlines()
     except OSError:
-        return Backend.mapping_room
+        return None
     known = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return max(MIN_ROOM, min([Backend.mapping_room, *(kib * 1024 // _SHARE for kib in known)]))
+    return known[0] * 1024 if known else None
+
+
+def _part_of(available: int, new: RoomUser | None = None) -> int:
+    """Return the part for one cache, of what the other ones may not map."""
+    others = [reference() for reference in [*_users]]
+    taken = sum(user.may_map for user in others if user is not None and user is not new)
+    return max(MIN_ROOM, min(Backend.mapping_room, (available - taken) // _SHARE))

@@ -102,12 +102,15 @@ class Budget:
         operations: those under way or waiting. A caller of the cache's slow path adds its own
             inside of the ``try`` whose ``finally`` removes it.
         stream: what observers are told; the cache sets it.
+        closed: whether the cache was closed or dropped, and will map nothing.
         freed: records of mappings that were unmapped; a hint, from any thread, without the lock.
     """
 
     __slots__ = (
+        "__weakref__",
         "_hints",
         "accounts",
+        "closed",
         "copied",
         "copies",
         "freed",
@@ -135,10 +138,16 @@ class Budget:
         self._hints = (self.freed,)
         self.accounts: dict[LiveMapping | Reservation, int] = {}
         self.used = 0
+        self.closed = False
         self.maps = 0
         self.stream: EventStream | None = None
         if mapped is not None:
             self.lock, self.operations, mapped.copies = mapped.lock, mapped.operations, self
+
+    @property
+    def may_map(self) -> int:
+        """How many bytes may still be mapped."""
+        return 0 if self.closed else max(0, self.limit - self.used)
 
     def is_inside(self) -> bool:
         """Tell whether this thread holds the lock, or is inside of an operation."""

@@ -25,6 +25,8 @@ from .registry import LeaseRegistry, collect_stats, report_forced
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from .budget import Budget
+
 
 class MapCache(LendingCache):
     """A cache of mappings of one guest's memory. Also a context manager.
@@ -39,10 +41,10 @@ class MapCache(LendingCache):
         bucket_shift: log2 of a bucket's size in bytes, 12 to 30.
         max_resident: how much guest memory may be mapped at once, in bytes or as
             ``"4GiB"``; at least one bucket. By default :attr:`Backend.mapping_room`: 32 GiB, but a
-            quarter of the available memory where a mapped page may take a page of Dom0's, as on
-            Arm. The one exception: with ``on_stale="copy"``, if
-            leases fill all of it, each thread that releases a stale lease maps one page more
-            at a time.
+            quarter of the available memory, without what the caches of this process may still
+            map, where a mapped page may take a page of Dom0's, as on Arm. The one exception:
+            with ``on_stale="copy"``, if leases fill all of it, each thread that releases a stale
+            lease maps one page more at a time.
         max_copies: how much memory copies of a file's pages may take at once, apart from what is
             mapped; in bytes or as ``"256MiB"``, at least one bucket. By default 256 MiB or
             ``max_resident``, whichever is less. See :meth:`Backend.copies`.
@@ -400,10 +402,14 @@ class MapCache(LendingCache):
             text = self._registry.describe(held)
             raise LeaseError(f"{text}. Release them, or close(force=True)")
         self._table.retire(closed=True)
+        self._budget.closed = True
 
     def __del__(self) -> None:
         # The leases and their memory stay as they are; a handle can still release its own.
-        registry: LeaseRegistry | None = getattr(self, "_registry", None)  # None: it was not made
+        budget: Budget | None = getattr(self, "_budget", None)  # None: it was not made
+        registry: LeaseRegistry | None = getattr(self, "_registry", None)  # as above
+        if budget is not None:
+            budget.closed = True
         # At the very end the globals of modules are None.
         if registry is None or registry.table.forked or sys is None or sys.is_finalizing():
             return

@@ -50,13 +50,15 @@ class Parts:
                 f"{type(backend).__name__}"
             )
         check_policy(on_stale, backend)
-        limit = backend.mapping_room if max_resident is None else parse_size(max_resident)
+        self.budget = budget = Budget(0)
+        room = backend.share_room(budget)
+        limit = room if max_resident is None else parse_size(max_resident)
+        budget.limit = limit
         copy_limit = None if max_copies is None else parse_size(max_copies)
         shift = check_bucket_shift(bucket_shift, limit, copy_limit)
         longest = limit if max_lease is None else parse_size(max_lease)
         if longest < 1:
             raise ValueError("max_lease must be at least 1 byte, not 0")
-        self.budget = budget = Budget(limit)
         self.copies = copies = _copies_budget(copy_limit, shift, budget)
         self.table = table = BucketTable(budget, shift, Capability.WRITE in backend.capabilities)
         budget.stream = table.stream
