@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.xen.lab import seen
-from tests.xen.lab.report import decode, failed, on_machine
+from tests.xen.lab.report import NOT_RUN, decode, failed, on_machine
 
 pytest_plugins = ["pytester"]
 
@@ -98,14 +98,30 @@ def test_the_table_of_what_was_seen_where(tmp_path: Path) -> None:
     assert seen.table(seen.read([path])) == TABLE
 
 
-def test_results_of_several_files_are_added(tmp_path: Path) -> None:
-    """A machine may have run its tests in parts."""
-    paths = [tmp_path / name for name in ("a.xml", "b.xml")]
-    for path in paths:
-        path.write_text(JUNIT)
-    assert "| dumps of a paused guest | 2 passed, 2 failed | 2 skipped |" in seen.table(
-        seen.read(paths)
-    )
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_test_that_ran_in_two_files_counts_once(tmp_path: Path, order: int) -> None:
+    """With its last outcome; a run that skipped it tells nothing of the other run."""
+    first, second = tmp_path / "a.xml", tmp_path / "b.xml"
+    case = '<testcase classname="tests.xen.test_dump" name="{}">{}{}</testcase>'
+    machine = '<properties><property name="machine" value="4.17"/></properties>'
+    failure, skipped = "<failure>x</failure>", "<skipped/>"
+
+    def write(path: Path, time: str, **cases: str) -> None:
+        inside = "".join(case.format(name, machine, outcome) for name, outcome in cases.items())
+        path.write_text(f'<testsuite timestamp="2026-11-{time}">{inside}</testsuite>')
+
+    write(first, "29T23:59:59", mended=failure, broken="", was_run="", alone="")
+    write(second, "30T00:00:00", mended="", broken=failure, was_run=skipped, other=skipped)
+    results = seen.read([first, second][::order])
+    assert results["dumps of a paused guest"]["4.17"] == {"passed": 3, "failed": 1, "skipped": 1}
+
+
+def test_what_the_machine_did_not_come_to_is_not_counted(tmp_path: Path) -> None:
+    """The failure of such a test says nothing of what it shows."""
+    path = tmp_path / "junit.xml"
+    text = f"On Xen 4.17:\n{NOT_RUN}Dom0 ended"
+    path.write_text(JUNIT.replace('<failure message="x"/>', f"<failure>{text}</failure>"))
+    assert "| dumps of a paused guest | 1 passed | 1 skipped |" in seen.table(seen.read([path]))
 
 
 def test_the_table_goes_between_the_marks_of_a_page(

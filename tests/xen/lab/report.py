@@ -10,11 +10,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import pytest
 
 Event = dict[str, Any]
+NOT_RUN: Final = "not run: "
+"""How the text of a failure begins if the machine had ended before the test."""
 
 
 class _Writer(Protocol):

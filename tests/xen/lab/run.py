@@ -19,7 +19,7 @@ from .image import image
 from .payload import optional_wheels, payload, programs, wheel
 from .platform import Platform
 from .prerequisites import LabUnavailableError
-from .report import Event, decode, failed, skipped
+from .report import NOT_RUN, Event, decode, failed, skipped
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Run:
         brief = text.partition("; the console")[0]
 
         def verdict(item: pytest.Item) -> list[pytest.TestReport]:
-            return failed(item, next(texts, f"not run: {brief}"), brief)
+            return failed(item, next(texts, f"{NOT_RUN}{brief}"), brief)
 
         self._verdict = verdict
 

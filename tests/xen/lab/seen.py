@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from .platform import PLATFORMS, Platform
+from .report import NOT_RUN
 
 FEATURES: Final = {
     "tests.xen.test_lab_smoke": "the machine boots, with a guest",
@@ -55,15 +56,26 @@ Seen = Mapping[str, Mapping[str, Counter[str]]]
 
 
 def read(paths: Iterable[Path]) -> Seen:
-    """Count the outcomes in JUnit files. Tests that did not run in the lab are left out."""
+    """Count the outcomes in JUnit files. Tests that did not run in the lab are left out.
+
+    A machine may have run its tests in parts, and some of them again. Then a test counts once: with
+    its last outcome, but a test that was skipped in one run only counts with that of the other.
+    """
+    latest: dict[tuple[str, str, str], tuple[bool, str, str]] = {}
+    for path in paths:
+        for suite in ElementTree.parse(path).iter("testsuite"):
+            for case in suite.iter("testcase"):
+                outcome = _outcome(case)
+                if (machine := _machine(case)) is None or outcome is None:
+                    continue
+                test = machine, case.get("classname", ""), case.get("name", "")
+                result = outcome != "skipped", suite.get("timestamp", ""), outcome
+                latest[test] = max(result, latest.get(test, result))
     seen: defaultdict[str, defaultdict[str, Counter[str]]] = defaultdict(
         lambda: defaultdict(Counter)
     )
-    for path in paths:
-        for case in ElementTree.parse(path).iter("testcase"):
-            properties = {each.get("name"): each.get("value") for each in case.iter("property")}
-            if machine := properties.get("machine"):
-                seen[_feature(case.get("classname", ""))][machine][_outcome(case)] += 1
+    for (machine, module, _), (*_, outcome) in latest.items():
+        seen[_feature(module)][machine][outcome] += 1
     return seen
 
 
@@ -108,9 +120,18 @@ def _feature(module: str) -> str:
     return FEATURES[found[0]] if found else ".".join(module.split(".")[:3])
 
 
-def _outcome(case: ElementTree.Element) -> str:
-    if case.find("failure") is not None or case.find("error") is not None:
-        return "failed"
+def _machine(case: ElementTree.Element) -> str | None:
+    """Return the machine of the lab that a test ran on."""
+    return next(
+        (each.get("value") for each in case.iter("property") if each.get("name") == "machine"), None
+    )
+
+
+def _outcome(case: ElementTree.Element) -> str | None:
+    """Return a test's outcome; None if the machine was gone before its turn."""
+    for failure in (case.find("failure"), case.find("error")):
+        if failure is not None:
+            return None if NOT_RUN in (failure.text or "") else "failed"
     return "passed" if case.find("skipped") is None else "skipped"
 
 
