@@ -222,6 +222,7 @@ def test_debians_virtio_driver_on_our_disk(guest_console: Console, tmp_path: Pat
         assert (it.server.failures, it.server.lost_answers) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_ioreq_servers", "_states")
 def test_the_guest_balloons_while_its_disk_is_busy(
     guest_console: Console, machine: Platform, tmp_path: Path
