@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from xenmapcache import MockDomain
 from xenmapcache.devicemodel import IoreqServer, PciFunction
@@ -14,6 +14,22 @@ IO, MEMORY, MASTER, INTX_DISABLE = 0x1, 0x2, 0x4, 0x400
 ONES = 0xFFFFFFFF
 
 Claims = set[tuple[RequestKind, int, int]]
+
+
+class Memory(Protocol):
+    """What a driver has of its guest: the mock's domain, or what plays it in a real guest."""
+
+    def read(self, address: int, length: int, /) -> bytes: ...
+    def write(self, address: int, data: bytes, /) -> None: ...
+    def mmio_read(self, address: int, size: int, /) -> int: ...
+    def mmio_write(self, address: int, value: int, size: int, /) -> None: ...
+
+
+class Machine(Memory, Protocol):
+    """That, with a PCI bus."""
+
+    def pci_read(self, bdf: str, offset: int, size: int, /) -> int: ...
+    def pci_write(self, bdf: str, offset: int, value: int, size: int, /) -> None: ...
 
 
 def new(
@@ -43,7 +59,7 @@ class FoundBar(NamedTuple):
 class PciDriver:
     """A guest that drives the function at ``bdf``."""
 
-    def __init__(self, guest: MockDomain, bdf: str = BDF) -> None:
+    def __init__(self, guest: Machine, bdf: str = BDF) -> None:
         self.guest = guest
         self.bdf = bdf
 

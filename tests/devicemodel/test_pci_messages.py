@@ -48,6 +48,8 @@ def table(guest: MockDomain, function: PciFunction) -> MsixTable:
 class MsixDriver(PciDriver):
     """The guest's side of MSI-X."""
 
+    guest: MockDomain
+
     def control(self, bits: int) -> None:
         self.write(self.capability(MSIX) + 2, bits, 2)
 
@@ -384,6 +386,8 @@ def test_an_interrupt_loses_no_vector(
 
 class MsiDriver(PciDriver):
     """The guest's side of plain MSI."""
+
+    guest: MockDomain
 
     def program(self, address: int, data: int, masks: int = 0, used: int = 0) -> None:
         """Write address, data and masks, and then enable ``2 ** used`` vectors."""

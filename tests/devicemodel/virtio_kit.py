@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from typing import TypedDict
 
-from xenmapcache import MockDomain
+from tests.devicemodel.pcidriver import Memory
 from xenmapcache.devicemodel.virtio import queue as rings
 
 NEXT, WRITE, INDIRECT = rings.NEXT, rings.WRITE, rings.INDIRECT
@@ -27,7 +27,7 @@ class Areas(TypedDict):
 class Ring:
     """A driver's ring in guest memory. Descriptors are used in order, and again from the start."""
 
-    def __init__(self, guest: MockDomain, base: int, size: int, *, events: bool = False) -> None:
+    def __init__(self, guest: Memory, base: int, size: int, *, events: bool = False) -> None:
         self.guest, self.size, self.events = guest, size, events
         self.descriptors, self.driver = base, base + 16 * size
         self.device = (self.driver + 6 + 2 * size + 3) & ~3
@@ -131,7 +131,7 @@ class Line:
 class MmioDriver:
     """A driver of one device over virtio-mmio, with one vCPU."""
 
-    def __init__(self, guest: MockDomain, base: int, line: Line) -> None:
+    def __init__(self, guest: Memory, base: int, line: Line) -> None:
         self.guest, self.base, self.line = guest, base, line
 
     def read(self, register: int, size: int = 4) -> int:

@@ -6,9 +6,8 @@ import queue
 import threading
 from pathlib import Path
 
-from tests.devicemodel.pcidriver import MASTER, MEMORY, PciDriver
+from tests.devicemodel.pcidriver import BDF, MASTER, MEMORY, Machine, PciDriver
 from tests.devicemodel.virtio_kit import ALL_FEATURES, EVENT_IDX, Ring
-from xenmapcache import MockDomain
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import Job, Request, VirtioDevice
 from xenmapcache.guest import Segments
@@ -51,25 +50,26 @@ class Slow(VirtioDevice):
 class VirtioPciDriver(PciDriver):
     """The driver of one device over virtio-pci, with one vCPU. It asks where each area is."""
 
-    def __init__(self, guest: MockDomain) -> None:
-        super().__init__(guest)
+    def __init__(self, guest: Machine, bdf: str = BDF, bar: int = BAR) -> None:
+        super().__init__(guest, bdf)
+        self.bar, self.table = bar, bar + TABLE - BAR
         self.areas: dict[int, int] = {}
         self.messages: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
 
     def find(self, *, msix: bool = True) -> None:
         """Place the BARs, look the areas up, and enable MSI-X with a message for each vector."""
-        self.place_bar(4, BAR)
-        self.place_bar(1, TABLE)
+        self.place_bar(4, self.bar)
+        self.place_bar(1, self.table)
         self.command(MEMORY | MASTER)
         for at, number in self.capabilities():
             if number == VENDOR_CAPABILITY:
                 assert self.read(at + 4, 1) in (4, 0)
-                self.areas[self.read(at + 3, 1)] = BAR + self.read(at + 8)
+                self.areas[self.read(at + 3, 1)] = self.bar + self.read(at + 8)
         if msix:
             at = self.capability(MSIX)
             for vector in range((self.read(at + 2, 2) & 0x7FF) + 1):
-                self.guest.mmio_write(TABLE + 16 * vector, MESSAGE, 8)
-                self.guest.mmio_write(TABLE + 16 * vector + 8, 0x40 + vector, 8)
+                self.guest.mmio_write(self.table + 16 * vector, MESSAGE, 8)
+                self.guest.mmio_write(self.table + 16 * vector + 8, 0x40 + vector, 8)
             self.write(at + 2, 0x8000, 2)
 
     def get(self, offset: int, size: int, area: int = COMMON) -> int:

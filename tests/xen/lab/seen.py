@@ -31,6 +31,7 @@ FEATURES: Final = {
     "tests.xen.test_devicemodel": "device models: requests, vCPUs, interrupts",
     "tests.xen.test_block_device": "a device with DMA",
     "tests.xen.test_virtio_disk": "virtio disks with the guest's own driver",
+    "tests.xen.test_virtio_hostile": "virtio drivers that break the rules",
     "tests.xen.test_arm_devices": "devices for guests on Arm",
     "tests.xen.test_hvm": "HVM guests, next to QEMU",
     "tests.xen.test_grants": "granted pages",
@@ -45,6 +46,7 @@ FEATURES: Final = {
     "tests.xen.test_guest_end": "the end of a guest ends its server",
     "tests.xen.test_address_space": "page tables of a live guest",
     "tests.xen.test_devicemodel_speed": "how long requests and INVALIDATEs take",
+    "tests.xen.test_disk_speed": "a virtio disk next to QEMU's",
 }
 """What the tests of a module, or of a folder, show."""
 BEGIN: Final = "<!-- seen: begin -->"
