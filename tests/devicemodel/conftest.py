@@ -8,15 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.kit import (
-    Memory,
-)
-from xenmapcache import (
-    MapCache,
-    MockDomain,
-    MockHypervisor,
-    open_backend,
-)
+from tests.devicemodel.virtio_kit import Line
+from tests.kit import Memory
+from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
 from xenmapcache.devicemodel import DmaEngine, IoreqServer
 from xenmapcache.devicemodel.watch import Watcher
 
@@ -83,3 +77,16 @@ def live(server: IoreqServer, device: Memory) -> Iterator[IoreqServer]:
     """The server, open and served by a thread, with the device that it serves."""
     with server, server.serving():
         yield server
+
+
+@pytest.fixture
+def served(server: IoreqServer) -> Iterator[IoreqServer]:
+    """The server, open and served by a thread, without a device."""
+    with server, server.serving():
+        yield server
+
+
+@pytest.fixture
+def line() -> Line:
+    """An interrupt line of the guest."""
+    return Line()

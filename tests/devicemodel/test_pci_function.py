@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,13 +42,6 @@ from xenmapcache.ioreq import RequestKind, bdf_number
 MMIO, PCI, PORT = RequestKind.MMIO, RequestKind.PCI_CONFIG, RequestKind.PORT
 HERE = (PCI, bdf_number(BDF), bdf_number(BDF))
 LOW, HIGH, PORTS = 0x1000_0000, 0x1_0000_0000, 0x1000
-
-
-@pytest.fixture
-def served(server: IoreqServer) -> Iterator[IoreqServer]:
-    """The server, open and served by a thread, without a device."""
-    with server, server.serving():
-        yield server
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -20,13 +19,6 @@ MSIX, MSI, TABLE = 0x11, 0x05, 0x1000_0000
 ENABLE, MASK_ALL = 0x8000, 0x4000
 NATIVE = 0xFEE0_2000
 PIRQ, PIRQ_DATA = 0x0000_0100_FEE3_6000, 0x700
-
-
-@pytest.fixture
-def served(server: IoreqServer) -> Iterator[IoreqServer]:
-    """The server, open and served by a thread, without a device."""
-    with server, server.serving():
-        yield server
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
@@ -24,13 +23,6 @@ from xenmapcache.ioreq import RequestKind, bdf_number
 
 MMIO, LOW = RequestKind.MMIO, 0x1000_0000
 HERE = (RequestKind.PCI_CONFIG, bdf_number(BDF), bdf_number(BDF))
-
-
-@pytest.fixture
-def served(server: IoreqServer) -> Iterator[IoreqServer]:
-    """The server, open and served by a thread, without a device."""
-    with server, server.serving():
-        yield server
 
 
 def described(server: IoreqServer) -> PciFunction:

@@ -99,11 +99,6 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def line() -> Line:
-    return Line()
-
-
-@pytest.fixture
 def serve(
     guest: MockDomain, server: IoreqServer, path: Path, line: Line
 ) -> Iterator[Callable[..., DiskDriver]]:

@@ -52,11 +52,6 @@ class Blocking(VirtioDevice):
 
 
 @pytest.fixture
-def line() -> Line:
-    return Line()
-
-
-@pytest.fixture
 def driver(guest: MockDomain, line: Line) -> MmioDriver:
     return MmioDriver(guest, BASE, line)
 

@@ -28,11 +28,6 @@ ACCESSES = st.lists(
 
 
 @pytest.fixture
-def line() -> Line:
-    return Line()
-
-
-@pytest.fixture
 def rng(server: IoreqServer) -> Iterator[VirtioRng]:
     with VirtioRng(server) as rng:
         yield rng
