@@ -3,7 +3,7 @@
 Without arguments it serves a mock guest, whose driver the mock has. In Dom0 it serves a PVH guest,
 which needs no QEMU for it; ``xl create -p`` has made the guest, and it has not run yet:
 
-    xl create -p guest.cfg     with extra = "... pci=noacpi,noearly"
+    xl create -p guest.cfg     with extra = "... pci=noacpi"
     python virtio_disk.py --domid 3 --disk disk.img
     xl unpause guest
 

@@ -109,7 +109,7 @@ def test_a_guest_uses_the_disk(
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [
         f"domain 1: {path}, 1 KiB, at 0000:00:01.0",
-        'the guest\'s configuration needs: extra = "... pci=noacpi,noearly"',
+        'the guest\'s configuration needs: extra = "... pci=noacpi"',
         "the guest was created by:        xl create -p FILE.cfg",
         "now run:                         xl unpause web",
     ]

@@ -36,6 +36,8 @@ from xenmapcache import (
 )
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.pci import PciBus, PciFunction
+from xenmapcache.devicemodel.pci import bus as bus_module
+from xenmapcache.devicemodel.regions import Region
 from xenmapcache.errors import UnsupportedOperationError
 from xenmapcache.ioreq import RequestKind, bdf_number
 
@@ -586,6 +588,58 @@ def test_linux_finds_the_bus(guest: MockDomain, served: IoreqServer) -> None:
     bus.unplug()
     assert (claims_of(guest), guest.port_in(0xCF8)) == (set(), ONES)
     bus.plug()
+
+
+def test_a_scan_of_all_buses_is_not_served(guest: MockDomain, served: IoreqServer) -> None:
+    """What Linux reads before it looks for the bus costs a few requests; the bus is found then."""
+    PciBus(served).plug()
+    bridge = PciDriver(guest, "0000:00:00.0")
+    for _ in range(3):
+        before = served.requests
+        for place in range(0x8000_0000, 0x8010_0000, 0x800):
+            guest.port_out(0xCF8, place)
+            assert guest.port_in(0xCFC) == (0x1237_8086 if place == 0x8000_0000 else ONES)
+        assert served.requests - before <= 64 + 1
+        assert guest.port_in(0xCF8) == ONES
+        assert bridge.read(0x0A, 2) == 0x0600
+        guest.port_out(0xCFB, 0x01, 1)
+        assert guest.port_in(0xCF8) == 0x0100_0000
+        guest.port_out(0xCF8, 0x8000_0000)
+        assert guest.port_in(0xCF8) == 0x8000_0000
+    assert served.failures == 0
+
+
+def test_an_address_that_is_read_each_time(guest: MockDomain, served: IoreqServer) -> None:
+    """A kernel that keeps and restores the address always finds it."""
+    PciBus(served).plug()
+    for _ in range(100):
+        before = guest.port_in(0xCF8)
+        guest.port_out(0xCF8, 0x8000_0008)
+        assert guest.port_in(0xCFC) >> 8 == 0x060000
+        guest.port_out(0xCF8, before)
+    assert guest.port_in(0xCF8) == 0
+
+
+@pytest.mark.parametrize("scan", [0, 64])
+def test_the_bus_is_unplugged_amid_a_scan(
+    guest: MockDomain, served: IoreqServer, monkeypatch: pytest.MonkeyPatch, scan: int
+) -> None:
+    """The handler that would claim another part of the port claims nothing then."""
+    bus = PciBus(served)
+    bus.plug()
+    for _ in range(scan):
+        guest.port_out(0xCF8, 0x8000_0000)
+    real = bus_module.release
+
+    def release(region: Region) -> None:
+        guest.port_out(0xCFB, 1, 1)
+        for _ in range(64):
+            guest.port_out(0xCF8, 0x8000_0000)
+        real(region)
+
+    monkeypatch.setattr(bus_module, "release", release)
+    bus.unplug()
+    assert (claims_of(guest), served.failures) == (set(), 0)
 
 
 def test_a_bus_that_cannot_be_plugged(guest: MockDomain, served: IoreqServer) -> None:

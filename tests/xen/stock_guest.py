@@ -26,7 +26,7 @@ MEMORY: Final = 256
 PAYLOAD: Final = Path("/payload")
 IMAGE: Final = Path("/run/stock.img")
 CONFIG: Final = Path("/run/stock.cfg")
-ARGUMENTS: Final = {"pvh": "pci=noacpi,noearly"}
+ARGUMENTS: Final = {"pvh": "pci=noacpi"}
 """What makes the kernel look at our bus."""
 INIT: Final = b"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SLOTS = {"pvh": "0000:00:01.0", "hvm": "0000:00:05.0"}
 """Where the disk is by default: QEMU has the first slots of an HVM guest."""
-_ARGUMENTS = "pci=noacpi,noearly"
+_ARGUMENTS = "pci=noacpi"
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
