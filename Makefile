@@ -97,7 +97,8 @@ bench-window: $(PEERS_VENV)/stamp  ## hash and walk memory through windows; ARGS
 
 bench-xen: $(VENV)/test.stamp  ## measure device models on a real Xen, under emulation
 	set -e; for xen in $(XEN); do \
-		$(BIN)/python -m pytest -v -m xen --xen=$$xen tests/xen/test_devicemodel_speed.py; done
+		$(BIN)/python -m pytest -v -m xen --xen=$$xen tests/xen/test_devicemodel_speed.py \
+		tests/xen/test_disk_speed.py; done
 
 docs: $(VENV)/docs.stamp  ## build the documentation as HTML in docs/_build
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build

@@ -30,7 +30,7 @@ RUNNING, NEEDS_RESET = 15, 0x40
 NOWHERE: Final = 1 << 40
 """An address above the end of the guest's memory."""
 SPACE: Final = 64 << 10
-"""Of the guest's memory, for one driver: its ring, and the data behind it."""
+"""Of the guest's memory, for one driver: its ring, and the data after it."""
 
 
 class AgentMachine:
@@ -200,7 +200,7 @@ def unknown_head(bad: Player) -> None:
 
 
 def readable_last(bad: Player) -> None:
-    """What the device may read stands behind what it writes."""
+    """What the device may read stands after what it writes."""
     bad.ring.put(0, bad.data, SECTOR, NEXT | WRITE, 1)
     bad.ring.put(1, bad.data, 16)
     bad.send(0)

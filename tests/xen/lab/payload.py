@@ -23,6 +23,8 @@ GUEST: Final = Path(__file__).parents[1] / "guest"
 CARRIED: Final = ("tests", "examples", "pyproject.toml", "build_ffi.py", "README.md")
 OPTIONAL: Final = {"test_drgn.py": "drgn>=0.1", "test_mount.py": "mfusepy>=3"}
 """Which package from PyPI the tests of a file need."""
+PROGRAMS: Final = ("load",)
+"""Of ``tests/xen/guest``, besides those of the architecture: plain C, for guests of any."""
 LEFT_OUT: Final = ("__pycache__", ".*", "build", "dist", "*.egg-info", "venv", "node_modules")
 INSTALL: Final = """#!/bin/sh -e
 # No pip: it takes ten seconds to start under emulation, and there is nothing to resolve.
@@ -96,7 +98,7 @@ def programs(platform: Platform, folder: Path) -> list[Path]:
         LabUnavailableError: they cannot be built here.
     """
     built = []
-    for name in platform.architecture.programs:
+    for name in (*platform.architecture.programs, *PROGRAMS):
         source, target = GUEST / f"{name}.c", folder / name
         command = [tool(platform.architecture.compiler), "-static", "-O1", "-std=gnu11"]
         command += ["-Wall", "-Wextra", "-Werror", "-o", str(target), str(source)]
