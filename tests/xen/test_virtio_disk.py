@@ -164,6 +164,28 @@ echo "STOCK found $(pattern)"
         disk.check()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [("", "none 2"), ("pci=noacpi", "vda 2"), ("acpi=noirq", "vda 2"), ("acpi=off", "vda 1")],
+)
+def test_arguments_of_the_kernel(
+    file: Path, run: Run, machine: Platform, arguments: str, expected: str
+) -> None:
+    """Which of them let a PVH guest's kernel find the disk, and use both vCPUs."""
+    if machine.guest != "pvh":
+        pytest.skip("an HVM guest's ACPI tables describe its bus")
+    script = """
+tries=0
+until [ -b /dev/vda ] || [ $tries -ge 20 ]; do tries=$((tries + 1)); sleep 0.1; done
+echo "STOCK found $([ -b /dev/vda ] && echo vda || echo none) $(nproc)"
+"""
+    with served(script, file, run, arguments=arguments) as disk:
+        assert disk.guest.wait("found") == expected
+        assert disk.server.requests < 1000
+        disk.check()
+
+
 def test_interrupts(file: Path, run: Run, machine: Platform) -> None:
     """Without MSI-X the driver takes INTx, and what it writes comes back."""
     if machine.guest != "hvm":
