@@ -36,7 +36,7 @@ from xenmapcache import (
 )
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.pci import PciBus, PciFunction
-from xenmapcache.devicemodel.pci import bus as bus_module
+from xenmapcache.devicemodel.pci import bars
 from xenmapcache.devicemodel.regions import Region
 from xenmapcache.errors import UnsupportedOperationError
 from xenmapcache.ioreq import RequestKind, bdf_number
@@ -629,7 +629,7 @@ def test_the_bus_is_unplugged_amid_a_scan(
     bus.plug()
     for _ in range(scan):
         guest.port_out(0xCF8, 0x8000_0000)
-    real = bus_module.release
+    real = bars.release
 
     def release(region: Region) -> None:
         guest.port_out(0xCFB, 1, 1)
@@ -637,7 +637,7 @@ def test_the_bus_is_unplugged_amid_a_scan(
             guest.port_out(0xCF8, 0x8000_0000)
         real(region)
 
-    monkeypatch.setattr(bus_module, "release", release)
+    monkeypatch.setattr("xenmapcache.devicemodel.pci.bus.release", release)
     bus.unplug()
     assert (claims_of(guest), served.failures) == (set(), 0)
 
