@@ -35,8 +35,7 @@ from xenmapcache import (
     open_backend,
 )
 from xenmapcache.devicemodel import IoreqServer
-from xenmapcache.devicemodel.pci import PciBus, PciFunction
-from xenmapcache.devicemodel.pci import bars
+from xenmapcache.devicemodel.pci import PciBus, PciFunction, bars
 from xenmapcache.devicemodel.regions import Region
 from xenmapcache.errors import UnsupportedOperationError
 from xenmapcache.ioreq import RequestKind, bdf_number
