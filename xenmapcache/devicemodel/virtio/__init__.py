@@ -2,12 +2,13 @@
 
 from .block import VirtioBlock
 from .buffer import BrokenDriverError, GuestBuffer
-from .device import Transport, VirtioDevice
+from .device import VirtioDevice
 from .job import Job
 from .mmio import VirtioMmio
 from .pci import VirtioPci
 from .queue import Request, Virtqueue
 from .rng import VirtioRng
+from .transport import Transport
 
 __all__ = [
     "BrokenDriverError",

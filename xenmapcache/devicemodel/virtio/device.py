@@ -16,6 +16,11 @@
 #   interrupt_queue          the worker, without the lock
 #   pop ...                  the worker looks for further requests, if some may be left in the ring
 #
+# If `prepare` returns None, the request waits in `queue.kept`, in flight and without a lease.
+# `retry` calls `prepare` again, in any thread. What `prepare` looks at may change without a lock,
+# because `retry` is called after the change: it waits for a `prepare` that still saw the old state,
+# and then finds the request that was kept.
+#
 # A request with `job.quick` is tried in the thread that serves first, which saves the hand-over. No
 # INVALIDATE comes in between, because the same thread would handle it. Several requests are popped
 # under one lock, and answered together under another one, because locks and memory fences cost as
@@ -26,10 +31,13 @@
 #      guest's ring, and nobody is notified of new ones; the end of a request pops the next one.
 #   2. One round pops at most as many requests as the queue has entries. So no round lasts for
 #      ever, whatever the guest adds. The end of the last request begins the next round; so that
-#      one is always a worker's.
+#      one is always a worker's. Kept requests do not count: they stay in flight, so a queue
+#      has at most as many of them as entries.
 #   3. The lock is held while the ring is changed. Transports and log handlers are called
 #      without it.
 #   4. A queue that a reset has stopped is not changed any longer: its requests end without a push.
+#      Stopping it, and giving a request to the engine, are done under the lock. So a reset cancels
+#      a request, or the request is not begun.
 #   5. What the driver does wrong sets NEEDS_RESET, and nothing else. The device touches no ring
 #      from then on, until it is reset. So does a subclass that raises in `prepare` or `end`,
 #      because the request would have no answer.
@@ -39,52 +47,29 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
-import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, Self, TypeVar
+from typing import Self
 
 from ...address import as_int
 from ...cache.locked import locked
-from ...errors import ClosedError, FaultError, XenMapCacheError
+from ...errors import ClosedError, XenMapCacheError
 from ..dma import DmaEngine
 from ..dma_transfer import DmaStatus, DmaTransfer
-from ..report import FailureLog, Tally
 from ..server import IoreqServer
 from .buffer import BrokenDriverError
+from .guarded import Guarded
 from .job import Done, Job, Taken
 from .queue import ACCESS_PLATFORM, EVENT_IDX, INDIRECT_DESC, VERSION_1, Request, Virtqueue
 from .record import DeviceRecord, QueueRecord
-
-Result = TypeVar("Result")
 
 _BATCH = 16
 """Most requests that are popped under one lock. Their answers wait for the last of them."""
 
 
-class Transport(Protocol):
-    """What a device needs of its transport. Any thread may call it."""
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the driver has set DRIVER_OK. Before that, no buffer of it may be used."""
-
-    def interrupt_queue(self, index: int) -> object:
-        """Tell the driver that a queue has used buffers."""
-
-    def interrupt_config(self) -> object:
-        """Tell the driver that the configuration has changed."""
-
-    def needs_reset(self) -> object:
-        """Set NEEDS_RESET in the status, and tell the driver."""
-
-    def set_line(self) -> object:
-        """Set the interrupt line to its level, if there is one. Another process may have set it."""
-
-
-class VirtioDevice:
+class VirtioDevice(Guarded):
     """The base of virtio devices. Also a context manager, which closes it.
 
     A subclass sets the class attributes, and overrides :meth:`prepare`. Pass the device to a
@@ -125,7 +110,6 @@ class VirtioDevice:
     device_id: int = 0
     queue_sizes: tuple[int, ...] = ()
     config: bytes = b""
-    transport: Transport
 
     def __init__(
         self,
@@ -139,11 +123,11 @@ class VirtioDevice:
     ) -> None:
         if as_int("limit", limit) < 1:
             raise ValueError(f"limit must be at least 1 request, not {limit}")
+        super().__init__(name, server.domid)
         # A transfer is in the engine's table until its `on_end` has submitted the next one. Another
         # process, with another limit, may have left one for each entry of a queue.
         most = sum(self.queue_sizes) + workers
         self._engine = DmaEngine(server, name=name, workers=workers, limit=most)
-        self.name = name
         self.features = features | INDIRECT_DESC | EVENT_IDX | VERSION_1
         if server.cache.grants is not None:
             self.features |= ACCESS_PLATFORM  # without it, Linux gives addresses of its memory
@@ -151,10 +135,6 @@ class VirtioDevice:
         self._server = server
         self._limit = limit
         self._queues: dict[int, Virtqueue] = {}
-        self._broken = False
-        self._lock = threading.RLock()
-        self._log = FailureLog(server.domid, Tally())
-        self._log_lock = threading.RLock()
         self.record: DeviceRecord | None = None
         if record is not None:
             self.record = DeviceRecord(record, server.domid, self.device_id, self.queue_sizes)
@@ -163,15 +143,38 @@ class VirtioDevice:
         state = "broken" if self._broken else f"{len(self._queues)} queues"
         return f"<{type(self).__name__} {self.name!r} of domain {self._server.domid}: {state}>"
 
-    def prepare(self, request: Request) -> Job:
+    def prepare(self, request: Request) -> Job | None:
         """Return how to carry out a request: the device's own part.
 
         It is called under the device's lock, so it only reads a header.
+
+        Returns:
+            None if the request cannot be carried out yet, as a receive buffer when no data has
+            come. The device keeps it, without a lease, until :meth:`retry`.
 
         Raises:
             BrokenDriverError: there is no place for an answer.
         """
         raise NotImplementedError(f"{type(self).__name__} must have prepare()")
+
+    def retry(self, index: int) -> None:
+        """Call :meth:`prepare` again for the requests of a queue that it has kept, oldest first.
+
+        It stops at the first one that is kept again. Call it in any thread when something has come
+        that requests wait for, but not in ``prepare`` or ``Job.end``, which hold the device's lock.
+
+        Args:
+            index: of the queue. One that is not in use has no requests.
+        """
+        while (found := self._guarded(self._prepare_kept, index)) is not None:
+            self._submit(*found)
+
+    def _prepare_kept(self, index: int) -> tuple[Virtqueue, Request, Job] | None:
+        queue = self._queues.get(index)
+        if self._broken or queue is None or queue.stopped or not queue.kept:
+            return None
+        job = self.prepare(queue.kept[0])
+        return None if job is None else (queue, queue.kept.popleft(), job)
 
     # --- what a transport calls -----------------------------------------------------------------
 
@@ -235,7 +238,7 @@ class VirtioDevice:
         try:
             while left:
                 taken = self._guarded(self._take, queue, min(left, _BATCH))
-                if taken is None or not taken.jobs:
+                if taken is None or not (taken.jobs or taken.kept):
                     return
                 left -= len(taken.jobs)
                 wanted |= self._begin(queue, taken.jobs, is_last=not left)
@@ -265,11 +268,15 @@ class VirtioDevice:
         """
         queue = self._queues.get(index)
         if queue is not None:
-            queue.stopped = True
+            locked(self._lock, self._stop, queue)
             if self.record is not None:
                 self.record.queues[index].stop()
             self._engine.cancel(group=queue)
             del self._queues[index]
+
+    def _stop(self, *queues: Virtqueue) -> None:
+        for queue in queues:
+            queue.stopped = True
 
     def reset(self) -> None:
         """Forget what the driver has set up. Requests under way end first, without an answer.
@@ -277,8 +284,7 @@ class VirtioDevice:
         Raises:
             TimeoutError: a request is still under way after the engine's time; call it again.
         """
-        for queue in self._queues.values():
-            queue.stopped = True
+        locked(self._lock, self._stop, *self._queues.values())
         if self.record is not None:
             self.record.clear()  # first: the driver may use the memory again after a time-out
         self._engine.cancel()
@@ -314,9 +320,11 @@ class VirtioDevice:
         self, index: int, record: QueueRecord, addresses: dict[str, int]
     ) -> tuple[Virtqueue, list[tuple[Request, Job]]]:
         queue = self._queue(index, **addresses, record=record)
-        requests = [(request, self.prepare(request)) for request in queue.resume()]
+        jobs: list[tuple[Request, Job]] = []
+        for request in queue.resume():
+            self._prepare(queue, request, jobs)
         self._queues[index] = queue
-        return queue, requests
+        return queue, jobs
 
     def close(self) -> None:
         """Wait until requests under way have ended. Can be repeated; close the server before.
@@ -331,7 +339,7 @@ class VirtioDevice:
                 self.record.close()
                 self.record = None
         finally:
-            locked(self._log_lock, self._log.flush)
+            self._flush_log()
 
     def __enter__(self) -> Self:
         return self
@@ -343,28 +351,41 @@ class VirtioDevice:
 
     def _pump(self, queue: Virtqueue) -> None:
         """Begin the requests that wait, as far as there is room: one round."""
-        for _ in range(queue.size):
+        left = queue.size
+        while left:
             taken = self._guarded(self._take, queue, 1)
-            if taken is None or not taken.jobs:
+            if taken is None or not (taken.jobs or taken.kept):
                 return
-            self._submit(queue, *taken.jobs[0])
+            left -= len(taken.jobs)
+            for request, job in taken.jobs:
+                self._submit(queue, request, job)
 
     def _take(self, queue: Virtqueue, most: int) -> Taken:
         """Pop requests, if there are some, and room for them."""
         jobs: list[tuple[Request, Job]] = []
-        while len(jobs) < most:
+        kept = False
+        for _ in range(most):
             if self._broken or queue.stopped or len(queue.in_flight) >= self._limit:
                 break  # at the limit: `notifies` is False, because the last pop has found one
             try:
                 request = queue.pop()
                 if request is None:
-                    return Taken(jobs, is_empty=True)
-                jobs.append((request, self.prepare(request)))
+                    return Taken(jobs, kept, is_empty=True)
+                kept |= not self._prepare(queue, request, jobs)
             except Exception as error:
                 if not jobs:
                     raise
-                return Taken(jobs, error=error)  # reported after those before it
-        return Taken(jobs)
+                return Taken(jobs, kept, error=error)  # reported after those before it
+        return Taken(jobs, kept)
+
+    def _prepare(self, queue: Virtqueue, request: Request, jobs: list[tuple[Request, Job]]) -> bool:
+        """Add a request and its job, or keep the request; return whether there is a job."""
+        job = self.prepare(request)
+        if job is None:
+            queue.kept.append(request)
+            return False
+        jobs.append((request, job))
+        return True
 
     def _do_quickly(self, request: Request, job: Job, done: list[Done]) -> bool:
         """Carry out a request in this thread; False if it has to be a worker's."""
@@ -383,16 +404,17 @@ class VirtioDevice:
         return True
 
     def _submit(self, queue: Virtqueue, request: Request, job: Job) -> None:
+        # On an error the request is lost: a reset timed out and left transfers, there are no
+        # threads, or the job is wrong.
+        self._guarded(self._give_to_engine, queue, request, job)
+
+    def _give_to_engine(self, queue: Virtqueue, request: Request, job: Job) -> None:
+        if queue.stopped:
+            return
         buffer, work, end, _ = job
         on_end = partial(self._finish, queue, request, end)
-        try:
+        with contextlib.suppress(ClosedError):  # of the server: nobody waits for an answer
             self._engine.submit(buffer.ranges, buffer.direction, work, on_end=on_end, group=queue)
-        except ClosedError:
-            pass  # the server is closed, so nobody waits for an answer
-        except Exception as error:
-            # A reset timed out and left transfers, there are no threads, or the job is wrong. The
-            # request is lost.
-            self._give_up(error)
 
     def _finish(
         self,
@@ -414,28 +436,3 @@ class VirtioDevice:
         if self._broken or queue.stopped:
             return False
         return queue.push(*[(request, end(moved)) for request, end, moved in done])
-
-    # --- drivers that break the rules -------------------------------------------------------------
-
-    def _guarded(self, function: Callable[..., Result], *arguments: object) -> Result | None:
-        """Call a function under the lock; None if the driver or a subclass breaks the rules."""
-        try:
-            return locked(self._lock, function, *arguments)
-        except Exception as error:
-            self._give_up(error)
-            return None
-
-    def _give_up(self, error: Exception) -> None:
-        """Have the driver reset the device. Once, although several threads may find it broken."""
-        if locked(self._lock, self._is_first):
-            # The guest chose what it did; another cause is this machine's.
-            cause = error.__cause__ or error
-            chosen = isinstance(cause, BrokenDriverError | FaultError)
-            level = logging.INFO if chosen else logging.ERROR
-            text = f"{self.name!r} needs a reset by its driver"
-            locked(self._log_lock, self._log.line, f"device {self.name!r}", text, error, level)
-            self.transport.needs_reset()
-
-    def _is_first(self) -> bool:
-        before, self._broken = self._broken, True
-        return not before

@@ -46,10 +46,12 @@ class Taken(NamedTuple):
 
     Attributes:
         jobs: the requests.
+        kept: whether the device has kept others, which have no job yet.
         is_empty: the ring has no other, and the driver notifies of the next one.
         error: what went wrong with the next one.
     """
 
     jobs: list[tuple[Request, Job]]
+    kept: bool = False
     is_empty: bool = False
     error: Exception | None = None

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import struct
 from _thread import allocate_lock
+from collections import deque
 
 from ...address import as_int
 from ...cache import DmaDirection, MapCache
@@ -85,14 +86,18 @@ class Request:
         head: the number of its first descriptor; no other request in flight has it.
         readable: what the device may read.
         writable: what the device may write.
+        queue: the number of the queue that it came from.
     """
 
-    __slots__ = ("head", "readable", "writable")
+    __slots__ = ("head", "queue", "readable", "writable")
 
-    def __init__(self, head: int, readable: GuestBuffer, writable: GuestBuffer) -> None:
+    def __init__(
+        self, head: int, readable: GuestBuffer, writable: GuestBuffer, *, queue: int = 0
+    ) -> None:
         self.head = head
         self.readable = readable
         self.writable = writable
+        self.queue = queue
 
     def __repr__(self) -> str:
         return f"<request {self.head}: {self.readable!r}, {self.writable!r}>"
@@ -114,6 +119,8 @@ class Virtqueue:
     Attributes:
         index, size: as given.
         in_flight: the requests that were popped and not pushed, by head.
+        kept: those of them that wait until the device can carry them out, oldest first; the owner
+            of the queue changes it.
         stopped: the driver has reset the device; the owner of the queue sets it and looks at it.
         notifies: the ring was empty at the last :meth:`pop`, so the driver notifies of the next
             request.
@@ -153,6 +160,7 @@ class Virtqueue:
                     f"within {_ADDRESS_END:#x}"
                 )
         self.in_flight: dict[int, Request] = {}
+        self.kept: deque[Request] = deque()
         self.stopped = False
         self.notifies = False
         self._cache = cache
@@ -289,6 +297,7 @@ class Virtqueue:
             head,
             GuestBuffer(self._cache, ranges[0], DmaDirection.TO_DEVICE),
             GuestBuffer(self._cache, ranges[1], DmaDirection.FROM_DEVICE),
+            queue=self.index,
         )
 
     def _table(self, head: int, address: int, length: int, flags: int) -> bytes:
