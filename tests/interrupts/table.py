@@ -51,6 +51,12 @@ EXPECTED: Final = (
                 "without memory for the frame of a comprehension, CPython 3.11 loses a reference "
                 "to what it goes through; 3.12 has no such frame",
             ),
+            Expected(
+                r"in lease_list: segments\.lease, allocation: \d more descriptors",
+                ("segments.lease", "allocation"),
+                "without memory for a cell of a function, here of one that its comprehensions use, "
+                "CPython loses a reference to an argument; in 3.12 the function has no cells",
+            ),
         )
         if sys.version_info < (3, 12)
         else ()

@@ -58,7 +58,7 @@ class Pieces:
     @property
     def views(self) -> list[memoryview]:
         """A view of each piece, for ``os.preadv``, ``socket.sendmsg`` and the like."""
-        return list(self._views)
+        return self._views.copy()  # without memory, list() loses a reference before CPython 3.13
 
     def __len__(self) -> int:
         return sum(map(len, self._views))
