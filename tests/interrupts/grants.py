@@ -63,7 +63,8 @@ class GrantWorld(World):
             return int(self.domain.grants.mappings)
         if self.closed:
             memory = str(self.fake.inode)
-            files = [libc.file_at(each.address) for each in self.fake._state.maps]
+            used = [each.address for each in self.fake._state.maps if each.address]
+            files = [libc.file_at(address) for address in used]
             return sum(file is not None and file[1] == memory for file in files)
         return int(self.fake.granted(REF))
 

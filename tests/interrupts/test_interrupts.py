@@ -147,6 +147,11 @@ def make():
 def take_inside():
     with lock:
         held.append(1)
+
+def take_often(seen):
+    for number in range(500):
+        seen[:] = [number]
+        take_inside()
 '''
 
 
@@ -183,6 +188,32 @@ print(*stuck, sep="\\n")
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert ("in take_then_try" in done.stdout) == found, done.stdout
+
+
+def test_injector_interrupts_first_and_last_passes_of_loop(built: Path, tmp_path: Path) -> None:
+    """Of a loop with 500 passes, those at its beginning and at its end are interrupted."""
+    package = tmp_path / "xenmapcache"
+    package.mkdir()
+    (package / "faulty.py").write_text(FAULTY)
+    script = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(package)!r}]
+import faulty
+from pathlib import Path
+from tests.interrupts.injector import PASSES, Injector, build
+injector = Injector(build(Path({str(built)!r})))
+seen, interrupted = [], []
+def act():
+    faulty.take_often(seen)
+for point in injector.points(act):
+    seen.clear()
+    assert injector.signal(act, lambda: interrupted.extend(seen), point).fired
+assert {{*interrupted}} == {{*range(PASSES), *range(500 - PASSES, 500)}}, interrupted
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_injector_fails_each_allocation(built: Path, tmp_path: Path) -> None:
