@@ -378,6 +378,26 @@ def test_closed_while_it_opens(
     assert guest.ioreq_servers == {}
 
 
+def test_closed_before_there_is_a_link(
+    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that closes it while Xen makes the server is not overtaken by open."""
+    make = guest.open_ioreq_server
+
+    def closed_amid(*, buffered: bool, recover: bool) -> MockIoreqServer:
+        server.close()
+        return make(buffered=buffered, recover=recover)
+
+    monkeypatch.setattr(guest, "open_ioreq_server", closed_amid)
+    server.claim_ports(PORT, 4)
+    events: list[object] = []
+    server.observe(events.append)
+    with pytest.raises(ClosedError, match="it was closed while it opened"):
+        server.open()
+    assert guest.ioreq_servers == {}
+    assert [type(event).__name__ for event in events] == ["ServerOpened", "ServerClosed"]
+
+
 def test_closed_at_the_end_of_open(
     guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ DEPTHS: Final = 120
 PASSES: Final = 3
 """How many of the first, and of the last, passes through a loop are interrupted.
 
-A loop over the lines of ``/proc/self/maps`` made 16,000 of the 18,500 bytecodes of a ``replace``."""
+A loop over the lines of ``/proc/self/maps`` was 16,000 of the 18,500 bytecodes of a ``replace``."""
 
 
 class MissingError(Exception):

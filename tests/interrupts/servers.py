@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Final
 
 from xenmapcache import MapCache, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer
+from xenmapcache.devicemodel.dispatch import Dispatcher
 from xenmapcache.errors import ClosedError
+from xenmapcache.ioreq import RequestKind
 
 from .caches import PAGE
 from .injector import Outcome
@@ -21,7 +23,8 @@ from .world import Operation, World
 ANSWER_LIMIT: Final = 2.0
 """Seconds after which a vCPU that nobody answers gives up."""
 PORT: Final = 0x100
-MMIO: Final = 0x100000
+MMIO: Final = 0xA0000
+"""Of a screen: the ring has room for an address of 20 bits."""
 DATA: Final = 0x1234
 ONES: Final = 0xFFFFFFFF
 
@@ -43,20 +46,26 @@ class ServerWorld(World):
         self.domain.vcpu_timeout = ANSWER_LIMIT
         self.backend = open_backend("mock", domain=self.domain)
         self.cache = MapCache(self.backend, bucket_shift=12)
-        self.server = IoreqServer(self.domain, self.cache, buffered=True)
         self.calls: list[object] = []
         self.during_handler = False  # the signal came while a handler of the device ran
+        self.during_request = False  # it came while a request was carried out
         self.answers: list[object] = []
         self.quiesced = 0
         self.closed = False
         self.ask = ask
-        ports = self.server.claim_ports(PORT, 4)
+        self.vcpu: threading.Thread | None = None
+        self.server = self.make_server()
+
+    def make_server(self, **options: bool) -> IoreqServer:
+        """Return a server with the devices, which is not open."""
+        server = IoreqServer(self.domain, self.cache, buffered=True, **options)
+        ports = server.claim_ports(PORT, 4)
         ports.read(self.on_read)
         ports.write(self.on_port_write)
-        mmio = self.server.claim_mmio(MMIO, PAGE)
+        mmio = server.claim_mmio(MMIO, PAGE)
         mmio.write(self.on_mmio_write)
-        self.server.on_quiesce(self.on_quiesce)
-        self.vcpu: threading.Thread | None = None
+        server.on_quiesce(self.on_quiesce)
+        return server
 
     def on_read(self, offset: int, size: int) -> int:
         """Answer a read of the port."""
@@ -80,12 +89,16 @@ class ServerWorld(World):
         self.server.open()
         self.server.process_pending()
         if self.ask is not None:
-            self.vcpu = threading.Thread(target=self._run, args=(self.ask,), daemon=True)
-            self.vcpu.start()
-            end = time.monotonic() + 5
-            while not self.waiting() and time.monotonic() < end:
-                time.sleep(0.0001)
-            time.sleep(0.0003)  # the event comes after the slot
+            self.let_ask(self.ask)
+
+    def let_ask(self, ask: Callable[[ServerWorld], object]) -> None:
+        """Let the vCPU do its instruction until it waits."""
+        self.vcpu = threading.Thread(target=self._run, args=(ask,), daemon=True)
+        self.vcpu.start()
+        end = time.monotonic() + 5
+        while not self.waiting() and time.monotonic() < end:
+            time.sleep(0.0001)
+        time.sleep(0.0003)  # the event comes after the slot
 
     def waiting(self) -> bool:
         """Tell whether the vCPU has written its request."""
@@ -105,6 +118,7 @@ class ServerWorld(World):
         """Note whether a handler of the device is interrupted, and do what the signal's does."""
         codes = [frame.f_code for frame, _ in traceback.walk_stack(None)]
         self.during_handler = self.during_handler or not _DEVICE.isdisjoint(codes)
+        self.during_request = self.during_request or Dispatcher.perform.__code__ in codes
         super().handle(name)
 
     def handle_read(self) -> None:
@@ -172,6 +186,28 @@ class ServerWorld(World):
         self.backend.close()
 
 
+class HeirWorld(ServerWorld):
+    """A vCPU waits at a server whose process was killed, and the next one is to take it over."""
+
+    def __init__(self, folder: Path, ask: Callable[[ServerWorld], object] | None = None) -> None:
+        super().__init__(folder, ask)
+        dead = self.domain.open_ioreq_server(buffered=True)
+        dead.enable()
+        dead.claim(RequestKind.PORT, PORT, PORT + 3)
+        dead.claim(RequestKind.MMIO, MMIO, MMIO + PAGE - 1)
+        dead.kill()
+        assert ask is not None
+        self.let_ask(ask)
+
+    def make_server(self, **options: bool) -> IoreqServer:
+        """Return one that takes over."""
+        return super().make_server(recover=True, **options)
+
+    def start(self) -> None:
+        """Take over; the vCPU is not answered yet."""
+        self.server.open()
+
+
 _DEVICE: Final = {
     method.__code__
     for method in (
@@ -183,9 +219,11 @@ _DEVICE: Final = {
 }
 
 
-def asking(ask: Callable[[Any], object] | None) -> Callable[[Path], ServerWorld]:
+def asking(
+    ask: Callable[[Any], object] | None, world: type[ServerWorld]
+) -> Callable[[Path], ServerWorld]:
     """Return a maker of worlds whose vCPU does that."""
-    return lambda folder: ServerWorld(folder, ask)
+    return lambda folder: world(folder, ask)
 
 
 def port_in(world: ServerWorld) -> object:
@@ -319,6 +357,25 @@ def claimed(world: ServerWorld) -> None:
     claim(world)
 
 
+def take_over_again(world: ServerWorld) -> None:
+    """Whatever became of the server, it or another one answers the vCPU.
+
+    A request amid which the server is closed is given up.
+    """
+    if world.closed and world.during_request:
+        world.closed = False
+        world.serve_until_answered()
+        return
+    try:
+        _ = world.server.id
+    except ClosedError:
+        world.closed = False
+        world.server = world.make_server()
+        with world.noting("a second take-over"):
+            world.server.open()
+    process_again(world)
+
+
 HANDLERS: Final = ("interrupt", "error", "read", "write", "evict", "invalidate", "close", "fork")
 
 
@@ -328,11 +385,10 @@ def operation(
     act: Callable[[Any], object],
     prepare: Callable[[Any], object] | None = start,
     again: Callable[[Any], object] | None = process_again,
-    **more: Any,  # noqa: ANN401 - fields of Operation
+    world: type[ServerWorld] = ServerWorld,
 ) -> Operation:
     """Return a row of the table."""
-    more = {"handlers": HANDLERS, **more}
-    return Operation(name, asking(ask), act=act, prepare=prepare, again=again, **more)
+    return Operation(name, asking(ask, world), act, HANDLERS, prepare, again)
 
 
 OPERATIONS: Final = (
@@ -344,5 +400,15 @@ OPERATIONS: Final = (
     operation("server.process-buffered", buffered, process),
     operation("server.claim", None, claim, start, claim_again),
     operation("server.release", None, release, claimed, release_again),
+    operation(
+        "server.take-over-read", port_in, open_server, None, take_over_again, world=HeirWorld
+    ),
+    operation(
+        "server.take-over-buffered", buffered, open_server, None, take_over_again, world=HeirWorld
+    ),
+    operation("server.inherited-write", port_out, process, start, take_over_again, world=HeirWorld),
+    operation(
+        "server.inherited-buffered", buffered, process, start, take_over_again, world=HeirWorld
+    ),
     operation("server.stop", None, lambda w: w.server.stop(), start, None),
 )

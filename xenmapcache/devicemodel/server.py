@@ -183,23 +183,30 @@ class IoreqServer(RaisesInterrupts):
             ClosedError: it was opened before.
             ValueError: the toolstack contradicts ``guest_type``.
         """
-        runtime = self._runtime
-        with runtime.lock:
-            if runtime.closed or runtime.connection is not None:
-                raise ClosedError(f"{self!r}: it opens once; make another server")
-            links: list[HypervisorLink] = []
-            try:
-                # One step: no interrupt comes between the making of the link and its keeping.
-                links.extend(map(call, (self._connect,)))
-                self._go_live(links[0])
-            except BaseException as error:
-                if runtime.is_closed() and isinstance(error, Exception):  # by a signal handler
-                    raise ClosedError(f"{self!r}: it was closed while it opened") from error
-                if runtime.is_open():
-                    self.close()
-                elif links:
-                    links[0].close()
-                raise
+        try:
+            with self._runtime.lock:
+                self._open(self._runtime)
+        finally:
+            self._runtime.deliver()
+
+    def _open(self, runtime: Runtime) -> None:
+        if runtime.closed or runtime.connection is not None:
+            raise ClosedError(f"{self!r}: it opens once; make another server")
+        links: list[HypervisorLink] = []
+        try:
+            # One step: no interrupt comes between the making of the link and its keeping.
+            links.extend(map(call, (self._connect,)))
+            self._go_live(links[0])
+        except BaseException as error:
+            closed = runtime.is_closed()  # by a signal handler
+            if runtime.is_open():
+                self.close()
+            elif links:
+                links[0].close()
+            atexit.unregister(runtime.close)  # a handler may have closed it before it was there
+            if closed and isinstance(error, Exception):
+                raise ClosedError(f"{self!r}: it was closed while it opened") from error
+            raise
 
     def _go_live(self, link: HypervisorLink) -> None:
         runtime, regions = self._runtime, self._dispatcher.regions
@@ -207,6 +214,9 @@ class IoreqServer(RaisesInterrupts):
             link, self._dispatcher, self._tally, self.domid, self.cache, runtime.give_up
         )
         runtime.connection = connection
+        if runtime.is_closed():  # by a signal handler, which found no connection
+            runtime.connection = None
+            raise ClosedError("closed before it had a connection")
         connection.inheritance.report(self.domid)
         # Without it an unplanned exit would leave vCPUs blocked for ever.
         atexit.register(runtime.close)

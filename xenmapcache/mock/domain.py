@@ -431,9 +431,8 @@ class MockDomain(RunsCode, HasInterrupts):
             hint = f"it has {MAX_IOREQ_SERVERS}, and Xen allows no further one"
             raise XenCallError(call, self.domid, _errno.ENOSPC, hint)
         abandoned = [each for each in self.ioreq_servers.values() if each.is_abandoned]
-        server = self.ioreq_servers[free[0]] = MockIoreqServer(self, free[0], buffered)
-        if recover:
-            server.take_over(abandoned)
+        server = MockIoreqServer(self, free[0], buffered, abandoned if recover else [])
+        self.ioreq_servers[free[0]] = server
         return server
 
     def _pages(self, address: int, length: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from operator import call
@@ -81,14 +81,15 @@ class MockIoreqServer(RecordsInterrupts):
     fence: Fence = None  # an event goes through a lock or the kernel, which orders what was written
     _guest: Guest
 
-    def __init__(self, guest: Guest, number: int, buffered: bool) -> None:
+    def __init__(
+        self, guest: Guest, number: int, buffered: bool, abandoned: Sequence[MockIoreqServer] = ()
+    ) -> None:
         super().__init__(guest)
         self.id = number
         self.enabled = False
         self.destroyed = False
         self.killed = False
-        self.predecessors: list[MockPredecessor] = []
-        self._successor: MockIoreqServer | None = None
+        self.predecessors = [MockPredecessor(each) for each in abandoned]
         pages = memoryview(mmap.mmap(-1, 2 * PAGE_SIZE))
         self.page = pages[PAGE_SIZE:]
         self.ring = pages[:PAGE_SIZE] if buffered else None
@@ -242,18 +243,10 @@ class MockIoreqServer(RecordsInterrupts):
 
         A server that was never enabled has no event channels, so nobody can know.
         """
-        enabled = RequestSlot(self.page, 0).port != 0
-        return enabled and self.killed and (self._successor is None or self._successor.killed)
-
-    def take_over(self, servers: list[MockIoreqServer]) -> None:
-        """Serve what waits at servers whose device models were killed."""
-        for each in servers:
-            each._successor = self  # noqa: SLF001 - of the same class
-            self.predecessors.append(MockPredecessor(each))
-
-    def take_back(self) -> None:
-        """Note that its successor has not taken it over."""
-        self._successor = None
+        if not self.killed or not RequestSlot(self.page, 0).port:
+            return False
+        live = [each for each in self._guest.ioreq_servers.values() if not each.killed]
+        return not any(each.server is self for heir in live for each in heir.predecessors)
 
     def ring_bell(self, vcpu: int) -> None:
         """Have a vCPU look at its slot."""

@@ -18,9 +18,6 @@ class KilledServer(Protocol):
     def ring_bell(self, vcpu: int) -> None:
         """Have a vCPU look at its slot."""
 
-    def take_back(self) -> None:
-        """Note that its successor has not taken it over."""
-
     def destroy(self) -> None:
         """Send nothing more, and take no answers."""
 
@@ -29,6 +26,7 @@ class MockPredecessor:
     """An ioreq server whose device model was killed, as its successor sees it.
 
     Attributes:
+        server: which it is.
         id, page, ring: the server's.
         ports: what :meth:`notify` takes, by vCPU.
     """
@@ -42,21 +40,19 @@ class MockPredecessor:
             for vcpu in range(len(server.page) // SLOT_SIZE)
             if RequestSlot(server.page, vcpu).port
         }
-        self._server = server
+        self.server = server
         self._disabled = False
 
     def disable(self) -> None:
         """Have it get no further requests. Can be repeated."""
-        self._server.enabled = False
+        self.server.enabled = False
         self._disabled = True
 
     def notify(self, port: int) -> None:
         """Tell a vCPU to look."""
-        self._server.ring_bell(port)
+        self.server.ring_bell(port)
 
     def close(self, *, unmap: bool = True) -> None:  # noqa: ARG002 - as on live Xen
         """Destroy it, if it was disabled. Otherwise the next device model finds it as it was."""
         if self._disabled:
-            self._server.destroy()
-        else:
-            self._server.take_back()
+            self.server.destroy()
