@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from xenmapcache import MapCache, MockHypervisor, open_backend
 from xenmapcache.devicemodel import IoreqServer
-from xenmapcache.devicemodel.dispatch import Dispatcher
+from xenmapcache.devicemodel.calls import CallChain
 from xenmapcache.errors import ClosedError
 from xenmapcache.ioreq import RequestKind
 
@@ -118,7 +118,7 @@ class ServerWorld(World):
         """Note whether a handler of the device is interrupted, and do what the signal's does."""
         codes = [frame.f_code for frame, _ in traceback.walk_stack(None)]
         self.during_handler = self.during_handler or not _DEVICE.isdisjoint(codes)
-        self.during_request = self.during_request or Dispatcher.perform.__code__ in codes
+        self.during_request = self.during_request or CallChain.run.__code__ in codes
         super().handle(name)
 
     def handle_read(self) -> None:
