@@ -56,9 +56,9 @@ class ServerWorld(World):
         self.vcpu: threading.Thread | None = None
         self.server = self.make_server()
 
-    def make_server(self, **options: bool) -> IoreqServer:
+    def make_server(self, recover: bool = False) -> IoreqServer:
         """Return a server with the devices, which is not open."""
-        server = IoreqServer(self.domain, self.cache, buffered=True, **options)
+        server = IoreqServer(self.domain, self.cache, buffered=True, recover=recover)
         ports = server.claim_ports(PORT, 4)
         ports.read(self.on_read)
         ports.write(self.on_port_write)
@@ -199,9 +199,9 @@ class HeirWorld(ServerWorld):
         assert ask is not None
         self.let_ask(ask)
 
-    def make_server(self, **options: bool) -> IoreqServer:
+    def make_server(self, recover: bool = True) -> IoreqServer:
         """Return one that takes over."""
-        return super().make_server(recover=True, **options)
+        return super().make_server(recover)
 
     def start(self) -> None:
         """Take over; the vCPU is not answered yet."""
