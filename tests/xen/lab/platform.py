@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 SCREENS: Final = {"hvm": 16}
@@ -30,7 +30,7 @@ class Release:
     suite: str
     kernel: str
     python: str
-    any_virtio: bool
+    any_virtio: bool = field(repr=False)  # no part of the image, which is named after the repr
 
 
 @dataclass(frozen=True)
