@@ -128,9 +128,9 @@ clean:  ## remove all that the targets have made
 $(VENV)/%.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
-	# Each worker would compile all tests in the first run. An error is one there, and is shown there.
-	if [ $* = test ]; then $(BIN)/python -m pytest -q --collect-only > /dev/null || true; fi
-	touch $@
+	@# Each worker would compile all tests in the first run. An error is one there, and is shown there.
+	@if [ $* = test ]; then $(BIN)/python -m pytest -q --collect-only > /dev/null || true; fi
+	@touch $@
 
 # If a peer cannot be installed, the benchmark reports the reason from the log. The newest pykdumpfile
 # needs a newer libkdumpfile than that of Debian 12 (headers: libkdumpfile-dev). An older pykdumpfile

@@ -94,6 +94,12 @@ def _flat_image(text: str) -> dict[str, object]:
     """
     match = _PLACED.fullmatch(text)
     if match is None:
+        path, at, place = text.rpartition("@")
+        if at and not os.path.lexists(text) and os.path.lexists(path):
+            raise ValueError(
+                f"raw:{printable(text)}: {printable(place)} must be ADDRESS, or "
+                "ADDRESS+LENGTH,ADDRESS+LENGTH"
+            )
         return {"path": text}
     try:
         if match["address"]:

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,12 @@ def test_a_story_that_nobody_hears_to_its_end_leaves_nothing() -> None:
                 pass
         gc.collect()  # a cache that is dropped with leases warns
         assert live_mappings() == before
+
+
+def test_a_drawing_of_another_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is refused before the story begins."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "-o", str(tmp_path / "demo.png")])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "must end in .html or .svg" in printed.err

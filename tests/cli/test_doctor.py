@@ -658,3 +658,30 @@ def test_checks_are_called_from_python(machine: Machine) -> None:
     """The findings are data; nothing is printed."""
     found = {finding.subject: finding for finding in xenmapcache.doctor.examine(domid=5)}
     assert found["guest"].details == {"domid": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("web", "'web' must be a domain's number; xl domid NAME prints it"), ("32752", "0..32751")],
+)
+def test_a_domid_that_cannot_be(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--domid", text])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("machine")
+def test_versions_that_cannot_be_read(
+    make_fake: MakeFake,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without pyelftools a library is not called unversioned."""
+    library = make_fake("OLD").library
+    declared = libraries.LIBRARIES[0]
+    monkeypatch.setattr(libraries, "LIBRARIES", (declared._replace(soname=library),))
+    monkeypatch.setattr(libraries, "find_spec", lambda name: None)
+    finding = examine(capsys)[declared.name]
+    assert finding["text"].startswith(f"{library}, versions not shown, ")

@@ -336,3 +336,33 @@ def test_a_raw_dump_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:1000], at))
     assert main(["dump", f"raw:{source}", "-o", str(out)]) == 0
     assert out.read_bytes() == memory(0, 3)
+
+
+@pytest.mark.parametrize("name", ["guest.lime", "link", "other"])
+@pytest.mark.parametrize("form", ["raw", "lime"])
+def test_a_dump_does_not_replace_its_source(
+    guest: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, form: str
+) -> None:
+    """By no name of it: a raw dump would lose the source's holes and headers."""
+    before = Path(guest).read_bytes()
+    (tmp_path / "link").symlink_to(guest)
+    (tmp_path / "other").hardlink_to(guest)
+    dump(guest, tmp_path / name, "--format", form, status=2)
+    assert f"{tmp_path / name} is the file that is read; write to another file" in (
+        capsys.readouterr().err
+    )
+    assert Path(guest).read_bytes() == before
+
+
+def test_a_dump_to_stdout(
+    guest: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused, and no file of the name - appears."""
+    monkeypatch.chdir(folder)
+    dump(guest, Path("-"), status=2)
+    assert "a dump cannot go to stdout; for a file of the name -, write ./-" in (
+        capsys.readouterr().err
+    )
+    assert os.listdir(folder) == []
+    assert main(["dump", guest, "-o", "./-"]) == 0
+    assert os.listdir(folder) == ["-"]

@@ -12,7 +12,7 @@ from tests.observe.recordings import EVENTS, START, released, taken
 from tests.observe.trace_events import check, phases
 from xenmapcache.cli import events as module
 from xenmapcache.cli import main
-from xenmapcache.events import Event, Invalidated
+from xenmapcache.events import Event, Invalidated, RequestHandled
 from xenmapcache.observe.eventlines import NAMES, encode, name_of
 from xenmapcache.observe.recording import read, write_recording
 
@@ -206,3 +206,22 @@ def test_a_release_without_a_clock(path: Path, capsys: pytest.CaptureFixture[str
     (line,) = shown(capsys, path, "--event", "lease_released")
     assert " ms" not in line
     assert taken(3).owner in line
+
+
+def test_a_trace_does_not_replace_a_recording(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor by another name of it; nothing is written."""
+    before = path.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for out in (path, link):
+        assert main(["events", str(path), "--perfetto", str(out)]) == 2
+        assert f"{out} is the file that is read" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_an_invalidate_is_named(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A request without an address says what it is."""
+    write(path, RequestHandled(START, 0, 8, False, 0, 8, 9000, None, None))
+    assert " ".join(shown(capsys, path)[0].split()).endswith("vCPU 0 INVALIDATE in 9 us")

@@ -125,10 +125,10 @@ def test_a_process_that_does_not_answer(
 def test_nothing_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That is said, with how to be found; an unsafe folder is told."""
     assert main(["ps"]) == 1
-    assert capsys.readouterr().out.splitlines() == [
-        "No process of this user can be asked. So that one can be:",
-        "set XENMAPCACHE_MONITOR=1 for it, or call xenmapcache.observe.monitor.serve().",
-    ]
+    assert capsys.readouterr().out == (
+        "No process of this user has a monitor. To open one in a process, set "
+        "XENMAPCACHE_MONITOR=1 for it, or call xenmapcache.observe.monitor.serve().\n"
+    )
     folder.write_text("")
     assert report(capsys, 1) == []
     assert main(["ps"]) == 1

@@ -133,3 +133,13 @@ def test_the_demo_without_plotly(
     assert "No page was written: the package plotly is needed" in text
     assert "'xenmapcache[timeline]'" in text
     assert os.listdir(tmp_path) == []
+
+
+def test_a_page_does_not_replace_its_recording(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.html"
+    path.write_text("a recording")
+    assert main(["timeline", str(path), "-o", str(path)]) == 2
+    assert "is the file that is read" in capsys.readouterr().err
+    assert path.read_text() == "a recording"

@@ -239,7 +239,7 @@ def test_one_process_that_does_not_answer(folder: Path, capsys: pytest.CaptureFi
     with Process(folder, os.getpid(), lambda *_: replace(SNAPSHOT, argv="x" * 2000)):
         assert main(["top", "--json"]) == 1
     printed = capsys.readouterr()
-    assert "No process of this user can be asked" in printed.out
+    assert "No process of this user has a monitor. To open one" in printed.out
     assert "argv" in printed.err
 
 

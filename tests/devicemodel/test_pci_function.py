@@ -362,6 +362,7 @@ def test_a_release_that_xen_refuses(
         (0, 512, {"kind": "io"}, r"size 0x200 must be a power of 2 in 0x4\.\.0x100 for io"),
         (0, 16, {"kind": "io", "prefetchable": True}, "ports cannot be prefetchable"),
         (3, 4096, {}, "register bar3 overlaps register bar2"),
+        (2, 4096, {}, "register bar2 was added before"),
     ],
 )
 def test_a_bar_that_cannot_be(

@@ -272,7 +272,10 @@ LIES = {
     "memory cut off": (GOOD[:-1], r"segment 2 is 0x10e8\.\.0x20e8, but the file ends at 0x20e7"),
     "class": (changed(4, "B", 3), "EI_CLASS other than 32 or 64"),
     "no core": (changed(16, "H", 2), "e_type is 2; expected 4"),
-    "no segments": (changed(56, "H", 0), "no segment of memory; open a file of xl dump-core"),
+    "no segments": (
+        changed(56, "H", 0),
+        "no segment of memory; if xl dump-core wrote it, open it with",
+    ),
     "too many segments": (changed(56, "H", 0xFFFE), "table of program headers"),
     "table elsewhere": (changed(32, "Q", 1 << 63), "table of program headers"),
     "size of headers": (changed(54, "H", 57), "e_phentsize is 57; expected 56"),

@@ -280,7 +280,7 @@ def test_a_guest_of_64_gib_costs_nothing() -> None:
 def test_a_size_that_no_guest_has(memory: int | str) -> None:
     """Refused before anything is allocated."""
     with pytest.raises(
-        ValueError, match="must be whole pages of 0x1000 bytes, and at most 0x1000000000"
+        ValueError, match="must be 0x1000 to 0x1000000000 bytes, a multiple of 0x1000, not 0x"
     ):
         MockHypervisor().create_domain(memory=memory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -274,3 +275,14 @@ def test_formats_that_no_backend_reads_are_named(
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path / "file")
+
+
+@pytest.mark.parametrize("place", ["zz", "0x0+4k,0x1000", "-0x1000"])
+def test_a_place_that_cannot_be_read(place: str, tmp_path: Path) -> None:
+    """If the file before the @ exists, the place is wrong; if the complete name does, it is one."""
+    path = tmp_path / "flat"
+    path.write_bytes(bytes(0x1000))
+    with pytest.raises(ValueError, match=rf"@{re.escape(place)}: {re.escape(place)} must be ADD"):
+        parse_source(f"raw:{path}@{place}")
+    (tmp_path / f"flat@{place}").write_bytes(bytes(0x1000))
+    assert parse_source(f"raw:{path}@{place}").options == {"path": f"{path}@{place}"}

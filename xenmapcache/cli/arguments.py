@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..address import parse_size
@@ -47,7 +49,13 @@ def domid(text: str) -> int:
     from ..backends.domain import check_domid
 
     try:
-        return check_domid(int(text, 0))
+        value = int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be a domain's number; xl domid NAME prints it"
+        ) from None
+    try:
+        return check_domid(value)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -83,6 +91,25 @@ def byte(text: str) -> bytes:
     if len(value) != 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a byte in hex, such as 00 or ff")
     return value
+
+
+def drawing(text: str) -> str:
+    """Return the name of a page or of a drawing."""
+    if not text.endswith((".html", ".svg")):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .html or .svg")
+    return text
+
+
+def check_output(output: str, *inputs: str) -> None:
+    """Refuse an output that is one of the files that are read, because it would replace that file.
+
+    Raises:
+        CommandError: it is one of them, also by another name.
+    """
+    for path in inputs:
+        with contextlib.suppress(OSError):  # one of them does not exist
+            if Path(output).samefile(path):
+                raise CommandError(f"{output} is the file that is read; write to another file")
 
 
 def describe(
@@ -121,13 +148,13 @@ def add_source(parser: argparse.ArgumentParser, *names: str) -> None:
     parser.add_argument(
         "--salvage",
         action="store_true",
-        help="open the intact part of a file that is truncated; what it lacks are holes",
+        help="open the intact part of a truncated file; the missing part reads as holes",
     )
     parser.add_argument(
         "--zeros",
         action="store_true",
-        help="of an ELF core or KDUMP: memory that the machine has and the file has not is "
-        "zeros, not holes (makedumpfile leaves out pages of zeros)",
+        help="read memory that an ELF core or KDUMP leaves out as zeros, not as holes "
+        "(makedumpfile leaves out pages of zeros)",
     )
 
 

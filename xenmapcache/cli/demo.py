@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailableError
-from .arguments import FILES, describe
+from .arguments import FILES, describe, drawing
 from .output import Output, print_json, print_note
 
 if TYPE_CHECKING:
@@ -30,9 +30,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     action = parser.add_argument(
         "-o",
         "--output",
+        type=drawing,
         metavar="OUT",
-        help="also write a page that shows what has happened, as xenmapcache timeline does; "
-        "an existing file is replaced",
+        help="also draw what has happened, as xenmapcache timeline does: a page, OUT.html, or a "
+        "drawing, OUT.svg; an existing file is replaced",
     )
     action.complete = FILES  # type: ignore[attr-defined] # shtab's way
 

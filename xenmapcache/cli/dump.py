@@ -12,11 +12,12 @@ from pathlib import Path
 
 from ..address import PAGE_SHIFT, check_range
 from ..backend import Backend
+from ..backends.image import ImageBackend
 from ..cache import MapCache
 from ..errors import XenMapCacheError
 from ..files.atomic import new_file
 from ..source import LIVE
-from .arguments import FILES, CommandError, add_range, add_source, describe
+from .arguments import FILES, CommandError, add_range, add_source, check_output, describe
 from .ending import Ending
 from .output import Report, print_json, print_line, progress, size
 from .sources import address_range, open_cache, opening, present, usage_errors, views
@@ -49,21 +50,21 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="output file; an existing file is replaced",
+        help="output file; another file of that name is replaced",
     )
     output.complete = FILES  # type: ignore[attr-defined] # shtab's way
     parser.add_argument(
         "--format", choices=["raw", *_WRITERS], default="raw", help="(default: %(default)s)"
     )
-    parser.add_argument(
-        "--pause", action="store_true", help="pause a live guest during the copy, and no longer"
-    )
+    parser.add_argument("--pause", action="store_true", help="pause a live guest during the copy")
     add_range(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the file. Returns the exit status."""
     path: str = options.output
+    if path == "-":
+        raise CommandError("a dump cannot go to stdout; for a file of the name -, write ./-")
     if Path(path).exists() and not Path(path).is_file():
         raise CommandError(f"{path} is not a regular file; write to a file, and copy that one")
     if options.format != "raw" and options.start:
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
             f"a {options.format} file begins at address 0; use --format raw with --start"
         )
     with open_cache(options.source, **opening(options)) as cache, Ending() as ending:
+        if isinstance(cache.backend, ImageBackend):
+            check_output(path, cache.backend.path)
         live = cache.backend.name in (*LIVE, "mock")
         if options.pause and not live:
             raise CommandError(f"{options.source} is not a live guest; leave out --pause")

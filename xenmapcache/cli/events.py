@@ -36,7 +36,7 @@ from ..files.atomic import new_file
 from ..observe.eventlines import NAMES, encode, name_of
 from ..observe.perfetto import TraceWriter
 from ..observe.recording import Entry, Recording, read
-from .arguments import FILES, add_range, describe
+from .arguments import FILES, add_range, check_output, describe
 from .output import print_line, print_note, size
 from .sources import usage_errors
 
@@ -44,14 +44,15 @@ _MAX_LEASES: Final = 100_000
 _MAX_TEXT, _MAX_FAILURE = 18, 12
 _BUFFER: Final = 1 << 20
 _KINDS: Final = {0: "port", 1: "MMIO", 2: "PCI", 7: "time offset"}
+_INVALIDATE: Final = 8
 
 
 def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Give the command's parser its help and its arguments."""
     describe(
         parser,
-        "Print the events of recordings, one line each: leases, buckets, INVALIDATE, ioreqs. "
-        "A recording comes from xenmapcache.record, from any program that runs with "
+        "Print the events of recordings, one line each: leases, buckets, INVALIDATE, ioreqs.\n"
+        "A recording comes from xenmapcache.record, from any program that runs with\n"
         "XENMAPCACHE_RECORD=PATH, or from qemu-log --record.",
         "  xenmapcache events run.jsonl --event lease_taken --event lease_released\n"
         "  xenmapcache events run.jsonl --owner 'disk*' --from 1.5 --to 2\n"
@@ -119,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _write_trace(options: argparse.Namespace) -> int:
+    check_output(options.perfetto, *options.files)
     with usage_errors(), new_file(options.perfetto) as fd:
         buffer = bytearray()
 
@@ -293,12 +295,13 @@ def _details(event: Event) -> str:
             way = "read" if event.is_read else "write"
             vcpu = "buffer" if event.vcpu < 0 else f"vCPU {event.vcpu}"
             kind = _KINDS.get(event.kind, f"type {event.kind}")
+            access = f"{way} {kind} {event.address:#x}"
             outcome = (
                 f"FAILED: {_cut(event.failure, _MAX_FAILURE)}"
                 if event.failure
                 else (_duration(event.duration))
             )
-            return f"{vcpu} {way} {kind} {event.address:#x} {outcome}"
+            return f"{vcpu} {'INVALIDATE' if event.kind == _INVALIDATE else access} {outcome}"
         case LeaseHeld():
             return f"{_range(event.start, event.length)} host {event.host:#x} in {event.number}"
         case Quiesced():

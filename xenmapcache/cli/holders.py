@@ -72,7 +72,10 @@ def _print(found: Holders, dying: tuple[Dying, ...], problem: str) -> None:
     if not found.holders:
         print_line("No process that this user can see holds guests' memory.")
     if found.unreadable:
-        print_line(f"Processes that this user cannot look at: {found.unreadable}. Run it as root.")
+        print_line(
+            f"Processes that this user cannot look at: {found.unreadable}. That takes "
+            "CAP_SYS_PTRACE: run it as root, outside of a container."
+        )
     for each in dying:
         pids = ", ".join(map(str, each.pids))
         keeps = f"may be kept by {pids}" if pids else "no process here is seen to keep it"

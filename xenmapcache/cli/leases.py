@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..escape import printable
 from .arguments import describe
 from .output import place, print_json, print_line
-from .processes import add_pid, age, ask_processes, cut
+from .processes import NONE, add_pid, age, ask_processes, cut
 
 if TYPE_CHECKING:
     from ..observe.asking import Answer
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         for cache in answer.snapshot.caches
     ]
     if not any(held) and not options.json:
-        print_line("No lease is held by a process that can be asked.")
+        print_line("No process with a monitor holds a lease." if answers else NONE)
     return 0 if any(held) else 1
 
 

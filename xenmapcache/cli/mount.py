@@ -23,8 +23,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "  memory.raw    an address is an offset; holes read as zeros\n"
         "  memory.elf    an ELF core, as dump --format vmcore writes it\n"
         "  memory.lime   as dump --format lime writes it\n"
-        "Which pages exist is found out once, at the beginning. A page that a live guest gives up\n"
-        "later cannot be read (EIO) in memory.elf and memory.lime; it is zeros in memory.raw.\n"
+        "The command looks for present pages once, at the beginning. A page that a live guest\n"
+        "gives up later cannot be read (EIO) in memory.elf and memory.lime; it is zeros in\n"
+        "memory.raw.\n"
         "The command ends, and unmounts the folder, on Ctrl-C, SIGTERM, fusermount3 -u, and when\n"
         "a live guest ends. Only this user's processes can read the files.",
         "  mkdir /run/web && xenmapcache mount xen:web /run/web\n"
@@ -37,7 +38,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--foreground",
         action="store_true",
-        help="stay until it is unmounted; this is so in any case",
+        help="accepted for scripts; the command always stays in the foreground",
     )
     parser.add_argument(
         "--length",

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 HOW = "set XENMAPCACHE_MONITOR=1 for it, or call xenmapcache.observe.monitor.serve()"
 """How a process can be asked."""
+NONE = f"No process of this user has a monitor. To open one in a process, {HOW}."
+"""There is none that can be asked."""
 _S = 1_000_000_000
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 

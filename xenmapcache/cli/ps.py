@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..escape import printable
 from .arguments import describe
 from .output import print_json, print_line, size
-from .processes import HOW, age, ask_processes, cut
+from .processes import NONE, age, ask_processes, cut
 
 if TYPE_CHECKING:
     from ..observe.asking import Answer
@@ -25,7 +25,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
         "Show this user's processes that have a monitor, and what their caches hold: leases,\n"
         "DMA leases that an INVALIDATE has made stale, and mapped memory. A process has a\n"
         "monitor if it was started with XENMAPCACHE_MONITOR=1, or calls\n"
-        "xenmapcache.observe.monitor.serve(cache). One that is stuck answers, too.",
+        "xenmapcache.observe.monitor.serve(cache). A stuck process answers, too.",
         "  XENMAPCACHE_MONITOR=1 ./my-device-model &\n"
         "  xenmapcache ps\n"
         "  xenmapcache ps --json | jq '.processes[] | select(.stale_dma > 0) | .pid'\n"
@@ -86,8 +86,7 @@ def _add_up(found: Snapshot) -> _Sum:
 
 def _print(answers: tuple[Answer, ...]) -> None:
     if not answers:
-        print_line("No process of this user can be asked. So that one can be:")
-        print_line(f"{HOW}.")
+        print_line(NONE)
         return
     print_line(_COLUMNS.format("PID", "DOMAIN", "UPTIME", "LEASES", "STALE", "MAPPED", "COMMAND"))
     for answer in answers:

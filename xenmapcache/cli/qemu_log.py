@@ -28,10 +28,10 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Give the command's parser its help and its arguments."""
     describe(
         parser,
-        "Show what a log of QEMU says about its map cache: DMA that was held across an INVALIDATE, "
-        "bursts of INVALIDATEs, hits, buckets that are mapped again and again, and ioreqs. "
-        "It reads trace events as text or in QEMU's binary form, and the messages of QEMU 2.10 "
-        "to 8.2; compressed logs too.",
+        "Show what a log of QEMU says about its map cache: DMA that was held across an\n"
+        "INVALIDATE, bursts of INVALIDATEs, hits, buckets that are mapped again and again, and\n"
+        "ioreqs. It reads trace events as text or in QEMU's binary form, and the messages of\n"
+        "QEMU 2.10 to 8.2; compressed logs too.",
         "  xenmapcache qemu-log /var/log/xen/qemu-dm-web.log\n"
         "  xenmapcache qemu-log --json trace-1234 | jq .files[0].dma_held\n"
         "  xenmapcache qemu-log --follow /var/log/xen/qemu-dm-web.log\n"

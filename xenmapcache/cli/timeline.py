@@ -13,7 +13,7 @@ from ..observe.timeline.making import picture_of
 from ..observe.timeline.model import Picture
 from ..observe.timeline.page import load_library, write_page
 from ..observe.timeline.svg import load_matplotlib, write_svg
-from .arguments import FILES, describe
+from .arguments import FILES, check_output, describe, drawing
 from .output import print_json, print_line, print_note
 from .sources import usage_errors
 
@@ -26,9 +26,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     """Give the command's parser its help and its arguments."""
     describe(
         parser,
-        "Draw a recording as one page for a browser: a lane for each owner with its leases, "
-        "stale leases in red, INVALIDATEs, guest addresses, rates, handler times, and the worst "
-        "leases. The page is one file and uses no network. It needs plotly, an SVG needs "
+        "Draw a recording as one page for a browser: a lane for each owner with its leases,\n"
+        "stale leases in red, INVALIDATEs, guest addresses, rates, handler times, and the worst\n"
+        "leases. The page is one file and uses no network. A page needs plotly, and an SVG needs\n"
         "matplotlib: pip install 'xenmapcache[timeline]'.",
         "  xenmapcache timeline run.jsonl -o run.html\n"
         "  xenmapcache timeline run.jsonl -o run.svg      for a document\n"
@@ -40,7 +40,7 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     action = parser.add_argument(
         "-o",
         "--output",
-        type=_output,
+        type=drawing,
         required=True,
         metavar="OUT",
         help="the page, OUT.html, or the drawing, OUT.svg; an existing file is replaced",
@@ -48,14 +48,9 @@ def prepare_parser(parser: argparse.ArgumentParser) -> None:
     action.complete = FILES  # type: ignore[attr-defined] # shtab's way
 
 
-def _output(text: str) -> str:
-    if not text.endswith((".html", ".svg")):
-        raise argparse.ArgumentTypeError(f"{text!r} must end in .html or .svg")
-    return text
-
-
 def run(options: argparse.Namespace) -> int:
     """Write the page or the drawing. Returns the exit status."""
+    check_output(options.output, options.file)
     draw = drawer(options.output)
     recording = read(options.file)
     picture = picture_of(recording)

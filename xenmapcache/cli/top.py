@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from .arguments import CommandError, describe, positive
 from .output import Display, flush, print_json_line, print_line, print_note
-from .processes import HOW, ask_processes
+from .processes import NONE, ask_processes
 
 if TYPE_CHECKING:
     from ..observe.watch import Watch
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     """Show the process until the user or the process ends it. Returns the exit status."""
     watch = _find(options.pid)
     if watch is None:
-        print_line(f"No process of this user can be asked. So that one can be: {HOW}.")
+        print_line(NONE)
         return _ENDED
     display = None if options.json else Display()
     if display is not None and display.is_live:

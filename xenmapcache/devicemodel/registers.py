@@ -167,7 +167,9 @@ class RegisterBank:
         register = Register(name, offset, size, value, mask, read, write)
         for other in self._registers:
             if other.offset < register.end and offset < other.end:
-                raise ValueError(f"{self.name}: register {name} overlaps register {other.name}")
+                same = name == other.name
+                clash = "was added before" if same else f"overlaps register {other.name}"
+                raise ValueError(f"{self.name}: register {name} {clash}")
         insort(self._registers, register, key=_offset)
         return register
 

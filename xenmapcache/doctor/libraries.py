@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -92,7 +93,8 @@ def _library(library: Library) -> Iterator[Finding]:
         "functions": {name: versions.get(name) for name in present},
         "missing": missing,
     }
-    span = " to ".join(dict.fromkeys((*defined[:1], *defined[-1:]))) or "unversioned"
+    unknown = "unversioned" if find_spec("elftools") else "versions not shown"
+    span = " to ".join(dict.fromkeys((*defined[:1], *defined[-1:]))) or unknown
     text = f"{path}, {span}, {len(present)} of {len(declared)} functions"
     if not missing:
         yield Finding("Libraries", library.name, "ok", text, "", details)

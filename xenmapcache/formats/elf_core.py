@@ -129,8 +129,8 @@ def _spans(elf: Elf, count: int, salvage: bool, zeros: bool, warn: Warn) -> tupl
             spans.append(Span(first, end, offset))
     if not segments:
         raise elf.corrupt(
-            "has no segment of memory; open a file of xl dump-core with the backend 'coredump' "
-            "(coredump:FILE), also one that was cut off"
+            "has no segment of memory; if xl dump-core wrote it, open it with the backend "
+            "'coredump' (coredump:FILE), because a truncated file of xl dump-core is not recognised"
         )
     if segments > 1 and not physical:
         raise elf.corrupt("has no physical addresses: it is the core of a process")

@@ -46,8 +46,9 @@ def find(
     else:
         raise TypeError(f"pattern must be bytes or a compiled pattern, not {pattern!r}")
     if empty:
+        text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
         raise ValueError(
-            f"pattern {pattern!r} matches the empty string, so it would match at every address"
+            f"pattern {text!r} matches the empty string, so it would match at every address"
         )
     address, end = checked_range(cache, address, length)
     return _search(cache, _searcher(pattern, end - address), address, end, max_match)

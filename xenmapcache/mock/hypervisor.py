@@ -61,7 +61,8 @@ class MockHypervisor:
         size = parse_size(memory)
         if not 0 < size <= MAX_MEMORY or size & PAGE_MASK:
             raise ValueError(
-                f"memory {size:#x} must be whole pages of 0x1000 bytes, and at most {MAX_MEMORY:#x}"
+                f"memory must be 0x1000 to {MAX_MEMORY:#x} bytes, a multiple of 0x1000, "
+                f"not {size:#x}"
             )
         domid = len(self.domains) + 1
         domain = MockDomain(
