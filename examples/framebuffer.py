@@ -6,8 +6,11 @@ lease show the new place, at the same host address. Its pixels are 32 bits: blue
 red and one that is not used.
 
 Without ``--domid`` a mock guest draws, balloons, and moves its framebuffer through a port.
-In Dom0 it saves a real guest's screen; the guest's kernel log may tell where that is:
-``framebuffer.py --domid 3 --address 0xf0000000 --width 800 --height 600 --stride 3200 -o a.png``.
+In Dom0 it saves a real guest's screen:
+``framebuffer.py --domid 3 --address 0xf1000000 --width 800 --height 600 --stride 3200 -o a.png``.
+The address is that of BAR 0 of the guest's VGA device. hvmloader chooses it, so ask:
+``xl qemu-monitor-command GUEST "info pci"`` in Dom0, or ``lspci -v -d ::0300`` in the guest.
+The guest's /sys/class/graphics/fb0 has the size (``virtual_size``) and the stride.
 """
 
 import argparse

@@ -85,7 +85,8 @@ class DmaEngine:
         name: the device's, for reports: the owner of the leases.
         workers: how many transfers run at the same time. With one, they run in order.
         limit: how many transfers may be under way, so that a guest cannot fill this process's
-            memory.
+            memory. A transfer is under way until its ``on_end`` has returned, although the guest
+            may submit the next one earlier, after an interrupt.
         drain_timeout: how long an INVALIDATE, :meth:`drain`, :meth:`cancel` and :meth:`close` wait
             for transfers, in seconds. Keep it below the server's ``quiesce_timeout``, because
             ``server.close()`` gives up a callback that takes longer.
