@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import os
 import queue
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -18,6 +20,7 @@ from xenmapcache import ClosedError, MapCache, MockDomain, XenCallError
 from xenmapcache.devicemodel import IoreqServer, ending
 from xenmapcache.devicemodel.connection import Connection
 from xenmapcache.devicemodel.dispatch import Job
+from xenmapcache.devicemodel.recovery import Inheritance
 from xenmapcache.devicemodel.signals import CaughtSignals
 from xenmapcache.devicemodel.watch import Watcher
 from xenmapcache.ioreq import Request, RequestKind, RequestSlot, State
@@ -396,6 +399,21 @@ def test_closed_before_there_is_a_link(
         server.open()
     assert guest.ioreq_servers == {}
     assert [type(event).__name__ for event in events] == ["ServerOpened", "ServerClosed"]
+
+
+def test_closed_before_it_is_to_be_closed_at_exit(
+    guest: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that a handler closed in the middle of open is freed, and not kept for the exit."""
+    servers = [IoreqServer(guest, cache)]
+    monkeypatch.setattr(Inheritance, "report", lambda *_: servers[0].close())
+    with pytest.raises(ClosedError, match="it was closed while it opened"):
+        servers[0].open()
+    freed = weakref.ref(servers.pop()._runtime)
+    end = time.monotonic() + 5
+    while freed() is not None and time.monotonic() < end:  # the watcher's thread is just ending
+        gc.collect()
+    assert freed() is None
 
 
 def test_closed_at_the_end_of_open(
