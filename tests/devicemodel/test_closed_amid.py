@@ -6,8 +6,10 @@ The folder tests/interrupts tries every point. Here each mechanism has its own c
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import is_
@@ -20,6 +22,7 @@ from tests.kit import connection_of, link_of
 from xenmapcache import ClosedError, MapCache, MockDomain
 from xenmapcache.devicemodel import IoreqServer, watch
 from xenmapcache.devicemodel.dispatch import Dispatcher, Job, checked
+from xenmapcache.devicemodel.recovery import Inheritance
 from xenmapcache.devicemodel.regions import RegionTable
 from xenmapcache.devicemodel.signals import CaughtSignals
 from xenmapcache.devicemodel.watch import Watcher
@@ -315,3 +318,65 @@ def test_a_stopped_watcher_keeps_no_closed_server(server: IoreqServer) -> None:
     assert connection.calls.watcher._look.get_nowait() in (True, False)
     assert link is connection.link
     server.close()
+
+
+def test_closed_while_it_opens(
+    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler closes it in the middle of open: ClosedError, and nothing is left."""
+    real = MockIoreqServer.enable
+
+    def enable(self: MockIoreqServer) -> None:
+        real(self)
+        server.close()
+
+    monkeypatch.setattr(MockIoreqServer, "enable", enable)
+    server.claim_ports(PORTS, 4)
+    with pytest.raises(ClosedError, match="it was closed while it opened"):
+        server.open()
+    assert guest.ioreq_servers == {}
+
+
+def test_closed_before_there_is_a_link(
+    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that closes it while Xen makes the server is not overtaken by open."""
+    make = guest.open_ioreq_server
+
+    def closed_amid(*, buffered: bool, recover: bool) -> MockIoreqServer:
+        server.close()
+        return make(buffered=buffered, recover=recover)
+
+    monkeypatch.setattr(guest, "open_ioreq_server", closed_amid)
+    server.claim_ports(PORTS, 4)
+    events: list[object] = []
+    server.observe(events.append)
+    with pytest.raises(ClosedError, match="it was closed while it opened"):
+        server.open()
+    assert guest.ioreq_servers == {}
+    assert [type(event).__name__ for event in events] == ["ServerOpened", "ServerClosed"]
+
+
+def test_closed_before_it_is_to_be_closed_at_exit(
+    guest: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that a handler closed in the middle of open is freed, and not kept for the exit."""
+    servers = [IoreqServer(guest, cache)]
+    monkeypatch.setattr(Inheritance, "report", lambda *_: servers[0].close())
+    with pytest.raises(ClosedError, match="it was closed while it opened"):
+        servers[0].open()
+    freed = weakref.ref(servers.pop()._runtime)
+    end = monotonic() + 5
+    while freed() is not None and monotonic() < end:  # the watcher's thread is just ending
+        gc.collect()
+    assert freed() is None
+
+
+def test_closed_at_the_end_of_open(
+    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step of open may have been the close."""
+    server._restrict = True
+    monkeypatch.setattr(MockIoreqServer, "restrict", lambda _: server.close())
+    with pytest.raises(ClosedError, match="it was closed while it opened"):
+        server.open()

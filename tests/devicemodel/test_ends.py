@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import logging
 import os
 import queue
 import signal
 import threading
 import time
-import weakref
 
 import pytest
 
@@ -20,7 +18,6 @@ from xenmapcache import ClosedError, MapCache, MockDomain, XenCallError
 from xenmapcache.devicemodel import IoreqServer, ending
 from xenmapcache.devicemodel.connection import Connection
 from xenmapcache.devicemodel.dispatch import Job
-from xenmapcache.devicemodel.recovery import Inheritance
 from xenmapcache.devicemodel.signals import CaughtSignals
 from xenmapcache.devicemodel.watch import Watcher
 from xenmapcache.ioreq import Request, RequestKind, RequestSlot, State
@@ -362,68 +359,6 @@ def test_a_link_that_cannot_be_closed(
     with pytest.raises(XenCallError):
         server.close()
     assert repr(server) == "<IoreqServer of domain 1, closed>"
-
-
-def test_closed_while_it_opens(
-    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signal handler closes it in the middle of open: ClosedError, and nothing is left."""
-    real = MockIoreqServer.enable
-
-    def enable(self: MockIoreqServer) -> None:
-        real(self)
-        server.close()
-
-    monkeypatch.setattr(MockIoreqServer, "enable", enable)
-    server.claim_ports(PORT, 4)
-    with pytest.raises(ClosedError, match="it was closed while it opened"):
-        server.open()
-    assert guest.ioreq_servers == {}
-
-
-def test_closed_before_there_is_a_link(
-    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signal handler that closes it while Xen makes the server is not overtaken by open."""
-    make = guest.open_ioreq_server
-
-    def closed_amid(*, buffered: bool, recover: bool) -> MockIoreqServer:
-        server.close()
-        return make(buffered=buffered, recover=recover)
-
-    monkeypatch.setattr(guest, "open_ioreq_server", closed_amid)
-    server.claim_ports(PORT, 4)
-    events: list[object] = []
-    server.observe(events.append)
-    with pytest.raises(ClosedError, match="it was closed while it opened"):
-        server.open()
-    assert guest.ioreq_servers == {}
-    assert [type(event).__name__ for event in events] == ["ServerOpened", "ServerClosed"]
-
-
-def test_closed_before_it_is_to_be_closed_at_exit(
-    guest: MockDomain, cache: MapCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A server that a handler closed in the middle of open is freed, and not kept for the exit."""
-    servers = [IoreqServer(guest, cache)]
-    monkeypatch.setattr(Inheritance, "report", lambda *_: servers[0].close())
-    with pytest.raises(ClosedError, match="it was closed while it opened"):
-        servers[0].open()
-    freed = weakref.ref(servers.pop()._runtime)
-    end = time.monotonic() + 5
-    while freed() is not None and time.monotonic() < end:  # the watcher's thread is just ending
-        gc.collect()
-    assert freed() is None
-
-
-def test_closed_at_the_end_of_open(
-    guest: MockDomain, server: IoreqServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last step of open may have been the close."""
-    server._restrict = True
-    monkeypatch.setattr(MockIoreqServer, "restrict", lambda _: server.close())
-    with pytest.raises(ClosedError, match="it was closed while it opened"):
-        server.open()
 
 
 def test_an_open_that_is_interrupted_before_there_is_a_connection(

@@ -52,6 +52,11 @@ EXPECTED: Final = (
                 "to what it goes through; 3.12 has no such frame",
             ),
             Expected(
+                r"in _bind: binding\.open-ctypes, allocation: raised TypeError\('_argtypes_ must",
+                ("binding.open-ctypes", "allocation"),
+                "ctypes says so if it has no memory for the types of a function's arguments",
+            ),
+            Expected(
                 r"in lease_list: segments\.lease, allocation: \d more descriptors",
                 ("segments.lease", "allocation"),
                 "without memory for a cell of a function, here of one that its comprehensions use, "

@@ -180,7 +180,7 @@ class IoreqServer(RaisesInterrupts):
             UnsupportedOperationError: Xen has no ioreq servers, its libraries are older than
                 4.11, or an Arm host gives no memory fence.
             XenCallError: Xen refused; for example the domain has eight servers, or is a PV guest.
-            ClosedError: it was opened before, or a signal handler closed it meanwhile.
+            ClosedError: it was opened before, or a signal handler has closed it.
             ValueError: the toolstack contradicts ``guest_type``.
         """
         try:
