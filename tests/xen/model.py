@@ -34,7 +34,10 @@ class Model:
         self._stored = 0
 
     def read(self, offset: int, size: int) -> int:
-        """Answer, or not."""
+        """Answer with the lowest bytes of a port's number, or not."""
+        return self._number(offset) & (1 << 8 * size) - 1
+
+    def _number(self, offset: int) -> int:
         match offset:
             case 0:
                 return GREETING + self._server.invalidations

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,11 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from errno import EPERM
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.xen import model
 from tests.xen import stock_guest as stock
 from tests.xen.conftest import EXAMPLES, Recorder, wait_for
 from tests.xen.control import held_still
@@ -42,6 +46,9 @@ WIDTH, HEIGHT = 800, 600
 MARK_AT = 12 * MiB
 """In the memory of the screen, beyond what is shown."""
 MARK = b"drawn before the firmware ran"
+PORTS = " ".join(str(model.PORT + at) for at in (model.COUNT, model.OWN, model.OTHER, model.STUCK))
+VGA_PORT = 0x3CC
+"""QEMU's: the VGA's miscellaneous output register."""
 LOOKED_AT = (*range(0, 4 * MiB, MiB), *range((MEMORY - 4) * MiB, MEMORY * MiB, MiB))
 SCRIPT = f"""
 bar() {{ head -n 1 /sys/bus/pci/devices/$1/resource | cut -d' ' -f1; }}
@@ -59,6 +66,14 @@ for device in $(ls /sys/bus/pci/devices); do
     grep -q 0x0300 /sys/bus/pci/devices/$device/class && echo "STOCK video $(bar $device)"
 done
 echo "STOCK screen $(cd /sys/class/graphics/fb0; cat virtual_size stride | tr '\\n' ' ')"
+port() {{ dd if=/dev/port bs=1 count=1 skip=$1 2>/dev/null; }}
+(
+    while sleep 1; do
+        now="$(for at in {PORTS} {VGA_PORT}; do port $at; done | hexdump -v -e '5/1 " %02x"')"
+        [ "$now" = "$last" ] || echo "STOCK ports$now"
+        last=$now
+    done
+) &
 """
 
 
@@ -175,6 +190,11 @@ def qemu_log(domain: str) -> dict[str, Any]:
     return dict(file)
 
 
+def invalidations_of_qemu() -> int:
+    """How many INVALIDATEs the log of the guest's QEMU has."""
+    return int(qemu_log(NAME)["invalidations"]["count"])
+
+
 def test_a_device_next_to_qemus(booted: Booted) -> None:
     """Firmware and Linux find our PCI function on QEMU's bus, and its BAR is served by us."""
     assert {"0x8086", "0x1234", "0x1b36"} <= set(booted.guest.wait("ids").split())
@@ -202,8 +222,7 @@ def test_no_invalidate_is_lost(
 ) -> None:
     """QEMU and our server get the same INVALIDATEs; what was mapped in between is not stale."""
     asked = booted.server.invalidations
-    told = qemu_log(NAME)["invalidations"]["count"]
-    assert told == asked == booted.kinds[RequestKind.INVALIDATE]
+    assert invalidations_of_qemu() == asked == booted.kinds[RequestKind.INVALIDATE]
     assert asked > 20
     with held_still(booted.guest.domid):
         for address in LOOKED_AT:
@@ -267,6 +286,96 @@ def test_a_picture_of_the_console(booted: Booted, tmp_path: Path) -> None:
     assert red == bytes([0xAA, 0, 0])
     assert white == bytes([0xAA] * 3)
     assert most > WIDTH * HEIGHT // 2
+
+
+@contextmanager
+def modelled(booted: Booted, errors: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Run tests/xen/model.py as the guest's third device model; what it logs goes to a file."""
+    command = [sys.executable, "-m", "tests.xen.model", str(booted.guest.domid), *options]
+    with (
+        errors.open("w") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        try:
+            assert line_of(process) == "ready", errors.read_text()
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next line that it prints; '' if it ends or has nothing to say."""
+    assert process.stdout is not None
+    timer = threading.Timer(120, process.kill)
+    timer.start()
+    try:
+        return process.stdout.readline().strip()
+    finally:
+        timer.cancel()
+
+
+def wait_for_ports(booted: Booted, wanted: str, since: int) -> None:
+    """Wait until the guest has read this from the model's ports, and what QEMU has from QEMU's."""
+    pattern = re.compile(f"ports {wanted} (?!ff)[0-9a-f]{{2}}")
+
+    def has_read() -> bool:
+        return any(pattern.fullmatch(line) for line in booted.guest.said()[since:])
+
+    try:
+        wait_for(has_read, f"the guest has read {wanted}", 120)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; it has read {booted.guest.said()[since:]}") from None
+
+
+def balloon(booted: Booted, mib: int) -> None:
+    """Tell the guest to change its memory by this much."""
+    target = f"/local/domain/{booted.guest.domid}/memory/target"
+    now = int(subprocess.check_output(["xenstore-read", target]))
+    subprocess.run(["xenstore-write", target, str(now + mib * 1024)], check=True)
+
+
+def test_a_restricted_process_next_to_qemu(booted: Booted, live_domid: int, tmp_path: Path) -> None:
+    """A process without rights to other domains serves an HVM guest, and INVALIDATE too."""
+    log, since = tmp_path / "log", len(booted.guest.said())
+    others = f"04 {EPERM:02x} ff"  # of its own memory; of another domain's; from STUCK
+    options = ("--restrict", "--recover", f"--other={live_domid}")
+    with modelled(booted, log, *options) as process:
+        wait_for_ports(booted, f"00 {others}", since)
+        balloon(booted, -8)
+        try:
+            wait_for_ports(booted, f"(?!00)[0-9a-f]{{2}} {others}", since)
+        finally:
+            balloon(booted, 8)
+        process.terminate()
+        assert line_of(process) == f"ended {int(signal.SIGTERM)}", log.read_text()
+    assert log.read_text() == ""  # no read has failed
+
+
+def test_recover_next_to_qemu(booted: Booted, live_domid: int, tmp_path: Path) -> None:
+    """A killed process's server is taken over, with the vCPU that waits; QEMU's and ours are not.
+
+    The guest has one vCPU, so QEMU and our server get nothing from it until it is answered.
+    """
+    log, since = tmp_path / "log", len(booted.guest.said())
+    with modelled(booted, tmp_path / "first") as process:
+        assert line_of(process) == "asked"
+        process.kill()
+        process.wait(60)
+    with modelled(booted, log, "--recover", f"--other={live_domid}") as process:
+        wait_for_ports(booted, "00 04 00 ff", since)
+        process.terminate()
+        assert line_of(process) == f"ended {int(signal.SIGTERM)}"
+    (warning,) = log.read_text().splitlines()
+    assert re.search("takes over ioreq server [2-9] of .*; vCPUs that wait: 1$", warning), warning
+    told, asked = invalidations_of_qemu(), booted.server.invalidations
+    assert told == asked
+    balloon(booted, -8)
+    try:
+        wait_for(lambda: booted.server.invalidations > asked, "an INVALIDATE for our server")
+        wait_for(lambda: invalidations_of_qemu() > told, "an INVALIDATE for QEMU")
+    finally:
+        balloon(booted, 8)
+    assert (booted.server.failures, booted.server.lost_answers) == (0, 0)
 
 
 def pixels(picture: Path) -> list[bytes]:
