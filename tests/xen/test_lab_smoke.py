@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.xen.conftest import wait_for
 from tests.xen.lab.platform import Platform
 
 pytestmark = pytest.mark.xen
@@ -46,3 +47,17 @@ def test_victim_exists_while_it_is_needed(victim: int, live_domid: int) -> None:
     """The second guest is there, and is not the first."""
     assert victim in domains().values()
     assert victim != live_domid
+
+
+def test_the_machine_is_kept_awake(pytestconfig: pytest.Config, machine: Platform) -> None:
+    """The emulator is given a key each second, whose interrupt brings back one that it lost."""
+    if pytestconfig.getoption("xen") is None or machine.architecture.name != "amd64":
+        pytest.skip("only the lab's PCs have a keyboard")
+
+    def keys() -> int:
+        lines = Path("/proc/interrupts").read_text().splitlines()
+        (counts,) = [line.split() for line in lines if line.endswith(" i8042") and " 1:" in line]
+        return sum(int(word) for word in counts if word.isdecimal())
+
+    before = keys()
+    wait_for(lambda: keys() > before + 2, "keys were pressed")

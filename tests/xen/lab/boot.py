@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
+import socket
 import subprocess
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -23,8 +25,15 @@ TAIL: Final = 40
 # QEMU now and then forgets an interrupt: entering a guest (helper_vmrun) it changes the set of
 # pending ones without the lock under which devices add theirs. If that was the timer's, nothing in
 # the machine goes on, for minutes; the next interrupt, of whatever device, brings it back. So there
-# is one each second: a character for the console, XON, which a terminal swallows.
+# are two each second: a character for the console, XON, which a terminal swallows, and a key that
+# does nothing. The character alone does not do: if this machine has other work, Xen 4.20 finds that
+# an interrupt of the console took long, and from then on looks for characters by a timer.
 KICK: Final = b"\x11"
+KEY: Final = {
+    "execute": "send-key",
+    "arguments": {"keys": [{"type": "qcode", "data": "ctrl"}], "hold-time": 10},
+}
+"""For QEMU's machine protocol (QMP). An Arm machine has no keyboard, and drops it."""
 # What costs time under emulation and protects nobody here is off. A crash ends in a reboot, and
 # a reboot ends QEMU.
 XEN: Final = "loglvl=warning guest_loglvl=warning bootscrub=0"
@@ -74,6 +83,7 @@ class Machine:
         interactive = mode == "shell"
         channel, channel_in = os.pipe()
         console, console_in = os.pipe()
+        self._monitor, monitor_in = socket.socketpair()
         serial = "mon:stdio" if interactive else "stdio"
         try:
             self._process = subprocess.Popen(
@@ -82,11 +92,13 @@ class Machine:
                     *(tool("setpriv"), "--pdeathsig", "KILL"),
                     tool(image.platform.architecture.emulator),
                     *_arguments(image, payload, serial, f"/dev/fd/{channel_in}", mode),
+                    *("-chardev", f"socket,id=monitor,fd={monitor_in.fileno()}"),
+                    *("-mon", "chardev=monitor,mode=control"),
                 ],
                 stdin=None if interactive else subprocess.PIPE,
                 stdout=None if interactive else console_in,
                 stderr=None if interactive else console_in,
-                pass_fds=(channel_in,),
+                pass_fds=(channel_in, monitor_in.fileno()),
                 # Ctrl-C is ours to handle: reaching QEMU, it would look like a crash.
                 start_new_session=not interactive,
                 # QEMU keeps what the machine writes in an unlinked file there.
@@ -95,6 +107,7 @@ class Machine:
         finally:
             os.close(channel_in)
             os.close(console_in)
+            monitor_in.close()
         # The kernel may schedule each session as a group (sched_autogroup), and our niceness counts
         # only within it: the group gets it, too.
         with contextlib.suppress(OSError):  # such groups are off, or only root may
@@ -166,15 +179,27 @@ class Machine:
         self._closed.set()
         for thread in self._threads:
             thread.join()
+        self._monitor.close()
         self._snapshots.cleanup()
 
     def _kick(self) -> None:
         keyboard = self._process.stdin
         if keyboard is None:
             return
-        with contextlib.suppress(BrokenPipeError), keyboard:
+        self._monitor.setblocking(False)
+        with contextlib.suppress(ConnectionError), keyboard:
+            self._tell({"execute": "qmp_capabilities"})
             while not self._closed.wait(1):
                 os.write(keyboard.fileno(), KICK)
+                self._tell(KEY)
+
+    def _tell(self, command: Mapping[str, object]) -> None:
+        """Give QEMU a command, and read what it has answered to those before."""
+        with contextlib.suppress(BlockingIOError):
+            while self._monitor.recv(4096):
+                pass
+        with contextlib.suppress(BlockingIOError):
+            self._monitor.send(json.dumps(command).encode() + b"\n")
 
     def _read_channel(self, descriptor: int) -> None:
         with open(descriptor, encoding="utf-8", errors="replace") as lines:
