@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.xen.lab import boot
 from tests.xen.lab import run as lab
 from tests.xen.lab.hypervisor import SourceGoneError
+from tests.xen.lab.image import Image
 from tests.xen.lab.platform import PLATFORMS
 from tests.xen.lab.prerequisites import LabUnavailableError
 
@@ -68,3 +72,35 @@ def test_a_lab_that_cannot_run(
 def test_a_guest_is_told_its_memory(name: str, command: list[str]) -> None:
     """On Arm through xenstore, because xl fails there."""
     assert PLATFORMS[name].set_memory("web", 100) == command
+
+
+# An emulator that tells what comes from its monitor and its console, and ends after the first key.
+EMULATOR = f"""#!{sys.executable}
+import re, socket, sys
+(number,) = re.findall("socket,id=monitor,fd=([0-9]+)", " ".join(sys.argv))
+with socket.socket(fileno=int(number)) as monitor, monitor.makefile("rw") as lines:
+    print("QMP greets", file=lines, flush=True)
+    for line in lines:
+        print(line.strip(), flush=True)
+        if "send-key" in line:
+            break
+print(sys.stdin.buffer.read(1).hex(), flush=True)
+"""
+
+
+def test_a_machine_is_kept_awake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator is given a character for the console, and a key, whose interrupt Xen takes."""
+    emulator = tmp_path / "emulator"
+    emulator.write_text(EMULATOR)
+    emulator.chmod(0o755)
+    monkeypatch.setattr(
+        boot, "tool", lambda name: str(emulator) if name.startswith("qemu") else name
+    )
+    image = Image(PLATFORMS["4.20"], tmp_path, tmp_path / "xen")
+    with boot.Machine(image) as machine:
+        assert list(machine.lines(deadline=60, idle=60)) == []
+        machine.close()
+        capabilities, key, character = machine.tail().splitlines()
+    assert json.loads(capabilities) == {"execute": "qmp_capabilities"}
+    assert json.loads(key) == boot.KEY
+    assert bytes.fromhex(character) == boot.KICK
