@@ -17,6 +17,7 @@ from xenmapcache.address import MiB
 from xenmapcache.backends import domain as domain_module
 from xenmapcache.backends.domain import DomainBackend
 from xenmapcache.binding.control import GET_INFO_LIST, PFN_TYPES, Control
+from xenmapcache.cache import access
 from xenmapcache.cli import sources
 from xenmapcache.errors import BackendUnavailableError, UnsupportedOperationError, XenCallError
 from xenmapcache.mapping import live_mappings
@@ -210,3 +211,18 @@ def test_searches_and_copies_map_no_holes(
     assert mapped(fake, backend) - before == 5 * 256
     with open_backend("coredump", path=tmp_path / "core") as dump, MapCache(dump) as cache:
         assert list(cache.present(0, PAGES << 12)) == found
+
+
+def test_a_cache_maps_no_holes_to_find_pages(
+    fake: FakeXen, backend: DomainBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long range only the MiB that have a page are mapped; of a shorter one all of it is."""
+    monkeypatch.setattr(access, "_MAPPED_BYTES", 15 * MiB)
+    everything = [(0, 512), (1500, 1), (2000, 1), (3840, 256)]
+    with MapCache(backend) as cache:
+        found = [(start // 4096, size // 4096) for start, size in cache.present(0, 16 * MiB)]
+        assert found == everything
+        assert mapped(fake, backend) == 5 * 256
+        found = [(start // 4096, size // 4096) for start, size in cache.present(MiB, 15 * MiB)]
+        assert found == [(256, 256), *everything[1:]]
+        assert mapped(fake, backend) == PAGES

@@ -7,7 +7,7 @@ import ctypes
 import errno
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from xenmapcache import (
     open_cache,
     write_coredump,
 )
+from xenmapcache.cache import access
 from xenmapcache.cache.access import may_be_guest_memory
 
 BUCKET = 1 << 16
@@ -439,3 +440,47 @@ def test_present_pages_are_found_by_mapping(
     cache = MapCache(backend, bucket_shift=16)
     assert list(cache.present(0, 0x100000)) == [(0, 0xA0000), (0xC0000, 0x40000)]
     assert list(cache.present(0x9FFFF, 0x20002)) == [(0x9FFFF, 1), (0xC0000, 1)]
+
+
+PARTS = [(0x20, 0x40), (0x80, 0x10), (0x90, 0x10), (0xA0, 0x10), (0xBE, 4), (0xF0, 0x10)]
+"""In pages; the guest's hole has the fourth part, and the first half of the fifth."""
+
+
+@pytest.mark.parametrize("address", [0, 0x1F000, 0x20000, 0x20001, 0x5FFFF, 0x60000, 0xA0000])
+@pytest.mark.parametrize("end", [0xA0001, 0xBF000, 0xC0000, 0xC0001, 0xC2000, 0xF0001, 0x100000])
+def test_a_long_range_is_mapped_where_pages_may_be(
+    backend: Backend, address: int, end: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages elsewhere are left out; parts that touch make one run, which may begin in a page."""
+
+    def extents(_: Backend, gfn: int, count: int) -> Iterator[tuple[int, int]]:
+        for first, pages in PARTS:
+            start, stop = max(first, gfn), min(first + pages, gfn + count)
+            if start < stop:
+                yield start, stop - start
+
+    monkeypatch.setattr(type(backend), "present", lambda *_: None)
+    monkeypatch.setattr(type(backend), "extents", extents)
+    cache = MapCache(backend, bucket_shift=16)
+    there = [gfn for first, pages in PARTS for gfn in range(first, first + pages)]
+    pages = [(gfn << 12, (gfn + 1) << 12) for gfn in there if not 0xA0 <= gfn < 0xC0]
+    expected: list[tuple[int, int]] = []
+    for first, last in ((max(address, start), min(end, stop)) for start, stop in pages):
+        if first >= last:
+            continue
+        if expected and sum(expected[-1]) == first:
+            first, _ = expected.pop()
+        expected.append((first, last - first))
+    whole = list(cache.present(address, end - address))
+    monkeypatch.setattr(access, "_MAPPED_BYTES", end - address)
+    assert whole == list(cache.present(address, end - address)) == list(mapped(address, end))
+    monkeypatch.setattr(access, "_MAPPED_BYTES", end - address - 1)
+    assert list(cache.present(address, end - address)) == expected
+
+
+def mapped(address: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield what the guest has in a range, around its hole."""
+    for first, last in ((0, 0xA0000), (0xC0000, 0x100000)):
+        start, stop = max(first, address), min(last, end)
+        if start < stop:
+            yield start, stop - start

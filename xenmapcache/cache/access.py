@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _LOOK_FIRST_BYTES = 64 * MiB
+_MAPPED_BYTES = 64 * MiB
+"""A range up to that is mapped to find its pages; of a longer one the source is asked first."""
 _OWNERS = (bytes, bytearray, array)
 """Exporters whose memory is Python's own, so that no guest page can be in it."""
 
@@ -348,18 +350,32 @@ class Access:
                 first = max(address, gfn << PAGE_SHIFT)
                 yield first, min(end, (gfn + pages) << PAGE_SHIFT) - first
             return
-        run = address  # where the present part that is being extended began
-        for position, errors in self._errors(address, end):
-            if errors is None:
-                continue
-            for page, error in enumerate(errors):
-                page_address = max(address, (position & ~PAGE_MASK) + (page << PAGE_SHIFT))
-                if error:
-                    if run < page_address:
-                        yield run, page_address - run
-                    run = (page_address | PAGE_MASK) + 1
-        if run < end:
-            yield run, end - run
+        run = reached = address  # where the run that is being extended began, and may go on
+        for first, last in self._parts(address, end):
+            if first > reached:
+                if run < reached:
+                    yield run, reached - run
+                run = first
+            for position, errors in self._errors(first, last):
+                if errors is None:
+                    continue
+                for page, error in enumerate(errors):
+                    page_address = max(first, (position & ~PAGE_MASK) + (page << PAGE_SHIFT))
+                    if error:
+                        if run < page_address:
+                            yield run, page_address - run
+                        run = (page_address | PAGE_MASK) + 1
+            reached = last
+        if run < reached:
+            yield run, reached - run
+
+    def _parts(self, address: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the ``(start, end)`` in a range where pages may be, in ascending order."""
+        if end - address <= _MAPPED_BYTES:
+            yield address, end
+            return
+        for gfn, pages in self._backend.extents(*page_span(address, end - address)):
+            yield max(address, gfn << PAGE_SHIFT), min(end, gfn + pages << PAGE_SHIFT)
 
     def _errors(self, address: int, end: int) -> Iterator[tuple[int, bytes | None]]:
         """Yield the address of each bucket's part of a range, and the errnos of its pages."""

@@ -253,6 +253,9 @@ class MapCache(LendingCache):
         Holes that were found before are not tried again. A page that was refused (see
         :class:`XenCallError`) is not a hole: the iterator raises when it comes to its bucket.
 
+        A live guest's range of more than 64 MiB is mapped only where :meth:`.Backend.extents` says
+        that pages may be, so it takes time in proportion to the guest's memory.
+
         Raises:
             XenMapCacheError: as :meth:`read`, but for holes.
         """
