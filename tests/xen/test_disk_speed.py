@@ -18,6 +18,7 @@ from tests.xen import stock_guest as stock
 from tests.xen.stock_guest import StockGuest, stock_guest
 from xenmapcache import MapCache, open_backend
 from xenmapcache.address import KiB, MiB
+from xenmapcache.backends.domain import DomainBackend
 from xenmapcache.devicemodel import IoreqServer
 from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioPci, Virtqueue
 from xenmapcache.events import Event, RequestHandled
@@ -71,51 +72,55 @@ PARTS: dict[str, tuple[type, str]] = {
     "raise the interrupt": (VirtioPci, "interrupt_queue"),
 }
 """What the handler of a notification does for a small read, and the method that does it."""
+REPORTS = "report the pages that were written"
+"""What several parts do; a hypercall for each, unless `log_dirty` is off."""
 
 
 class Profile:
-    """How long each part of each request took, in ns, in order."""
+    """When each part of each request began, and how long it took, in ns."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.times: defaultdict[str, list[int]] = defaultdict(list)
-        for part, (owner, name) in PARTS.items():
+        self._times: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        for part, (owner, name) in {**PARTS, REPORTS: (DomainBackend, "mark_dirty")}.items():
             monkeypatch.setattr(owner, name, self._timed(part, getattr(owner, name)))
 
     def _timed(self, part: str, method: Callable[..., object]) -> Callable[..., object]:
-        times = self.times[part]
+        times = self._times[part]
 
         def timed(*arguments: object, **options: object) -> object:
             started = time.perf_counter_ns()
             try:
                 return method(*arguments, **options)
             finally:
-                times.append(time.perf_counter_ns() - started)
+                times.append((started, time.perf_counter_ns() - started))
 
         return timed
 
     def see(self, event: Event) -> None:
         """Keep how long the handler of a notification took."""
         if isinstance(event, RequestHandled) and event.kind == RequestKind.MMIO:
-            self.times["handler"].append(event.duration)
+            self._times["handler"].append((time.perf_counter_ns(), event.duration))
 
     def told(self, requests: int, microseconds: int) -> str:
-        """Say where the time of the last requests has gone.
+        """Say where the time of the last requests has gone, on average.
 
         Args:
             requests: the guest's last ones, one at a time.
             microseconds: that they took in the guest.
         """
         whole = microseconds / requests
+        first, _ = self._times["read its header"][-requests]
 
-        def median(part: str, per_request: int = 1) -> float:
-            return statistics.median(self.times[part][-requests * per_request :]) / 1000
+        def mean(part: str) -> float:
+            return sum(taken for at, taken in self._times[part] if at >= first) / requests / 1000
 
-        handler = median("handler")
+        reports = sum(at >= first for at, _ in self._times[REPORTS]) / requests
+        handler = mean("handler")
         lines = [f"one of {requests} reads of 4 KiB: {whole:.0f} us in the guest"]
         lines += [f"  {whole - handler:6.0f} us in the guest's kernel, in Xen, until we run"]
         lines += [f"  {handler:6.0f} us in the handler of its notification, of which"]
-        # `pop` is called twice: the second one finds the ring empty.
-        lines += [f"    {median(part):6.0f} us to {part}" for part in PARTS]
+        lines += [f"    {mean(part):6.0f} us to {part}" for part in PARTS]
+        lines += [f"  {mean(REPORTS):6.0f} us of the handler in {reports:.0f} calls to {REPORTS}"]
         return "\n".join(lines)
 
 
