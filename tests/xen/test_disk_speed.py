@@ -1,15 +1,16 @@
 """Our disk next to QEMU's own virtio-blk, in one HVM guest: ``make bench-xen``.
 
-Both disks are files in Dom0's memory. The guest's own driver uses them in turns, by
+Both disks are files in the cache of Dom0's kernel. The guest's own driver uses them in turns, by
 tests/xen/guest/load.c. Nothing here fails because it is slow.
 """
 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,11 @@ PARTS: dict[str, tuple[type, str]] = {
     "take it from the ring": (Virtqueue, "pop"),
     "read its header": (VirtioBlock, "prepare"),
     "read the file, write to the guest": (VirtioBlock, "_peek"),
+    "read the file into leased memory": (VirtioBlock, "_read"),
     "answer in the ring": (Virtqueue, "push"),
     "raise the interrupt": (VirtioPci, "interrupt_queue"),
 }
-"""What the handler of a notification does for a small read, and the method that does it."""
+"""What is done for a small read, and the method that does it."""
 REPORTS = "report the pages that were written"
 """What several parts do; a hypercall for each, unless `log_dirty` is off."""
 
@@ -118,9 +120,10 @@ class Profile:
         handler = mean("handler")
         lines = [f"one of {requests} reads of 4 KiB: {whole:.0f} us in the guest"]
         lines += [f"  {whole - handler:6.0f} us in the guest's kernel, in Xen, until we run"]
-        lines += [f"  {handler:6.0f} us in the handler of its notification, of which"]
-        lines += [f"    {mean(part):6.0f} us to {part}" for part in PARTS]
-        lines += [f"  {mean(REPORTS):6.0f} us of the handler in {reports:.0f} calls to {REPORTS}"]
+        lines += [f"  {handler:6.0f} us in the handler of its notification"]
+        lines += ["the parts, in the handler, or in a worker if the file has to be waited for:"]
+        lines += [f"  {mean(part):6.0f} us to {part}" for part in PARTS if mean(part)]
+        lines += [f"  {mean(REPORTS):6.0f} us of these in {reports:.0f} calls to {REPORTS}"]
         return "\n".join(lines)
 
 
@@ -145,12 +148,19 @@ def compared(load: str, ours: list[float], qemus: list[float]) -> str:
     )
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """One on Dom0's disk. A tmpfs cannot tell that a read need not wait, so workers would read."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("reports", [True, False], ids=["reports", "no_reports"])
 def test_next_to_qemus_disk(
     reports: bool,
     hvm_guests: None,
     guest_console: Callable[[str], str],
-    tmp_path: Path,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -161,12 +171,9 @@ def test_next_to_qemus_disk(
     """
     if reason := stock.missing():
         pytest.skip(reason)
-    files = {name: tmp_path / f"{name}.img" for name in ("ours", "qemus")}
+    files = {name: folder / f"{name}.img" for name in ("ours", "qemus")}
     for path in files.values():
-        with path.open("wb") as file:
-            file.truncate(LENGTH)
-            while file.tell() < LENGTH:  # no holes: Dom0's memory would be found while it is timed
-                file.write(bytes(MiB))
+        path.write_bytes(bytes(LENGTH))
     profile = Profile(monkeypatch)
     loads = "cat > /loads <<END\n" + "".join(f"{load}\n" for load in LOADS.values()) + "END\n"
     arguments = [text.format(file=files["qemus"]) for text in QEMUS]
