@@ -251,7 +251,7 @@ class Resources(NamedTuple):
 
 def settled(folder: Path, before: Resources) -> Resources:
     """Return what is held, once threads that are just ending have ended, or after a moment."""
-    end = time.monotonic() + 0.5
+    end = time.monotonic() + 3
     while True:
         gc.collect()
         now = Resources.now(folder)
