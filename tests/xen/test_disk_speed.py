@@ -1,16 +1,16 @@
 """Our disk next to QEMU's own virtio-blk, in one HVM guest: ``make bench-xen``.
 
-Both disks are files in the cache of Dom0's kernel. The guest's own driver uses them in turns, by
+Both disks are files in Dom0's memory, in a tmpfs: it cannot tell that a read need
+not wait, so workers read ours. The guest's own driver uses them in turns, by
 tests/xen/guest/load.c. Nothing here fails because it is slow.
 """
 
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -148,19 +148,12 @@ def compared(load: str, ours: list[float], qemus: list[float]) -> str:
     )
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """One on Dom0's disk. A tmpfs cannot tell that a read need not wait, so workers would read."""
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
-        yield Path(folder)
-
-
 @pytest.mark.parametrize("reports", [True, False], ids=["reports", "no_reports"])
 def test_next_to_qemus_disk(
     reports: bool,
     hvm_guests: None,
     guest_console: Callable[[str], str],
-    folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
@@ -171,7 +164,7 @@ def test_next_to_qemus_disk(
     """
     if reason := stock.missing():
         pytest.skip(reason)
-    files = {name: folder / f"{name}.img" for name in ("ours", "qemus")}
+    files = {name: tmp_path / f"{name}.img" for name in ("ours", "qemus")}
     for path in files.values():
         path.write_bytes(bytes(LENGTH))
     profile = Profile(monkeypatch)
