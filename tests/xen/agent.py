@@ -298,6 +298,11 @@ class AgentGuest:
         )
 
     @property
+    def exists(self) -> bool:
+        """Whether it has been created."""
+        return _xl("domid", NAME) is not None
+
+    @property
     def domid(self) -> int:
         """Its number."""
         found = _xl("domid", NAME)

@@ -99,6 +99,19 @@ def agent_guest(live_domid: int, machine: Platform) -> Iterator[AgentGuest]:
     guest.destroy()
 
 
+def boot(domid: int) -> None:
+    """Serve a new guest until it takes orders.
+
+    Firmware causes dozens of INVALIDATEs, and a test is to count those that it causes.
+    """
+    agent = Agent()
+    with open_backend("xen", domid=domid) as backend, MapCache(backend) as cache:
+        server = IoreqServer(domid, cache)
+        server.claim_ports(agents.CONTROL, agents.PORTS, agent)
+        with server, server.serving():
+            agent.ping(agents.BOOT)
+
+
 @pytest.fixture
 def serve(
     agent_guest: AgentGuest, machine: Platform, request: pytest.FixtureRequest
@@ -114,7 +127,10 @@ def serve(
         restored: bool = False,
         **options: object,
     ) -> Iterator[Served]:
+        is_new = not agent_guest.exists
         domid = agent_guest.domid
+        if is_new:
+            boot(domid)
         agent = Agent()
         with contextlib.ExitStack() as stack:
             backend = stack.enter_context(open_backend("xen", domid=domid, binding=binding))
