@@ -429,8 +429,16 @@ def copy_pages(gfn: int, pages: Sequence[Buffer | None]) -> Mapping:
         raise ValueError("pages must be at least one page, not none")
     missing = bytes([_errno.EINVAL * (page is None) for page in pages])
     errors = missing if any(missing) else None
-    mapping = flat.allocated(gfn, len(pages), errors, at_once=errors is None)
-    libc.dont_fork(mapping.address, length)
+    allocated: list[int] = []
+    try:
+        address = libc.allocate(length, at_once=errors is None, result_out=allocated)
+        mapping = Mapping(
+            address, gfn, len(pages), writable=False, errors=errors, result_out=allocated
+        )
+    finally:
+        for left in allocated:  # interrupted, and no mapping has taken the memory over
+            libc.munmap(left, length)
+    libc.dont_fork(address, length)
     memory = memoryview(mapping.memory).cast("B")  # writable, as the mapping's own is not
     for number, page in enumerate(pages):
         if page is not None:

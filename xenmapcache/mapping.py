@@ -322,11 +322,6 @@ class Mapping:
         return view
 
     @property
-    def viewed(self) -> bool:
-        """Whether :attr:`bytes` takes no further memory, because it was used before."""
-        return self._bytes is not None or FREE_THREADED
-
-    @property
     def holes(self) -> int:
         """How many of its pages cannot be touched: they are not there, or were refused."""
         return self.count - self.errors.count(0) if self.errors else 0

@@ -22,12 +22,13 @@ from xenmapcache import (
     MapCache,
     UnsupportedOperationError,
     XenCallError,
-    flat,
     open_backend,
 )
 from xenmapcache.address import PAGE_SIZE
 from xenmapcache.backend import Backend
+from xenmapcache.backends import image as image_backend
 from xenmapcache.binding import libc
+from xenmapcache.files import image as module
 from xenmapcache.files.filelease import FileLease
 from xenmapcache.files.guard import image_guard
 from xenmapcache.files.image import ImageFile
@@ -345,7 +346,7 @@ def test_interrupted_map_leaves_nothing(
 ) -> None:
     """Ctrl-C before or after each step of map() leaves no mapping and no descriptor."""
     owner: object = FileLease if step in ("change", "is_intact") else libc
-    owner = flat if step == "Mapping" else owner
+    owner = module if step == "Mapping" else owner
     real = getattr(owner, step)
 
     def interrupted(*arguments: object, **options: object) -> object:
@@ -375,7 +376,7 @@ def test_interrupted_read_of_a_bucket_leaves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch, step: str, when: str
 ) -> None:
     """Ctrl-C before or after each step of reading pages leaves no memory behind."""
-    owner: object = flat if step == "Mapping" else libc
+    owner: object = image_backend if step == "Mapping" else libc
     real = getattr(owner, step)
     results: list[object] = []
 

@@ -35,8 +35,8 @@ EXPECTED: Final = (
     Expected(
         r"(cffi|ctypes)_loader\.py:\d+ in .*call: .*, (allocation|depth): "
         r"(\d more|xenforeignmemory_open)",
-        ("binding.map-cffi", "allocation"),
-        "Xen has mapped, and Python cannot make the number that says where: nobody can unmap it",
+        ("cache.read-miss", "allocation"),
+        "C has mapped, and Python cannot make the number that says where: nobody can unmap it",
     ),
     Expected(
         r"buckets\.py:\d+ in retire: image\.invalidate, allocation: another thread's read .*Full",

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.effort import examples
-from xenmapcache import FaultError, Mapping, MappingLostError, MockDomain, MockHypervisor, flat
+from xenmapcache import FaultError, Mapping, MappingLostError, MockDomain, MockHypervisor
 from xenmapcache.address import PAGE_SHIFT, PAGE_SIZE
 from xenmapcache.binding import libc
 from xenmapcache.errors import XenCallError
+from xenmapcache.mock import p2m as p2m_module
 from xenmapcache.mock.frames import Frames
 from xenmapcache.mock.p2m import P2m
 
@@ -136,13 +137,13 @@ def pieces_of_the_memfd() -> int:
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(flat, "Mapping"), (libc, "dont_fork"), (libc, "map_file")],
+    [(p2m_module, "Mapping"), (libc, "dont_fork"), (libc, "map_file")],
     ids=["before the Mapping", "before dont_fork", "in the middle of the runs"],
 )
 def test_an_interrupt_while_mapping_leaks_nothing(
     monkeypatch: pytest.MonkeyPatch, module: object, function: str
 ) -> None:
-    """The record of the memory is made before anything is mapped over it."""
+    """Until a Mapping has taken over the duty to unmap, the map call unmaps."""
     domain = MockHypervisor().create_domain(memory="64k", holes=[(0x4000, 0x1000)])
 
     def interrupt(*_: object, **__: object) -> None:

@@ -285,7 +285,15 @@ def _pages(count: int) -> str:
 
 def _allocate(gfn: int, count: int, errors: bytes | None, *, at_once: bool) -> Mapping:
     """Return pages of this process's own memory, zeroed, as a mapping of guest pages."""
-    return flat.allocated(gfn, count, errors, at_once=at_once and errors is None)
+    length = count << PAGE_SHIFT
+    allocated: list[int] = []
+    try:
+        at_once = at_once and errors is None
+        address = libc.allocate(length, at_once=at_once, result_out=allocated)
+        return Mapping(address, gfn, count, writable=False, errors=errors, result_out=allocated)
+    finally:
+        for address in allocated:  # interrupted, and no mapping has taken the memory over
+            libc.munmap(address, length)
 
 
 def _errors(runs: list[Run], gfn: int, count: int) -> bytes | None:

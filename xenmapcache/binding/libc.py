@@ -125,28 +125,20 @@ def map_code(fd: int, length: int) -> int:
     return _map(None, length, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0)
 
 
-def allocate(
-    length: int,
-    *,
-    at_once: bool = False,
-    address: int | None = None,
-    result_out: list[int] | None = None,
-) -> int:
-    """Take zeroed memory of this process's own; at ``address`` if one is given.
+def allocate(length: int, *, at_once: bool = False, result_out: list[int] | None = None) -> int:
+    """Take zeroed memory of this process's own.
 
     Args:
         length: bytes.
         at_once: have all of its pages there from the start, for a caller that fills them all: one
             call takes less time than a page fault for each.
-        address: host address.
-        result_out: see :func:`map_file`.
+        result_out: a list that gets the address before a signal handler can raise.
 
     Raises:
         XenCallError: mmap failed.
     """
     flags = PRIVATE_ZEROS | MAP_POPULATE if at_once else PRIVATE_ZEROS
-    flags = flags if address is None else flags | MAP_FIXED
-    return _map(address, length, READ_WRITE, flags, -1, 0, result_out)
+    return _map(None, length, READ_WRITE, flags, -1, 0, result_out)
 
 
 def reserve(length: int, *, address: int | None = None, result_out: list[int] | None = None) -> int:

@@ -241,16 +241,15 @@ class BucketTable:
         """Return a bucket of a generation if a range of it is valid, and make it hot.
 
         Called under the lock. A bucket becomes hot with its second access, so that a scan
-        evicts what it scanned and not what is in use. It becomes hot for writing with the first
-        access after a write or a view: what is only read needs no memoryview. With `holes`, a
-        range is found with its holes, but not with pages that were refused: those are tried again.
+        evicts what it scanned and not what is in use. With `holes`, a range is found with its
+        holes, but not with pages that were refused: those are tried again.
         """
         mapping = generation.buckets.get(index)
         if mapping is None:
             return None
         if mapping.errors is None:
             generation.readable[index] = mapping.memory
-            if self.writes and mapping.viewed:
+            if self.writes:
                 generation.writable[index] = (
                     UnsharedView(mapping) if FREE_THREADED else mapping.bytes
                 )

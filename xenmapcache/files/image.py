@@ -266,11 +266,18 @@ class ImageFile:
 
 def _map(mapped: MappedRange, lease: FileLease, gfn: int, count: int) -> Mapping:
     """Map a range of a file, and enter it into the table of live mappings."""
-    place_all = partial(_map_at, lease, mapped.offset, count << PAGE_SHIFT)
+    length = count << PAGE_SHIFT
+    found: list[int] = []
     try:
-        return flat.mapped(gfn, count, place_all, keeps=mapped)
+        fd = lease.file.fileno()
+        address = libc.map_file(fd, mapped.offset, length, writable=False, result_out=found)
+        return Mapping(
+            address, gfn, count, writable=False, errors=None, result_out=found, keeps=mapped
+        )
     finally:
-        del lease, mapped, place_all
+        for address in found:  # interrupted, and no mapping has taken the memory over
+            libc.munmap(address, length)
+        del lease, mapped
 
 
 def _map_at(

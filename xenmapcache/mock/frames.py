@@ -94,27 +94,27 @@ class Frames:
         runs: list[tuple[int, int, int]],
         count: int,
         writable: bool,
-        address: int,
         result_out: list[int],
     ) -> None:
-        """Map frames over what is at an address; pages that no run has cannot be touched.
+        """Map frames; pages that no run has cannot be touched.
 
         Args:
             runs: ``(position, frame, pages)``, in ascending order, positions in pages.
             count: pages in all.
             writable: map for writing too.
-            address: host address.
-            result_out: gets the address when something is mapped there.
+            result_out: gets the host address, as soon as there is one. The caller unmaps.
 
         Raises:
             XenCallError: the kernel refused.
         """
+        length = count << PAGE_SHIFT
         if len(runs) == 1 and runs[0][2] == count:
-            self.map_over(address, runs, writable, result_out)
+            offset = runs[0][1] << PAGE_SHIFT
+            libc.map_file(self.fileno(), offset, length, writable=writable, result_out=result_out)
         else:
-            libc.reserve(count << PAGE_SHIFT, address=address, result_out=result_out)
-            self.map_over(address, runs, writable, [])
-        libc.dont_fork(address, count << PAGE_SHIFT)
+            libc.reserve(length, result_out=result_out)
+            self.map_over(result_out[0], runs, writable, [])
+        libc.dont_fork(result_out[0], length)
 
     def map_over(
         self,

@@ -206,8 +206,8 @@ class GuestGrants:
         index, mapped = self._next_index(), _Mapped(frames)
         try:
             self._mapped[index] = mapped
-            mapped.address = libc.reserve(len(runs) << PAGE_SHIFT, result_out=result_out)
-            self.p2m.frames.map(runs, len(runs), writable, mapped.address, [])
+            self.p2m.frames.map(runs, len(runs), writable, result_out)
+            mapped.address = result_out[-1]
             self.faults.note("map_grants", min(frames), len(frames))
         except BaseException:
             self.unmap(index)

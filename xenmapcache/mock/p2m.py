@@ -165,11 +165,22 @@ class P2m:
             XenCallError: the kernel refused.
         """
         runs, errors = self._runs_and_errors(gfn, count, page_errors)
-        place_all = partial(self.frames.map, _relative(runs, gfn), count, writable)
-        name, domid = "mock_map", self._domid
-        return flat.mapped(
-            gfn, count, place_all, writable=writable, errors=errors, call=name, domid=domid
-        )
+        address: list[int] = []
+        try:
+            self.frames.map(_relative(runs, gfn), count, writable, address)
+            return Mapping(
+                address[0],
+                gfn,
+                count,
+                writable=writable,
+                errors=errors,
+                result_out=address,
+                call="mock_map",
+                domid=self._domid,
+            )
+        finally:
+            for mapped in address:  # it failed or was interrupted, and no Mapping owns it
+                libc.munmap(mapped, count << PAGE_SHIFT)
 
     def map_into(
         self, mapping: Mapping, gfn: int, count: int, page_errors: dict[int, int]
