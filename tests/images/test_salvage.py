@@ -156,7 +156,7 @@ def test_a_core_that_was_cut_off_by_its_path(file: Path) -> None:
     """Its names of sections are missing, so it is taken for another core, which tells the name."""
     core = xl_files.Core([0, 1, 5], order=PVH, changes=ENTRIES)
     write(file, core.build()[: -len(core.contents()[".shstrtab"])])
-    with pytest.raises(CorruptImageError, match=r"coredump:FILE.*cut off"):
+    with pytest.raises(CorruptImageError, match=r"coredump:FILE.*truncated"):
         open_source(file)
     with open_source(f"coredump:{file}", salvage=True) as backend:
         assert list(backend.present(0, 9) or ()) == [(0, 2), (5, 1)]
