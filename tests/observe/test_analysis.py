@@ -309,6 +309,11 @@ def test_the_model_evicts_the_least_recently_used() -> None:
     model.access((1, 2, 1, 3, 1, 2))
     assert model.maps == 4
     assert len(model._mapped) == 2
+    model = CacheModel(3)
+    model.access((1, 2, 1))  # all have room: only the last access of each counts
+    model.access((3, 4))  # 4 evicts 2
+    model.access((1,))
+    assert model.maps == 4
 
 
 GOOD = logs.text(
