@@ -30,6 +30,7 @@ TEXTS = st.lists(SCRAPS, max_size=40).map(b"".join)
 )  # the first one may import, and the machine may be busy
 @given(TEXTS, st.integers(1, 6), st.sampled_from(["ascii", "utf-16le"]), st.data())
 @example(b"\xffa\0b\0\xffc\0d\0", 2, "utf-16le", None)
+@example(b"\0a\tb\x7f ~\0", 1, "ascii", None)
 def test_numpy_finds_the_runs_that_an_expression_finds(
     text: bytes, min_length: int, encoding: Encoding, data: st.DataObject | None
 ) -> None:
