@@ -43,6 +43,11 @@ EXPECTED: Final = (
         ("image.invalidate", "allocation"),
         "the traceback of the MemoryError holds the old generation, and so its mappings",
     ),
+    Expected(
+        r"in _mapped_areas: .*, allocation: raised RuntimeError\(.can't allocate read lock",
+        ("binding.remap-cffi", "allocation"),
+        "CPython says so if it has no memory for the lock of a file that it opens",
+    ),
     *(
         (
             Expected(
