@@ -16,7 +16,7 @@ from xenmapcache.address import MiB
 from xenmapcache.cache import Invalidation
 from xenmapcache.cache.lease import Lease
 
-pytestmark = pytest.mark.xen
+pytestmark = [pytest.mark.xen, pytest.mark.slow, pytest.mark.benchmark]
 
 PORT = 0x510
 Record = Callable[[str, object], None]

@@ -25,7 +25,7 @@ from xenmapcache.devicemodel.virtio import VirtioBlock, VirtioPci, Virtqueue
 from xenmapcache.events import Event, RequestHandled
 from xenmapcache.ioreq import RequestKind
 
-pytestmark = [pytest.mark.xen, pytest.mark.slow]
+pytestmark = [pytest.mark.xen, pytest.mark.slow, pytest.mark.benchmark]
 
 LENGTH = 32 * MiB
 ROUNDS = 5
