@@ -59,7 +59,7 @@ def test_each_event_is_a_line(path: Path, capsys: pytest.CaptureFixture[str]) ->
         "0.003 ms STALE copied 1 LOST 2",
         "buffer write MMIO 0xfee00000 FAILED: KeyError:...",
         "vCPU 0 read port 0x3f8 in 1 us",
-        "server opened   domain 3 IoreqServer of ...",
+        "server opened   domain 3 IoreqServer of domain 3",
         "server closed",
         "0x300000+0x100000 host 0x7f1234567000 in 2",
         "0x300000 by 0x500000",

@@ -126,6 +126,20 @@ def test_close_in_another_thread_ends_serving(
     assert results == [None]
 
 
+@pytest.mark.parametrize("method", ["serve_forever", "serving", "serve_async"])
+def test_a_server_that_a_thread_serves(server: IoreqServer, method: str) -> None:
+    """A second loop would never end: the two would share a wake-up. It is refused."""
+    with server:
+        with server.serving():
+            refused = pytest.raises(RuntimeError, match=rf"^{method}: .* is served by the thread of")
+            with refused:
+                served = getattr(server, method)()
+                if method == "serve_async":
+                    asyncio.run(served)
+        with server.serving():  # that thread has ended
+            pass
+
+
 def test_a_round_that_waits_for_a_close(guest: MockDomain, server: IoreqServer) -> None:
     """It finds the server closed when it gets the lock, and says so without an error."""
     server.open()

@@ -41,7 +41,7 @@ from .output import print_line, print_note, size
 from .sources import usage_errors
 
 _MAX_LEASES: Final = 100_000
-_MAX_TEXT, _MAX_FAILURE = 18, 12
+_MAX_TEXT, _MAX_FAILURE, _MAX_SOURCE = 18, 12, 200
 _BUFFER: Final = 1 << 20
 _KINDS: Final = {0: "port", 1: "MMIO", 2: "PCI", 7: "time offset"}
 _INVALIDATE: Final = 8
@@ -307,9 +307,9 @@ def _details(event: Event) -> str:
         case Quiesced():
             return f"{_duration(event.duration)}, {event.failures} failures"
         case CacheOpened():
-            return f"{_cut(event.source or '')}, up to {event.buckets} buckets"
+            return f"{_cut(event.source or '', _MAX_SOURCE)}, up to {event.buckets} buckets"
         case ServerOpened():
-            return f"domain {event.domain} {_cut(event.source or '')}".rstrip()
+            return f"domain {event.domain} {_cut(event.source or '', _MAX_SOURCE)}".rstrip()
         case EventsLost():
             return str(event.lost)
         case Accessed() | RequestsHandled():

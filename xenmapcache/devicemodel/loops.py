@@ -90,6 +90,7 @@ class ServingThread(Generic[ServerT]):
 
     def __enter__(self) -> ServerT:
         self._runtime.open_connection()
+        self._runtime.server_thread = self._thread
         self._thread.start()
         return self._server
 

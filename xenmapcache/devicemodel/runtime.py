@@ -34,6 +34,7 @@ class Runtime:
         connection: from ``open`` to ``close``; else None.
         closed: the server was closed.
         told: whether observers know it as open.
+        server_thread: the last one that :meth:`IoreqServer.serving` has made.
         lock: held while a round is done, a range claimed, or the server opened or closed.
 
     Synchronization: any thread.
@@ -50,6 +51,7 @@ class Runtime:
         self.connection: Connection | None = None
         self.closed = False
         self.told: bool | None = True
+        self.server_thread: threading.Thread | None = None
         self.lock = threading.RLock()
         self.quiesce_timeout = quiesce_timeout
         self.ending = ending(self.ended)
@@ -84,6 +86,15 @@ class Runtime:
                     f"{method}: the on_quiesce callback {callback!r} is async def; "
                     "only serve_async can await it"
                 )
+
+    def check_unserved(self, method: str) -> None:
+        """Raise RuntimeError if a thread of ``serving`` serves: the loops would share a wake-up."""
+        thread = self.server_thread
+        if thread is not None and thread.is_alive() and self.connection is not None:
+            raise RuntimeError(
+                f"{method}: {self!r} is served by the thread of its `with server.serving()` block; "
+                "call one of the two alone"
+            )
 
     def is_open(self) -> bool:
         """Return whether there is a connection."""
