@@ -43,6 +43,7 @@ def serve_forever(server: Runtime, on_end: OnEnd) -> int | None:
         server.give_up_later()
         server.wake()
 
+    server.check_unserved()
     guest_has_ended = False
     with CaughtSignals(end) as signals:
         try:
@@ -90,6 +91,7 @@ class ServingThread(Generic[ServerT]):
 
     def __enter__(self) -> ServerT:
         self._runtime.open_connection()
+        self._runtime.check_unserved()
         self._runtime.server_thread = self._thread
         self._thread.start()
         return self._server
@@ -112,6 +114,7 @@ class ServingThread(Generic[ServerT]):
 
 async def serve_async(server: Runtime, on_end: OnEnd) -> int | None:
     """Serve in the running event loop; see :meth:`IoreqServer.serve_async`."""
+    server.check_unserved()
     loop = asyncio.get_running_loop()
     caught: list[int] = []
     # One of its own: a number that close() gives back may soon be another server's.

@@ -87,14 +87,13 @@ class Runtime:
                     "only serve_async can await it"
                 )
 
-    def check_unserved(self, method: str) -> None:
-        """Raise RuntimeError if a thread of ``serving`` serves: the loops would share a wake-up."""
+    def check_unserved(self) -> None:
+        """Raise RuntimeError if a thread of ``serving`` serves: two loops would share a wake-up."""
         thread = self.server_thread
-        if thread is not None and thread.is_alive() and self.connection is not None:
-            raise RuntimeError(
-                f"{method}: {self!r} is served by the thread of its `with server.serving()` block; "
-                "call one of the two alone"
-            )
+        if thread in {None, threading.current_thread()} or self.connection is None:
+            return
+        if thread.is_alive():
+            raise RuntimeError(f"{self!r}: a thread of its `with server.serving()` block serves it")
 
     def is_open(self) -> bool:
         """Return whether there is a connection."""

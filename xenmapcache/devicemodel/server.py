@@ -414,11 +414,9 @@ class IoreqServer(RaisesInterrupts):
             The signal's number, or None if no signal ended it.
 
         Raises:
-            XenMapCacheError, TypeError: as :meth:`process_pending`.
-            RuntimeError: inside a block of :meth:`serving`, whose thread serves already.
+            XenMapCacheError, TypeError, or RuntimeError inside a block of :meth:`serving`.
         """
         self._runtime.check_sync("serve_forever")
-        self._runtime.check_unserved("serve_forever")
         return loops.serve_forever(self._runtime, on_end)
 
     def serving(
@@ -432,11 +430,9 @@ class IoreqServer(RaisesInterrupts):
         Raises:
             ClosedError: at the start, the server is not open.
             XenMapCacheError: at the end, what ended that thread.
-            TypeError: as :meth:`process_pending`.
-            RuntimeError: inside another such block.
+            TypeError, RuntimeError: as :meth:`serve_forever`.
         """
         self._runtime.check_sync("serving")
-        self._runtime.check_unserved("serving")
         return loops.ServingThread(self, self._runtime, on_end)
 
     async def serve_async(self, *, on_end: Callable[[], object] | None = None) -> int | None:
@@ -447,7 +443,6 @@ class IoreqServer(RaisesInterrupts):
 
         Args, returns, raises: as :meth:`serve_forever`.
         """
-        self._runtime.check_unserved("serve_async")
         return await loops.serve_async(self._runtime, on_end)
 
     def stop(self) -> None:
