@@ -70,10 +70,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_files_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Remove the files of a test that has passed: those of Dom0 lie in its memory."""
+    """Remove the files of a test: those of the lab's Dom0 lie in its memory.
+
+    In a real Dom0, a test that has failed keeps its files.
+    """
     folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    in_lab = request.config.getoption("xen_report") is not None
     yield
-    if folder is not None and not request.node.stash.get(FAILED, False):
+    if folder is not None and (in_lab or not request.node.stash.get(FAILED, False)):
         shutil.rmtree(folder)
 
 

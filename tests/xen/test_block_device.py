@@ -120,7 +120,7 @@ def restored(serve: Serve, agent: Agent, image: Path) -> Iterator[tuple[Served, 
 def result(end: Future[list[int]], guest_console: Callable[[str], str]) -> list[int]:
     """Wait for what a restored guest says, or show what its kernel said."""
     try:
-        return end.result(100)
+        return end.result(250)
     except TimeoutError:
         vcpus = subprocess.run(["xl", "vcpu-list", NAME], capture_output=True, text=True).stdout
         pytest.fail(f"the restored guest does not go on:\n{vcpus}{guest_console(NAME)[-1500:]}")
