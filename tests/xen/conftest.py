@@ -58,6 +58,7 @@ class Recorder:
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 Serve = Callable[..., AbstractContextManager[Served]]
 FAILED = pytest.StashKey[bool]()
+AGENT = pytest.StashKey[AgentGuest]()
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -91,7 +92,9 @@ def hvm_guests(machine: Platform) -> None:
 
 
 @pytest.fixture(scope="session")
-def agent_guest(live_domid: int, machine: Platform) -> Iterator[AgentGuest]:
+def agent_guest(
+    request: pytest.FixtureRequest, live_domid: int, machine: Platform
+) -> Iterator[AgentGuest]:
     """The guest; it boots when its domid is first asked for, and again if it was destroyed."""
     if not machine.architecture.ports:
         pytest.skip("the agent is given its orders by I/O ports, and this machine has none")
@@ -99,8 +102,22 @@ def agent_guest(live_domid: int, machine: Platform) -> Iterator[AgentGuest]:
         pytest.skip(reason)
     guest = AgentGuest(machine.guest)
     guest.destroy()  # of a pytest that died
+    request.config.stash[AGENT] = guest
     yield guest
+    del request.config.stash[AGENT]
     guest.destroy()
+
+
+@pytest.fixture(autouse=True)
+def agent_rests(request: pytest.FixtureRequest) -> None:
+    """Leave the processor to those tests that have no use for the guest with the agent."""
+    guest = request.config.stash.get(AGENT, None)
+    if guest is None:
+        return
+    if "agent_guest" in request.fixturenames:
+        guest.wake()
+    else:
+        guest.rest()
 
 
 def boot(domid: int) -> None:
