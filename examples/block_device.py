@@ -228,6 +228,8 @@ def serve(domid: int, path: str, kept: Path | None = None) -> None:
             with server:
                 signal.signal(signal.SIGUSR1, lambda *_: suspend(server))
                 signal.signal(signal.SIGUSR2, lambda *_: server.resume())
+                # To the end, because it may come after that of the guest, while the state is kept.
+                signal.signal(signal.SIGTERM, lambda *_: server.stop())
                 if kept:
                     kept.unlink(missing_ok=True)  # old from now on
                 print(f"serving domain {domid}, ports {PORT:#x}..{PORT + 28:#x}", flush=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from examples import block_device
 from examples.block_device import READ, SECTOR_SIZE, WRITE, BlockDevice, Driver
 from tests.kit import in_thread
 from xenmapcache import MapCache, MockDomain, MockHypervisor, open_backend
@@ -139,3 +141,34 @@ def test_a_transfer_that_waits_ends_with_the_server(
         closing.join()
     assert disk.state()["pending"] == [WRITE, 3, SOURCE, 0, 1]
     assert not any(path.read_bytes())
+
+
+def test_sigterm_while_the_state_is_kept(
+    guest: MockDomain, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After `xl save` the guest has ended, and the server with it, when the signal comes."""
+    kept = tmp_path / "disk.json"
+
+    def ended(*arguments: object, **options: object) -> IoreqServer:
+        server = IoreqServer(*arguments, **options)  # type: ignore[arg-type] # the example's
+        server.stop()
+        return server
+
+    def interrupted(file: Path, text: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        file.write_bytes(text.encode())
+
+    monkeypatch.setattr(
+        block_device, "open_backend", lambda *_, **__: open_backend("mock", domain=guest)
+    )
+    monkeypatch.setattr(block_device, "IoreqServer", ended)
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, lambda *_: pytest.fail("it would end the process"))
+    try:
+        block_device.serve(guest, str(path), kept)  # type: ignore[arg-type] # as a server takes it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert json.loads(kept.read_bytes())["pending"] is None
