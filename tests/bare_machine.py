@@ -83,9 +83,11 @@ def archive() -> Path:
     mirror = [url] if (url := os.environ.get("XENMAPCACHE_LAB_MIRROR")) else []
     print(f"building a bare {SUITE}, once, into {kept.parent}", flush=True)  # noqa: T201 - what it is for
     part = kept.with_suffix(f".{os.getpid()}.tar")
-    packages = f"--include={','.join(PACKAGES)}"
+    options = [f"--include={','.join(PACKAGES)}"]
+    if SUITE == "sid":  # of which a slow mirror has only an expired index
+        options.append('--aptopt=Acquire::Check-Valid-Until "false"')
     try:
-        run(*NAMESPACES, "mmdebstrap", "--variant=minbase", packages, SUITE, part, *mirror)
+        run(*NAMESPACES, "mmdebstrap", "--variant=minbase", *options, SUITE, part, *mirror)
         part.rename(kept)
     finally:
         part.unlink(missing_ok=True)

@@ -146,7 +146,9 @@ def unpack(work: Path) -> Path:
     for folder in ("lists/partial", "archives/partial"):
         (work / folder).mkdir(parents=True)
     (work / "status").touch()
-    (work / "sources.list").write_text(f"deb-src [signed-by={KEYRING}] {mirror} {SUITE} main\n")
+    # Of sid, a slow mirror has only an expired index.
+    options = f"signed-by={KEYRING}" + (" check-valid-until=no" if SUITE == "sid" else "")
+    (work / "sources.list").write_text(f"deb-src [{options}] {mirror} {SUITE} main\n")
     apt = ["apt-get", "--quiet", "--option=Dir::Etc::sourceparts=-"]
     apt.append("--option=APT::Sandbox::User=root")  # another user may not write here
     for key, name in {

@@ -77,6 +77,7 @@ def test_strings_end_at_their_zero(domain: MockDomain, memory: GuestMemory) -> N
 
 class Descriptor(ctypes.LittleEndianStructure):
     _pack_ = 1
+    _layout_ = "ms"  # CPython 3.14 wants it said
     _fields_ = [
         ("address", ctypes.c_uint64),
         ("length", ctypes.c_uint32),
