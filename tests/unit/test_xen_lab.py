@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,62 @@ def test_a_lab_that_cannot_run(
         run.close()
     assert outcome in outcomes
     assert ({"failed", "skipped"} - {outcome}).isdisjoint(outcomes)
+
+
+class Stopped:
+    """Machines of which each runs two tests of those that it is given, and stands still then."""
+
+    def __init__(self, given: list[list[str]], runs: int) -> None:
+        self.given = given
+        self._runs = runs
+
+    def lines(self, *, deadline: float, idle: float) -> Iterator[str]:
+        """Yield what the tests have reported."""
+        assert 0 < deadline <= 60
+        for nodeid in self.given[-1][: self._runs]:
+            report = {"when": "call", "outcome": "passed", "duration": 0, "sections": []}
+            yield json.dumps({"event": "report", "nodeid": nodeid, "properties": [], **report})
+            yield json.dumps({"event": "finish", "nodeid": nodeid})
+        raise boot.LabError(f"no sign of life for {idle:.0f} s; the console's last lines:\nhello")
+
+    def close(self) -> None:
+        """There is no process."""
+
+
+@pytest.mark.parametrize(
+    ("runs", "machines", "passed"), [(2, 3, [0, 1, 3, 4, 6, 7]), (0, 1, []), (9, 1, list(range(9)))]
+)
+def test_a_machine_that_stands_still(
+    runs: int,
+    machines: int,
+    passed: list[int],
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The test that it was at has failed. Up to two others go on, if it had run any test at all."""
+    given: list[list[str]] = []
+
+    def order(_1: object, _2: object, _3: object, order: dict[str, list[str]], _4: object) -> None:
+        given.append(order["nodeids"])
+
+    for name in ("image", "wheel", "programs"):
+        monkeypatch.setattr(lab, name, lambda *_: None)
+    monkeypatch.setattr(lab, "optional_wheels", lambda *_: [])
+    monkeypatch.setattr(lab, "payload", order)
+    monkeypatch.setattr(lab, "Machine", lambda *_, **__: Stopped(given, runs))
+    items = [
+        pytest.Function.from_parent(request.node.parent, name=f"test_{i}", callobj=lambda: None)
+        for i in range(9)
+    ]
+    run = lab.Run(replace(PLAN, deadline=60), items, lambda _: None)
+    try:
+        outcomes = [{report.outcome for report in run.reports(item)} for item in items]
+    finally:
+        run.close()
+    assert [i for i, outcome in enumerate(outcomes) if outcome == {"passed"}] == passed
+    assert ["failed" in outcome for outcome in outcomes] == [i not in passed for i in range(9)]
+    assert len(given) == machines
+    assert [len(nodeids) for nodeids in given] == [9, 6, 3][:machines]
 
 
 @pytest.mark.parametrize(

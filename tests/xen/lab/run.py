@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -20,6 +21,9 @@ from .payload import optional_wheels, payload, programs, wheel
 from .platform import Platform
 from .prerequisites import LabUnavailableError
 from .report import NOT_RUN, Event, decode, failed, skipped
+
+MACHINES: Final = 3
+"""How many are booted for one list of tests, if one after the other stands still."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Plan:
 class Run:
     """The lab's verdict on a list of tests.
 
+    If a machine stands still or dies, the test that was running has failed, and another machine
+    runs those after it.
+
     `reports(item)` is to be asked once for every item, in the list's order.
 
     Synchronization: none, pytest has one thread.
@@ -59,7 +66,9 @@ class Run:
         self, plan: Plan, items: Sequence[pytest.Item], progress: Callable[[str], None]
     ) -> None:
         self._plan = plan
-        self._items = items
+        self._items = list(items)
+        self._boots = 0
+        self._has_run = False
         self._progress = progress
         self._started = time.monotonic()
         self._folder = tempfile.TemporaryDirectory(prefix="xenmapcache-lab-")
@@ -73,12 +82,14 @@ class Run:
         """Yield the item's reports as they come; every item gets some."""
         if self._machine is None and self._verdict is None:
             self._start()
+        self._items.remove(item)
         while True:
             event = self._next(item.nodeid)
             if event is None:
                 if self._verdict is None:
                     raise AssertionError("the lab ended without a verdict")
                 yield from self._verdict(item)
+                self._go_on()
                 return
             match event["event"]:
                 case "report":
@@ -99,7 +110,9 @@ class Run:
         self._folder.cleanup()
 
     def _start(self) -> None:
-        plan, folder = self._plan, Path(self._folder.name)
+        self._boots += 1
+        self._has_run = False
+        plan, folder = self._plan, Path(self._folder.name) / str(self._boots)
         order = {
             "nodeids": [item.nodeid for item in self._items],
             "platform": plan.platform.name,
@@ -110,19 +123,20 @@ class Run:
         try:
             self._phase("image")
             files = image(plan.platform)
+            (folder / "optional").mkdir(parents=True)
             built = plan.built or wheel(plan.project, folder)
-            (folder / "optional").mkdir()
             nodeids = [item.nodeid for item in self._items]
             others = optional_wheels(plan.platform, nodeids, folder / "optional")
             wheels = [built, *others]
             built_programs = programs(plan.platform, folder)
             disk = payload(plan.project, wheels, built_programs, order, folder / "payload.tar")
-            if plan.console is not None:
+            if plan.console is not None and self._console is None:
                 self._console = os.open(plan.console, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             self._phase("boot")
             self._machine = Machine(files, disk, echo=self._console)
             # A test may be silent for as long as one may take: Dom0 would have noticed before us.
-            self._lines = self._machine.lines(deadline=plan.deadline, idle=plan.timeout + 60)
+            left = plan.deadline - (time.monotonic() - self._started)
+            self._lines = self._machine.lines(deadline=left, idle=plan.timeout + 60)
         except LabUnavailableError as error:
             gone = isinstance(error, SourceGoneError)  # a skip also where the lab is required
             self._unavailable(f"Xen lab: {error}", required=plan.required and not gone)
@@ -142,6 +156,7 @@ class Run:
         try:
             for line in self._lines:
                 event = _parse(line)
+                self._has_run = self._has_run or "nodeid" in event
                 if event.get("nodeid") == nodeid:
                     return event
                 if event["event"] == "phase":
@@ -163,6 +178,14 @@ class Run:
             return failed(item, next(texts, f"{NOT_RUN}{brief}"), brief)
 
         self._verdict = verdict
+
+    def _go_on(self) -> None:
+        """Have another machine run the tests that are left, if the last one has run any at all."""
+        in_time = time.monotonic() - self._started < self._plan.deadline
+        if self._items and self._has_run and self._boots < MACHINES and in_time:
+            self._phase("another machine runs the tests that are left")
+            self._machine = self._verdict = None
+            self._early.clear()  # of tests that the new machine runs, too
 
     def _phase(self, name: str) -> None:
         elapsed = time.monotonic() - self._started
