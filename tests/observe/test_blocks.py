@@ -264,6 +264,15 @@ def test_an_access_before_a_run_ends() -> None:
     assert BucketMapped(None, 7 * MiB, MiB, None, None) in found
 
 
+def test_an_access_that_maps_is_no_hit() -> None:
+    """Hits are counted by bucket."""
+    lines = [*logs.miss(0), *logs.miss(7 * MiB), *logs.hit(0x5000), *logs.hit(7 * MiB)]
+    mapped, accessed = LogParser().feed(logs.text(*lines, *logs.hit(0x6000)))
+    assert isinstance(mapped, MappedRun)
+    assert mapped.starts == [0, 7 * MiB]
+    assert accessed == Accessed({0: 2, 7: 1})
+
+
 def test_a_run_keeps_the_time_of_each_map_call() -> None:
     """Where it was set back between two lines, the duration is unknown."""
     want, remap, back = logs.miss(0)
