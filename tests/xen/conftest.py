@@ -177,7 +177,7 @@ def served(serve: Serve) -> Iterator[Served]:
         yield served
 
 
-def wait_for(condition: Callable[[], bool], what: str, patience: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], what: str, patience: float = 150) -> None:
     """Wait until something is so; fail, saying what, if it never is."""
     deadline = time.monotonic() + patience
     while not condition():
