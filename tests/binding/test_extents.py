@@ -91,7 +91,7 @@ def test_it_ends_when_as_many_pages_are_found_as_xen_counts(
     assert calls == 2  # two frames of each MiB, and all of three MiB
     fake.count_nowhere(1)
     assert list(backend.extents(0, PAGES)) == RAM
-    assert fake.count(PFN_TYPES) == calls + 2 + 1 + 1 + 4
+    assert fake.count(PFN_TYPES) == calls + 2 + 4 + 1 + 1 + 4
 
 
 def test_pages_of_xens_own_are_not_counted(fake: FakeXen, backend: DomainBackend) -> None:

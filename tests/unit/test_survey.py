@@ -55,6 +55,19 @@ def test_it_ends_when_all_counted_pages_are_found() -> None:
     assert len(guest.looked) == 2 * len(windows) + 130 * WINDOW_PAGES
 
 
+def test_single_pages_in_what_a_guest_has_ballooned_out() -> None:
+    """An HVM guest of 4.17: short gaps are looked at, and not all 4 GiB."""
+    ram = (range(0xA0), range(0xC0, 0x61C4), range(0x6FF2, 0x6FF3), range(0x7001, 0x7002))
+    high = (range(0xF1000, 0xF2000), range(0xFC000, 0xFC00B), range(0xFC100, 0xFC101))
+    guest = Guest(
+        *ram, range(0x71C6, 0x8000), range(0x9000, 0x9010), *high, range(0xFEFF0, 0xFF000)
+    )
+    windows = windows_of(0, 0xFF000)
+    assert list(by_count(guest.look, windows, len(guest.pages))) == guest.windows
+    gaps = 0x71 - 0x62 + 0x90 - 0x80 + 0xFEF - 0xFC2  # the third is above ACPI's tables
+    assert len(guest.looked) == 2 * len(windows) + (len(guest.windows) + gaps) * WINDOW_PAGES
+
+
 @pytest.mark.parametrize("offset", [0, 255, 64, 16, 1, 100, 254])
 def test_a_page_that_lies_alone_is_found(offset: int) -> None:
     """Pages of the remaining windows are looked at until as many are found as Xen counts."""

@@ -9,8 +9,9 @@
 #
 # By Xen's word (x86). Xen tells for any frames whether they have a page of the domain, and how many
 # pages the domain has. As soon as a page of a window is seen, all pages of the window are counted.
-# When all that Xen counts are found, no other window can have one. Until then, more pages of the
-# remaining windows are looked at, in the end all of them. So no page of the domain is missed. Xen's
+# When all that Xen counts are found, no other window can have one. Until then, all pages of short
+# gaps are looked at, because a guest that balloons leaves single pages, and then more pages of the
+# remaining windows, in the end all of them. So no page of the domain is missed. Xen's
 # own pages (the shared info page, the frames of the grant table) are not counted on either side,
 # and a window that has no other page is skipped. In the others, the few frames without a page are
 # mapped to find Xen's own pages. Then it is known of each frame whether it can be mapped.
@@ -25,7 +26,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 
 from ..address import PAGE_SHIFT, MiB
 
@@ -65,10 +66,10 @@ def by_count(look: Look, windows: range, pages: int) -> dict[int, bytearray]:
     """
     found: dict[int, bytearray] = {}
     counted = 0
-    for offsets in _ROUNDS:
+    for turn, offsets in enumerate((_ROUNDS[0], _ROUNDS[-1], *_ROUNDS[1:])):
         if counted >= pages:
             break
-        remaining = [number for number in windows if number not in found]
+        remaining = _gaps(found) if turn == 1 else [n for n in windows if n not in found]
         showing = _showing(look, remaining, offsets)
         looked = _looked(look, _frames(showing, range(WINDOW_PAGES)))
         for number in showing:
@@ -104,6 +105,16 @@ def by_ends(look: Look, windows: range, pages: int) -> list[int]:
             found += range(found[-1] + 1, number)
         found.append(number)
     return found if len(found) * WINDOW_PAGES >= pages else list(windows)
+
+
+def _gaps(found: Iterable[int]) -> list[int]:
+    """Return the windows that lie in a short gap between two of those in ascending order."""
+    return [
+        number
+        for before, after in pairwise(found)
+        if after - before <= _GAP_WINDOWS
+        for number in range(before + 1, after)
+    ]
 
 
 def runs(windows: Iterable[int], gfn: int, count: int) -> Iterator[tuple[int, int]]:
