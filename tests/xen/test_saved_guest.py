@@ -64,7 +64,8 @@ def booted(
     Path("/var/log/xen/console/guest-victim.log").unlink(missing_ok=True)
     xl("create", "-q", str(config))
     try:
-        wait_for(lambda: _talks(guest_console), "the victim has booted", 250)  # an HVM guest, a busy machine
+        # An HVM guest takes a minute, and longer next to other machines.
+        wait_for(lambda: _talks(guest_console), "the victim has booted", 250)
         xl("save", "-p", VICTIM, str(xls))
         with open_source(f"xen:{VICTIM}") as backend:
             write_coredump(backend, ours)
