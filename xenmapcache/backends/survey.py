@@ -108,7 +108,7 @@ def by_ends(look: Look, windows: range, pages: int) -> list[int]:
 
 
 def _gaps(found: Iterable[int]) -> list[int]:
-    """Return the windows that lie in a short gap between two of those in ascending order."""
+    """Return the windows in short gaps between windows, which are given in ascending order."""
     return [
         number
         for before, after in pairwise(found)
